@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The policy loss `entropy_control`, alone and as verl's `ppo_loss` calls it."""
+
+import pytest
+import torch
+from tensordict import TensorDict
+from test_token_weights import random_batch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla, compute_token_weights, get_policy_loss_fn
+from verl.utils import tensordict_utils as tu
+from verl.utils.metric import AggregationType
+from verl.workers.config import FSDPActorConfig, PolicyLossConfig
+from verl.workers.utils.losses import ppo_loss
+
+
+def actor_config(loss_mode="entropy_control", clip=(0.2, 0.28, 10.0), agg="token-mean", **policy_loss):
+    low, high, c = clip
+    return FSDPActorConfig(
+        rollout_n=8,
+        ppo_micro_batch_size_per_gpu=8,
+        clip_ratio_low=low,
+        clip_ratio_high=high,
+        clip_ratio_c=c,
+        loss_agg_mode=agg,
+        policy_loss=PolicyLossConfig(loss_mode=loss_mode, **policy_loss),
+    )
+
+
+def steer_loss(batch, config, rollout_is_weights=None):
+    advantages, entropys, old_log_prob, log_prob, mask = batch
+    return get_policy_loss_fn("entropy_control")(
+        old_log_prob=old_log_prob,
+        log_prob=log_prob,
+        advantages=advantages,
+        response_mask=mask,
+        loss_agg_mode=config.loss_agg_mode,
+        config=config,
+        rollout_is_weights=rollout_is_weights,
+        entropys=entropys,
+    )
+
+
+def gradient(loss_of, log_prob):
+    leaf = log_prob.clone().requires_grad_()
+    return torch.autograd.grad(loss_of(leaf)[0], leaf)[0]
+
+
+@pytest.mark.parametrize("agg", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
+@pytest.mark.parametrize("options", [{}, {"linear": False}, {"entropy_change_estimator": "clip_aware"}])
+def test_gradient_is_the_weight_times_the_vanilla_gradient(options, agg):
+    advantages, entropys, old_log_prob, log_prob, mask = random_batch()
+    config = actor_config(agg=agg, **options)
+    weights = compute_token_weights(
+        advantages, entropys, old_log_prob, log_prob, mask,
+        config.policy_loss.token_weight_min, config.policy_loss.token_weight_max, config.policy_loss.linear,
+        estimator=config.policy_loss.entropy_change_estimator,
+        clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=10.0,
+    )  # fmt: skip
+    steer = gradient(lambda x: steer_loss((advantages, entropys, old_log_prob, x, mask), config), log_prob)
+    vanilla = gradient(
+        lambda x: compute_policy_loss_vanilla(old_log_prob, x, advantages, mask, agg, config), log_prob
+    )
+    assert vanilla.any()
+    torch.testing.assert_close(steer, weights * vanilla, rtol=1e-5, atol=1e-9)
+
+
+def test_weights_of_one_give_the_vanilla_loss_bit_for_bit():
+    advantages, _, old_log_prob, log_prob, mask = batch = random_batch()
+    config = actor_config(token_weight_min=1.0, token_weight_max=1.0)
+    loss, metrics = steer_loss(batch, config)
+    vanilla, vanilla_metrics = compute_policy_loss_vanilla(
+        old_log_prob, log_prob, advantages, mask, "token-mean", config
+    )
+    assert torch.equal(loss, vanilla)
+    assert {name: float(metrics[name]) for name in vanilla_metrics} == vanilla_metrics
+
+
+def test_rollout_weights_are_multiplied_in():
+    batch = random_batch()
+    config = actor_config()
+    doubled, _ = steer_loss(batch, config, rollout_is_weights=torch.full_like(batch[0], 2.0))
+    torch.testing.assert_close(doubled, 2 * steer_loss(batch, config)[0])
+
+
+def test_bf16_inputs_give_the_float32_loss():
+    *tensors, mask = random_batch()
+    rounded = [tensor.bfloat16() for tensor in tensors]
+    loss, _ = steer_loss((*rounded, mask), actor_config())
+    expected, _ = steer_loss((*(tensor.float() for tensor in rounded), mask), actor_config())
+    assert loss.dtype == torch.float32 and torch.equal(loss, expected)
+
+
+def test_all_tokens_masked_gives_no_gradient():
+    advantages, entropys, old_log_prob, log_prob, mask = random_batch()
+    mask = torch.zeros_like(mask)
+    grad = gradient(lambda x: steer_loss((advantages, entropys, old_log_prob, x, mask), actor_config()), log_prob)
+    assert not grad.any()
+
+
+def test_metrics_by_hand():
+    """Ratios 1.5, 0.5, 1, 1 of advantages 1, -1, 1, 1: one of four clipped from above, one from below."""
+    advantages = torch.tensor([[1.0, -1.0, 1.0, 1.0, 5.0]])
+    log_prob = torch.tensor([[1.5, 0.5, 1.0, 1.0, 1.0]]).mul(0.1).log()
+    old_log_prob = torch.full((1, 5), 0.1).log()
+    mask = torch.tensor([[1, 1, 1, 1, 0]])
+    _, metrics = steer_loss((advantages, torch.ones(1, 5), old_log_prob, log_prob, mask), actor_config())
+    assert metrics["actor/pg_clipfrac_high"] == 0.25 and metrics["actor/pg_clipfrac_low"] == 0.25
+    assert metrics["actor/pg_clipfrac"] == 0.5
+    assert metrics["actor/token_weights_min"] == pytest.approx(0.8) and metrics["actor/token_weights_max"] == 1.2
+    weights = compute_token_weights(advantages, torch.ones(1, 5), old_log_prob, log_prob, mask)
+    assert metrics["actor/token_weights_mean"] == pytest.approx(weights.sum().item() / 4)
+
+
+def test_missing_entropys_are_named():
+    advantages, _, old_log_prob, log_prob, mask = random_batch()
+    with pytest.raises(ValueError, match="entropys=None"):
+        steer_loss((advantages, None, old_log_prob, log_prob, mask), actor_config())
+
+
+class NoHostSynchronisation(TorchDispatchMode):
+    """Fails on the operators that make a host wait for its device."""
+
+    forbidden = ("_local_scalar_dense", "nonzero", "masked_select", "item", "equal", "is_nonzero")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put_") else ()
+        boolean = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
+        assert name not in self.forbidden and not boolean, f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"linear": False}, {"entropy_change_estimator": "clip_aware"}])
+def test_loss_never_waits_for_the_device(options):
+    advantages, entropys, old_log_prob, log_prob, mask = random_batch()
+    log_prob.requires_grad_()
+    with NoHostSynchronisation():
+        loss, _ = steer_loss((advantages, entropys, old_log_prob, log_prob, mask), actor_config(**options))
+        loss.backward()
+    with pytest.raises(AssertionError, match="waits for the device"), NoHostSynchronisation():
+        loss.item()
+
+
+@pytest.mark.parametrize("options", [{}, {"linear": False}, {"entropy_change_estimator": "clip_aware"}])
+def test_loss_compiles_to_one_graph(options):
+    config = actor_config(**options)
+    advantages, entropys, old_log_prob, log_prob, mask = random_batch()
+    compiled = torch.compile(lambda *batch: steer_loss(batch, config), fullgraph=True, backend="aot_eager")
+    batch = (advantages, entropys, old_log_prob, log_prob.requires_grad_(), mask)
+    loss, metrics = compiled(*batch)
+    expected, expected_metrics = steer_loss(batch, config)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(metrics, expected_metrics)
+    torch.testing.assert_close(torch.autograd.grad(loss, log_prob), torch.autograd.grad(expected, log_prob))
+
+
+def micro_batch(seed=0, with_entropy=True):
+    """A micro-batch as a training worker holds it: nested tensors, prompts of two tokens, ragged responses."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = [3, 1, 5]
+
+    def nested(rows):
+        return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+    def values(scale=1.0):
+        return nested([-scale * torch.rand(n, generator=generator) for n in lengths])
+
+    data = {
+        "prompts": nested([torch.ones(2, dtype=torch.long) for _ in lengths]),
+        "responses": nested([torch.ones(n, dtype=torch.long) for n in lengths]),
+        "response_mask": nested([torch.ones(n, dtype=torch.long) for n in lengths]),
+        "attention_mask": nested([torch.ones(n + 2, dtype=torch.long) for n in lengths]),
+        "input_ids": nested([torch.ones(n + 2, dtype=torch.long) for n in lengths]),
+        "old_log_probs": values(3.0),
+        "advantages": nested([torch.randn(n, generator=generator) for n in lengths]),
+    }
+    if with_entropy:
+        data["entropy"] = nested([torch.rand(n, generator=generator) for n in lengths])
+    batch = TensorDict(data, batch_size=[3])
+    tu.assign_non_tensor(batch, dp_size=1, batch_num_tokens=sum(lengths), global_batch_size=3)
+    output = {
+        "log_probs": nested([-3 * torch.rand(n + 2, generator=generator) for n in lengths]),
+        "entropy": nested([torch.rand(n + 2, generator=generator) for n in lengths]),
+    }
+    return batch, output
+
+
+def test_ppo_loss_hands_over_the_old_policys_entropy():
+    data, output = micro_batch()
+    loss, metrics = ppo_loss(actor_config(), {"log_probs": output["log_probs"]}, data)
+    other, _ = micro_batch(seed=0)
+    other["entropy"] = other["entropy"] * 3
+    changed, _ = ppo_loss(actor_config(), {"log_probs": output["log_probs"]}, other)
+    assert loss != changed
+    assert metrics["actor/token_weights_min"].aggregation is AggregationType.MIN
+    assert metrics["actor/token_weights_max"].aggregation is AggregationType.MAX
+    assert metrics["actor/token_weights_mean"].aggregation is AggregationType.MEAN
+
+
+def test_ppo_loss_falls_back_to_the_current_entropy():
+    data, output = micro_batch(with_entropy=False)
+    loss, _ = ppo_loss(actor_config(), dict(output), data)
+    changed = {"log_probs": output["log_probs"], "entropy": output["entropy"] * 3}
+    assert loss != ppo_loss(actor_config(), changed, data)[0]
+    with pytest.raises(ValueError, match="entropys=None"):
+        ppo_loss(actor_config(), {"log_probs": output["log_probs"]}, data)
+
+
+def test_ppo_loss_of_other_modes_is_upstreams():
+    from verl.workers.utils import losses
+
+    for mode in ("vanilla", "gspo", "clip_cov"):
+        data, output = micro_batch()
+        loss, metrics = ppo_loss(actor_config(mode), dict(output), data)
+        upstream_loss, upstream_metrics = losses._upstream.ppo_loss(actor_config(mode), dict(output), data)
+        assert torch.equal(loss, upstream_loss) and metrics.keys() == upstream_metrics.keys()

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""STEER's token weights against an independent float64 reference, hand-worked cases and properties."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from verl.trainer.ppo.core_algos import (
+    ENTROPY_CHANGE_ESTIMATORS,
+    compute_token_weights,
+    estimate_entropy_change,
+    map_to_token_weights,
+    ppo_clipped,
+)
+
+CLIP = (0.2, 0.28, 10.0)
+
+
+def reference_change(advantage, entropy, old_log_prob, log_prob, estimator):
+    """The table of estimators, one token at a time, in Python's float64."""
+    values = (advantage, entropy, old_log_prob, log_prob)
+    if not all(math.isfinite(value) for value in values):
+        return 0.0
+    prob = min(max(math.exp(log_prob), 1e-8), 1 - 1e-8)
+    old_prob = min(max(math.exp(old_log_prob), 1e-8), 1.0)
+    change = advantage / old_prob * prob * (1 - prob) * (log_prob + entropy)
+    if estimator == "squared":
+        change *= 1 - prob
+    if estimator == "clip_aware":
+        low, high, c = CLIP
+        ratio = math.exp(log_prob - old_log_prob)
+        if (advantage > 0 and ratio > 1 + high) or (advantage < 0 and (ratio < 1 - low or ratio > c)):
+            return 0.0
+    return abs(change)
+
+
+def reference_weights(changes, mask, low, high, linear):
+    """Both maps, one token at a time, in Python's float64."""
+    valid = [change for change, m in zip(changes, mask, strict=True) if m]
+    if not valid:
+        return [0.0] * len(changes)
+    smallest, largest = min(valid), max(valid)
+    weights = []
+    for change, m in zip(changes, mask, strict=True):
+        if not m:
+            weights.append(0.0)
+        elif not linear:
+            weights.append(min(high, max(low, math.exp(math.log(low) / max(largest, 0.02) * change))))
+        elif largest == smallest:
+            weights.append((low + high) / 2)
+        else:
+            weights.append(high - (high - low) * (change - smallest) / (largest - smallest))
+    return weights
+
+
+def random_batch(shape=(6, 33), seed=0, spread=0.3):
+    generator = torch.Generator().manual_seed(seed)
+    old_log_prob = -torch.rand(shape, generator=generator).mul(6).pow(1.5)
+    log_prob = (old_log_prob + spread * torch.randn(shape, generator=generator)).clamp(max=0.0)
+    advantages = torch.randn(shape, generator=generator)
+    entropys = torch.rand(shape, generator=generator) * 3
+    mask = torch.rand(shape, generator=generator) < 0.7
+    return advantages, entropys, old_log_prob, log_prob, mask
+
+
+def against_reference(advantages, entropys, old_log_prob, log_prob, mask, estimator, low, high, linear):
+    weights = compute_token_weights(
+        advantages, entropys, old_log_prob, log_prob, mask, low, high, linear,
+        estimator=estimator, clip_ratio_low=CLIP[0], clip_ratio_high=CLIP[1], clip_ratio_c=CLIP[2],
+    )  # fmt: skip
+    columns = (advantages, entropys, old_log_prob, log_prob)
+    changes = [
+        reference_change(*token, estimator)
+        for token in zip(*(column.double().flatten().tolist() for column in columns), strict=True)
+    ]
+    expected = reference_weights(changes, mask.flatten().tolist(), low, high, linear)
+    assert weights.dtype == torch.float32 and weights.shape == advantages.shape
+    torch.testing.assert_close(
+        weights.flatten().double(), torch.tensor(expected, dtype=torch.float64), rtol=1e-5, atol=1e-5
+    )
+    return weights
+
+
+@pytest.mark.parametrize("linear, low, high", [(True, 0.8, 1.2), (False, 0.8, 1.0), (False, 0.1, 0.9), (True, 0.5, 0.5)])
+@pytest.mark.parametrize("estimator", ENTROPY_CHANGE_ESTIMATORS)
+def test_weights_match_reference(estimator, linear, low, high):
+    for seed in range(5):
+        against_reference(*random_batch(seed=seed), estimator, low, high, linear)
+
+
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("estimator", ENTROPY_CHANGE_ESTIMATORS)
+def test_weights_of_bf16_inputs_are_computed_in_float32(estimator, linear):
+    *tensors, mask = random_batch()
+    rounded = [tensor.bfloat16() for tensor in tensors]
+    against_reference(*rounded, mask, estimator, 0.8, 1.0, linear)
+
+
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("estimator", ENTROPY_CHANGE_ESTIMATORS)
+def test_infinite_and_nan_inputs_count_as_no_change(estimator, linear):
+    advantages, entropys, old_log_prob, log_prob, mask = random_batch()
+    for row, bad in enumerate((torch.nan, torch.inf, -torch.inf)):
+        advantages[row, 0] = bad
+        entropys[row, 1] = bad
+        log_prob[row, 2] = torch.nan if bad > 0 else bad
+        old_log_prob[row, 3] = torch.nan
+    mask[:3, :4] = True
+    weights = against_reference(advantages, entropys, old_log_prob, log_prob, mask, estimator, 0.8, 1.0, linear)
+    assert weights.isfinite().all() and (weights[:3, :4] == 1.0).all()
+
+
+def test_garbage_in_masked_tokens_changes_nothing():
+    advantages, entropys, old_log_prob, log_prob, mask = random_batch()
+    clean = compute_token_weights(advantages, entropys, old_log_prob, log_prob, mask)
+    for value in (torch.nan, torch.inf, 1e30):
+        dirty = [t.masked_fill(~mask, value) for t in (advantages, entropys, old_log_prob, log_prob)]
+        assert torch.equal(compute_token_weights(*dirty, mask), clean)
+
+
+def test_estimate_by_hand():
+    """A = 2, pi_old = 0.4, pi = 0.5, H = 1: 2 / 0.4 * 0.25 * (ln 0.5 + 1) = 1.25 * 0.306853 = 0.383566."""
+    token = [torch.tensor([[x]]) for x in (2.0, 1.0, math.log(0.4), math.log(0.5))]
+    assert estimate_entropy_change(*token).item() == pytest.approx(0.3835660, abs=1e-6)
+    assert estimate_entropy_change(*token, "squared").item() == pytest.approx(0.3835660 / 2, abs=1e-6)
+    # ratio 1.25 lies beyond 1 + 0.2 and within 1 + 0.28
+    assert estimate_entropy_change(*token, "clip_aware", 0.2, 0.2, 10.0).item() == 0.0
+    assert estimate_entropy_change(*token, "clip_aware", 0.2, 0.28, 10.0).item() == pytest.approx(0.3835660, abs=1e-6)
+
+
+def test_near_certain_token_keeps_its_digits():
+    """1 - pi = 1e-7 is lost when float32 computes 1 - exp(ln pi)."""
+    token = [torch.tensor([[x]]) for x in (1.0, 1.0, -1e-7, -1e-7)]
+    assert estimate_entropy_change(*token).item() == pytest.approx(1e-7, rel=1e-5)
+
+
+def test_linear_map_by_hand():
+    """Changes 1, 2, 5 with weights from 1.2 down to 0.8: 1.2, 1.2 - 0.4 / 4 = 1.1, 0.8."""
+    weights = map_to_token_weights(torch.tensor([[1.0, 2.0, 5.0, 9.0]]), torch.tensor([[1, 1, 1, 0]]), 0.8, 1.2, True)
+    torch.testing.assert_close(weights, torch.tensor([[1.2, 1.1, 0.8, 0.0]]))
+
+
+def test_exponential_map_by_hand():
+    """Changes 0, 1, 2 with the minimum 0.64: 1, sqrt(0.64) = 0.8, 0.64."""
+    weights = map_to_token_weights(torch.tensor([[0.0, 1.0, 2.0]]), torch.ones(1, 3), 0.64, 1.0, False)
+    torch.testing.assert_close(weights, torch.tensor([[1.0, 0.8, 0.64]]))
+
+
+def test_exponential_map_leaves_small_changes_alone():
+    """The largest change is 0.01, half of the floor 0.02: its weight is sqrt(0.64) = 0.8, not 0.64."""
+    weights = map_to_token_weights(torch.tensor([[0.0, 0.01]]), torch.ones(1, 2), 0.64, 1.0, False)
+    torch.testing.assert_close(weights, torch.tensor([[1.0, 0.8]]))
+
+
+@pytest.mark.parametrize("linear, expected", [(True, 1.0), (False, 1.0)])
+def test_zero_advantages_hold_nothing_back(linear, expected):
+    _, entropys, old_log_prob, log_prob, mask = random_batch()
+    weights = compute_token_weights(
+        torch.zeros_like(entropys), entropys, old_log_prob, log_prob, mask, linear=linear
+    )
+    assert torch.equal(weights, mask.float() * expected)
+
+
+@pytest.mark.parametrize("linear, expected", [(True, 1.0), (False, 0.8)])
+def test_one_token_and_equal_estimates(linear, expected):
+    """The only change is both smallest and largest: the mean of the bounds, or the exponential map's minimum."""
+    for shape in ((1, 1), (2, 3)):
+        full = [torch.full(shape, x) for x in (2.0, 1.0, math.log(0.4), math.log(0.5))]
+        weights = compute_token_weights(*full, torch.ones(shape), linear=linear)
+        torch.testing.assert_close(weights, torch.full(shape, expected))
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_no_valid_token_gives_zeros(linear):
+    *tensors, mask = random_batch()
+    assert not compute_token_weights(*tensors, torch.zeros_like(mask), linear=linear).any()
+
+
+def test_unknown_estimator_is_refused():
+    *tensors, mask = random_batch()
+    with pytest.raises(ValueError, match="estimator='best': expected one of released, clip_aware, squared"):
+        compute_token_weights(*tensors, mask, estimator="best")
+
+
+def test_clipped_by_hand():
+    """Ratios 1.3, 1.3, 0.7, 0.7, 11, 11 with advantages of either sign; epsilon 0.2 below, 0.28 above, c = 10."""
+    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 0.0]])
+    ratio = torch.tensor([[1.3, 1.3, 0.7, 0.7, 11.0, 11.0, 11.0]])
+    above, below = ppo_clipped(advantages, torch.zeros(1, 7), ratio.log(), *CLIP)
+    assert above.tolist() == [[True, False, False, False, True, True, False]]
+    assert below.tolist() == [[False, False, False, True, False, False, False]]
+
+
+batches = st.builds(
+    random_batch,
+    shape=st.tuples(st.integers(1, 5), st.integers(1, 9)),
+    seed=st.integers(0, 10_000),
+    spread=st.floats(0.0, 3.0),
+)
+maps = st.one_of(
+    st.tuples(st.floats(0.05, 1.0), st.floats(1.0, 2.0), st.just(True)),
+    st.tuples(st.floats(0.05, 0.9), st.floats(0.9, 1.0), st.just(False)),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches, maps, st.sampled_from(ENTROPY_CHANGE_ESTIMATORS))
+def test_weights_are_bounded_and_fall_with_the_estimate(batch, bounds, estimator):
+    *tensors, mask = batch
+    weights = compute_token_weights(*tensors, mask, *bounds, estimator=estimator)
+    low, high, _ = bounds
+    assert (weights[mask] >= low - 1e-6).all() and (weights[mask] <= high + 1e-6).all() and not weights[~mask].any()
+    order = estimate_entropy_change(*tensors, estimator)[mask].argsort()
+    assert (weights[mask][order].diff() <= 1e-6).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(batches, maps, st.integers(0, 4), st.integers(0, 1000))
+def test_padding_and_order_do_not_matter(batch, bounds, extra, seed):
+    *tensors, mask = batch
+    weights = compute_token_weights(*tensors, mask, *bounds)
+    padded = [torch.nn.functional.pad(t, (extra, extra), value=-1.0) for t in tensors]
+    padded_mask = torch.nn.functional.pad(mask, (extra, extra), value=False)
+    width = weights.shape[1]
+    assert torch.equal(compute_token_weights(*padded, padded_mask, *bounds)[:, extra : extra + width], weights)
+    rows = torch.randperm(len(mask), generator=torch.Generator().manual_seed(seed))
+    shuffled = compute_token_weights(*(t[rows] for t in tensors), mask[rows], *bounds)
+    assert torch.equal(shuffled, weights[rows])

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""verl's entry point, with this fork's configurations on Hydra's search path and its checks before Ray starts."""
+
+from __future__ import annotations
+
+import sys
+
+import hydra
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins
+from hydra.errors import InstantiationException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, open_dict
+
+import verl_steer
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.utils.config import omega_conf_to_dataclass
+from verl.workers.utils.losses import takes_entropys
+
+_upstream = verl_steer.upstream(globals())
+
+#: Engines that return the current policy's entropies from the update's forward pass.
+ENTROPY_STRATEGIES = ("fsdp", "fsdp2", "megatron", "veomni", "torchtitan", "automodel")
+
+
+class UpstreamConfigs(SearchPathPlugin):
+    """Makes the installed verl's configurations known to Hydra beside this fork's, which `main` names."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("verl", "pkg://verl.trainer.config")
+
+
+Plugins.instance().register(UpstreamConfigs)
+
+
+def prepare(config: DictConfig) -> None:
+    """Check STEER's part of a run's configuration, and see to it that a loss that takes entropies gets them.
+
+    Args:
+        config: the resolved configuration; `actor.calculate_entropy` is switched on where the trainer drops or never
+            computes the old policy's entropies.
+
+    Raises:
+        ValueError: if a value is out of range or no entropies can be had.
+    """
+    actor = config.actor_rollout_ref.actor
+    try:
+        policy_loss = omega_conf_to_dataclass(actor.policy_loss)
+    except InstantiationException as error:
+        raise ValueError(str(error.__cause__)) from error
+    if not takes_entropys(get_policy_loss_fn(policy_loss.loss_mode)):
+        return
+    rollout_correction = config.algorithm.get("rollout_correction") or {}
+    if not config.trainer.use_v1 or rollout_correction.get("bypass_mode", False):
+        if actor.strategy not in ENTROPY_STRATEGIES:
+            raise ValueError(
+                f"actor.strategy={actor.strategy}: policy_loss.loss_mode={policy_loss.loss_mode} needs entropies, which "
+                f"bypass mode drops and this engine does not return; expected one of {', '.join(ENTROPY_STRATEGIES)}"
+            )
+        with open_dict(actor):
+            actor.calculate_entropy = True
+
+
+@hydra.main(config_path="config", config_name="ppo_trainer", version_base=None)
+def main(config: DictConfig) -> None:
+    """Train or evaluate by a Hydra configuration; `--config-name steer_exp` and its kin are this fork's."""
+    verl_steer.check()
+    try:
+        prepare(config)
+    except ValueError as error:
+        sys.exit(f"steer-verl: {error}")
+    _upstream.main.__wrapped__(config)
+
+
+if __name__ == "__main__":
+    main()

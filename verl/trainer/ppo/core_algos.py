@@ -1,0 +1,290 @@
+# SPDX-License-Identifier: Apache-2.0
+"""verl's core algorithms plus STEER: stabilising token-level entropy change by reweighting (arXiv 2510.10150).
+
+A policy-gradient step on a sampled token changes the entropy of the policy in that token's state. STEER estimates
+that change from four factors (PPO's clipping, the advantage, the token's probability, the state's entropy) and
+multiplies the token's loss by a weight that falls as the estimate grows, so that no update collapses the entropy or
+blows it up.
+
+    estimate_entropy_change             how much does the update change the entropy at each token?
+    map_to_token_weights                from that estimate to a weight for each token
+    compute_token_weights               the two together
+    compute_policy_loss_with_entropy    the policy loss `entropy_control`: upstream's PPO loss, each token weighted
+
+Notation, for a token a sampled in a state s: prob = pi(a|s) under the policy being updated, old_prob = pi_old(a|s)
+under the policy that the batch was scored with, ratio = prob / old_prob, entropys = H(pi_old(.|s)) in nats. Every
+tensor is (batch, response_length), and arithmetic is in float32 whatever the model's dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from verl_steer import upstream
+
+_upstream = upstream(globals())
+
+ENTROPY_CHANGE_ESTIMATORS = ("released", "clip_aware", "squared")
+
+#: Probabilities stay this far from 0 and 1, as in the authors' release.
+PROBABILITY_MARGIN = 1e-8
+
+#: The exponential map takes the largest change to be at least this: where nothing changes much, nothing is held back.
+ENTROPY_CHANGE_FLOOR = 0.02
+
+
+def ppo_clipped(
+    advantages: torch.Tensor,
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    clip_ratio_low: float,
+    clip_ratio_high: float,
+    clip_ratio_c: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens whose gradient PPO's dual clip (arXiv 1912.09729) takes away.
+
+    Args:
+        advantages, old_log_prob, log_prob: (batch, response_length).
+        clip_ratio_low: a negative advantage has no gradient below the ratio 1 - clip_ratio_low.
+        clip_ratio_high: a positive advantage has no gradient above the ratio 1 + clip_ratio_high.
+        clip_ratio_c: a negative advantage has no gradient above this ratio.
+
+    Returns:
+        Clipped from above and clipped from below, both boolean (batch, response_length).
+    """
+    ratio = torch.exp((log_prob.float() - old_log_prob.float()).clamp(-20.0, 20.0))
+    negative = advantages < 0
+    above = torch.where(negative, ratio > clip_ratio_c, (advantages > 0) & (ratio > 1 + clip_ratio_high))
+    return above, negative & (ratio < 1 - clip_ratio_low)
+
+
+def estimate_entropy_change(
+    advantages: torch.Tensor,
+    entropys: torch.Tensor,
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    estimator: str = "released",
+    clip_ratio_low: float = 0.2,
+    clip_ratio_high: float = 0.2,
+    clip_ratio_c: float = 3.0,
+) -> torch.Tensor:
+    """How much the update of each token changes the entropy of its state: |omega| of arXiv 2510.10150, per unit step.
+
+    `released`: |A / old_prob * prob (1 - prob) (ln prob + H)|, the numerics of the authors' release.
+    `clip_aware`: the same, and 0 where PPO's clip takes the gradient away (the paper's text, version 4).
+    `squared`: (1 - prob)^2 in place of (1 - prob) (the paper's first version).
+
+    Args:
+        advantages, old_log_prob, log_prob: (batch, response_length).
+        entropys: entropy of the policy in each token's state, in nats, (batch, response_length).
+        estimator: one of `ENTROPY_CHANGE_ESTIMATORS`.
+        clip_ratio_low, clip_ratio_high, clip_ratio_c: as in `ppo_clipped`; only `clip_aware` reads them.
+
+    Returns:
+        The estimate, at least 0 and finite, float32 (batch, response_length). Where an input is not finite, so that
+        the formula has no finite value, it is 0.
+
+    Raises:
+        ValueError: if the estimator is unknown.
+    """
+    if estimator not in ENTROPY_CHANGE_ESTIMATORS:
+        raise ValueError(f"estimator={estimator!r}: expected one of {', '.join(ENTROPY_CHANGE_ESTIMATORS)}")
+    log_prob = log_prob.float()
+    prob = log_prob.exp().clamp(PROBABILITY_MARGIN, 1 - PROBABILITY_MARGIN)
+    # 1 - prob by way of expm1: float32 has no number between 1 - 6e-8 and 1, where certain tokens are.
+    other_prob = -torch.expm1(log_prob).clamp(PROBABILITY_MARGIN - 1, -PROBABILITY_MARGIN)
+    old_prob = old_log_prob.float().exp().clamp(PROBABILITY_MARGIN, 1.0)
+    change = advantages.float() / old_prob * prob * other_prob * (log_prob + entropys.float())
+    if estimator == "squared":
+        change = change * other_prob
+    if estimator == "clip_aware":
+        above, below = ppo_clipped(advantages, old_log_prob, log_prob, clip_ratio_low, clip_ratio_high, clip_ratio_c)
+        change = change.masked_fill(above | below, 0.0)
+    return change.abs().nan_to_num(nan=0.0, posinf=0.0)
+
+
+def map_to_token_weights(
+    entropy_change: torch.Tensor,
+    response_mask: torch.Tensor,
+    token_weight_min: float = 0.8,
+    token_weight_max: float = 1.2,
+    linear: bool = True,
+) -> torch.Tensor:
+    """Weights that fall as the estimated entropy change grows.
+
+    Linear: from `token_weight_max` at the smallest change among the valid tokens to `token_weight_min` at the
+    largest; all equal gives their mean. Exponential: exp(-k change) with k so that the largest change gets
+    `token_weight_min`, that largest change being no less than `ENTROPY_CHANGE_FLOOR`.
+
+    Args:
+        entropy_change: at least 0 and finite, float32 (batch, response_length).
+        response_mask: 1 or True on valid tokens, (batch, response_length).
+        token_weight_min: the weight of the token with the largest change.
+        token_weight_max: the weight of the token with the smallest change in the linear map; the upper bound in the
+            exponential one.
+        linear: the linear map, else the exponential one.
+
+    Returns:
+        Weights, float32 (batch, response_length), 0 on tokens that are not valid.
+    """
+    valid = response_mask.bool()
+    largest = entropy_change.masked_fill(~valid, 0.0).amax()
+    if linear:
+        smallest = entropy_change.masked_fill(~valid, torch.inf).amin()
+        spread = largest - smallest
+        position = ((entropy_change - smallest) / spread.clamp_min(torch.finfo(spread.dtype).tiny)).clamp(0.0, 1.0)
+        position = torch.where(spread > 0, position, 0.5)
+        weights = torch.lerp(
+            position.new_tensor(token_weight_max), position.new_tensor(token_weight_min), position
+        )
+    else:
+        decay = -math.log(token_weight_min) / largest.clamp_min(ENTROPY_CHANGE_FLOOR)
+        weights = torch.exp(-decay * entropy_change).clamp(token_weight_min, token_weight_max)
+    return weights.masked_fill(~valid, 0.0)
+
+
+@torch.no_grad()
+def compute_token_weights(
+    advantages: torch.Tensor,
+    entropys: torch.Tensor,
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    response_mask: torch.Tensor,
+    token_weight_min: float = 0.8,
+    token_weight_max: float = 1.2,
+    linear: bool = True,
+    *,
+    estimator: str = "released",
+    clip_ratio_low: float = 0.2,
+    clip_ratio_high: float = 0.2,
+    clip_ratio_c: float = 3.0,
+) -> torch.Tensor:
+    """STEER's weight of each token's loss (arXiv 2510.10150); no gradient flows through it.
+
+    Args:
+        advantages, entropys, old_log_prob, log_prob: (batch, response_length), as in `estimate_entropy_change`.
+        response_mask: 1 or True on valid tokens, (batch, response_length).
+        token_weight_min, token_weight_max, linear: as in `map_to_token_weights`.
+        estimator, clip_ratio_low, clip_ratio_high, clip_ratio_c: as in `estimate_entropy_change`.
+
+    Returns:
+        Weights, float32 (batch, response_length), 0 on tokens that are not valid. They depend on the valid tokens
+        only, not on padding or order.
+
+    Raises:
+        ValueError: if the estimator is unknown.
+    """
+    entropy_change = estimate_entropy_change(
+        advantages, entropys, old_log_prob, log_prob, estimator, clip_ratio_low, clip_ratio_high, clip_ratio_c
+    )
+    return map_to_token_weights(entropy_change, response_mask, token_weight_min, token_weight_max, linear)
+
+
+class _LeaveMetricsOnDevice(TorchFunctionMode):
+    """Keeps upstream's losses from waiting for the device: they read their metrics with `.item()`, one by one."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.item:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def token_weight_metrics(
+    token_weights: torch.Tensor,
+    entropy_change: torch.Tensor,
+    clipped_above: torch.Tensor,
+    clipped_below: torch.Tensor,
+    response_mask: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """Scalars over the valid tokens of one micro-batch, left on the device.
+
+    Args:
+        token_weights, entropy_change, clipped_above, clipped_below, response_mask: (batch, response_length).
+
+    Returns:
+        Mean, minimum and maximum of the weights, mean and maximum of the estimated entropy change, and the shares of
+        tokens clipped from above and from below. Without a valid token means and shares are 0, the minimum is
+        infinite and the maxima are 0, so that they leave a reduction over micro-batches alone.
+    """
+    valid = response_mask.bool()
+    count = valid.sum().clamp_min(1)
+
+    def mean(values: torch.Tensor) -> torch.Tensor:
+        return values.masked_fill(~valid, 0).sum() / count
+
+    return {
+        "actor/token_weights_mean": mean(token_weights),
+        "actor/token_weights_min": token_weights.masked_fill(~valid, torch.inf).amin(),
+        "actor/token_weights_max": token_weights.masked_fill(~valid, 0.0).amax(),
+        "actor/entropy_change_mean": mean(entropy_change),
+        "actor/entropy_change_max": entropy_change.masked_fill(~valid, 0.0).amax(),
+        "actor/pg_clipfrac_high": mean(clipped_above),
+        "actor/pg_clipfrac_low": mean(clipped_below),
+    }
+
+
+@_upstream.register_policy_loss("entropy_control")
+def compute_policy_loss_with_entropy(
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    response_mask: torch.Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: torch.Tensor | None = None,
+    entropys: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """STEER (arXiv 2510.10150): upstream's dual-clip PPO loss, each token's loss times its weight.
+
+    Args:
+        old_log_prob, log_prob, advantages: (batch, response_length).
+        response_mask: 1 or True on valid tokens, (batch, response_length).
+        loss_agg_mode: how token losses become one; see upstream's `agg_loss`.
+        config: `ActorConfig`; `policy_loss` holds STEER's options, `clip_ratio*` the clip.
+        rollout_is_weights: upstream's weights for off-policy rollouts, multiplied in, (batch, response_length).
+        entropys: entropy of the policy in each token's state, in nats, (batch, response_length).
+
+    Returns:
+        The loss, a scalar with gradient, and metrics, scalar tensors on the loss's device.
+
+    Raises:
+        ValueError: if `entropys` is missing.
+    """
+    if entropys is None:
+        raise ValueError("entropys=None: loss_mode=entropy_control expects the entropy of each response token")
+    options, clip = config.policy_loss, _clip_ratios(config)
+    old_log_prob, log_prob, advantages = old_log_prob.float(), log_prob.float(), advantages.float()
+    with torch.no_grad():
+        entropy_change = estimate_entropy_change(
+            advantages, entropys, old_log_prob, log_prob, options.entropy_change_estimator, *clip
+        )
+        token_weights = map_to_token_weights(
+            entropy_change, response_mask, options.token_weight_min, options.token_weight_max, options.linear
+        )
+        steer_metrics = token_weight_metrics(
+            token_weights,
+            entropy_change,
+            *ppo_clipped(advantages, old_log_prob, log_prob, *clip),
+            response_mask,
+        )
+        loss_weights = token_weights if rollout_is_weights is None else token_weights * rollout_is_weights
+    with _LeaveMetricsOnDevice():
+        loss, metrics = _upstream.compute_policy_loss_vanilla(
+            old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, loss_weights
+        )
+    return loss, metrics | steer_metrics
+
+
+def _clip_ratios(config: Any) -> tuple[float, float, float]:
+    """(clip_ratio_low, clip_ratio_high, clip_ratio_c) as upstream's vanilla loss resolves them."""
+    low, high = config.clip_ratio_low, config.clip_ratio_high
+    return (
+        config.clip_ratio if low is None else low,
+        config.clip_ratio if high is None else high,
+        config.get("clip_ratio_c", 3.0),
+    )

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight synchronisation into vLLM's CPU build; named by `rollout.engine_kwargs.vllm.worker_extension_cls`."""
+
+from __future__ import annotations
+
+import torch
+from vllm.model_executor.model_loader.utils import process_weights_after_loading
+
+from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
+from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+
+
+class CPUWorkerExtension(vLLMColocateWorkerExtension):
+    """Loads received weights layer by layer.
+
+    After start-up vLLM's CPU build packs linear weights for its matrix kernels and drops the originals, so that a
+    model's `load_weights` finds nothing to write to; `reload_weights` restores each layer, loads and packs it again.
+    """
+
+    def update_weights_from_ipc(
+        self, peft_config: dict | None = None, base_sync_done: bool = False, use_shm: bool = True
+    ) -> None:
+        """Receive the trainer's weights and load them; see upstream's method of this name."""
+        if peft_config and base_sync_done:
+            # An adapter leaves the packed base weights alone.
+            super().update_weights_from_ipc(peft_config, base_sync_done, use_shm)
+            return
+        received: dict[str, torch.Tensor] = {}
+
+        def keep(bucket: list[tuple[str, torch.Tensor]], is_last: bool) -> None:
+            # The tensors are views of a shared buffer that the sender writes the next bucket to.
+            received.update((name, weight.clone()) for name, weight in bucket)
+
+        receiver = BucketedWeightReceiver(
+            zmq_handle=self._get_zmq_handle(), device=torch.device("cpu"), use_shm=use_shm
+        )
+        receiver.receive_weights(on_bucket_received=keep)
+        self.model_runner.reload_weights(weights_iterator=iter(received.items()))
+        # An output layer tied to the embedding gets no weights of its own, so its packed ones are still the old ones.
+        for model, model_config in self._iter_all_models_with_config():
+            process_weights_after_loading(model, model_config, torch.device("cpu"))

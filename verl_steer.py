@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grafts this fork's `verl/` onto the installed verl.
+
+verl loads every entry point of the group `verl.plugins` when it is imported; this module is one. From then on
+`verl.x.y` comes from `verl/x/y.py` of this fork where that file exists and from the installed verl elsewhere, in
+the driver, in every Ray worker and in every vLLM subprocess alike.
+
+An overlay file that changes an upstream module begins with `_upstream = verl_steer.upstream(globals())` and then
+adds or replaces names. A file with no counterpart upstream is an ordinary module.
+
+`python -m verl_steer` tells what is grafted; `python -m verl_steer --check` only whether it is.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Iterator, MutableMapping
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+
+VERL_VERSION = "0.9.1"
+
+#: Upstream modules that an overlay file stands in for, and why no registry of verl's could serve.
+SHADOWED = {
+    "verl.trainer.main_ppo": "the entry: this fork's configurations on Hydra's search path, checks before Ray starts",
+    "verl.trainer.ppo.core_algos": "STEER at the place where a reader looks for policy losses",
+    "verl.utils.distributed": "torch refuses the process group that verl asks for when the device is the CPU itself",
+    "verl.workers.config.actor": "PolicyLossConfig with STEER's fields: the configurations name the class by this path",
+    "verl.workers.engine.fsdp.transformer_impl": "where FSDP engines are registered; verl has none for a CPU",
+    "verl.workers.utils.losses": "ppo_loss calls the policy loss, and STEER's needs the entropies too",
+}
+
+
+def overlay_root() -> Path:
+    """The folder of this fork's `verl/`: `verl_overlay/` beside this file in a wheel, `verl/` in a checkout."""
+    here = Path(__file__).resolve()
+    packed = here.with_name("verl_overlay")
+    return packed if packed.is_dir() else here.with_name("verl")
+
+
+OVERLAY = overlay_root()
+
+
+class Graft:
+    """A finder for `sys.meta_path` that serves `verl.x.y` from `OVERLAY/x/y.py` where that file exists."""
+
+    @staticmethod
+    def find_spec(name: str, path: object = None, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        package, *parts = name.split(".")
+        if package != "verl" or not parts:
+            return None
+        file = OVERLAY.joinpath(*parts).with_suffix(".py")
+        return importlib.util.spec_from_file_location(name, file) if file.is_file() else None
+
+
+def upstream(namespace: MutableMapping[str, object]) -> ModuleType:
+    """Execute the installed verl's module of the same name and re-export its names into an overlay file.
+
+    Args:
+        namespace: `globals()` of the overlay file.
+
+    Returns:
+        The upstream module, private to the caller: `sys.modules` holds the overlay file's.
+    """
+    # Not `__name__`: that is `__main__` under `python -m verl.trainer.main_ppo`.
+    name = namespace["__spec__"].name  # type: ignore[attr-defined]
+    spec = importlib.machinery.PathFinder.find_spec(name, sys.modules[name.rpartition(".")[0]].__path__)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{name}: the installed verl {version('verl')} has no such module; expected {VERL_VERSION}")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    namespace.update({key: value for key, value in vars(module).items() if not key.startswith("__")})
+    if hasattr(module, "__all__"):
+        namespace["__all__"] = list(module.__all__)
+    return module
+
+
+def overlay_modules() -> Iterator[str]:
+    """Names of all modules that the overlay holds, such as `verl.trainer.ppo.core_algos`."""
+    for file in sorted(OVERLAY.rglob("*.py")):
+        yield ".".join(("verl", *file.relative_to(OVERLAY).with_suffix("").parts))
+
+
+def check() -> None:
+    """Exit with one line on standard error unless the graft is active and fits the installed verl."""
+    if version("verl") != VERL_VERSION:
+        sys.exit(f"steer-verl: verl is {version('verl')}, expected {VERL_VERSION}: pip install verl=={VERL_VERSION}")
+    importlib.import_module("verl")
+    if not any(getattr(finder, "__name__", "") == "Graft" for finder in sys.meta_path):
+        sys.exit(
+            "steer-verl: the fork is not grafted onto verl: run `pip install -e .` in its folder, and let "
+            "VERL_USE_EXTERNAL_PLUGINS be unset, `auto` or hold `steer`"
+        )
+    loaded = sys.modules["verl_steer"]
+    if loaded.failure is not None:
+        sys.exit(f"steer-verl: the graft failed: {type(loaded.failure).__name__}: {loaded.failure}")
+
+
+def main() -> None:
+    """Print what is grafted, onto which verl, and on which platform."""
+    check()
+    if "--check" in sys.argv[1:]:
+        return
+    from verl.plugin.platform import get_platform
+
+    print(f"steer-verl {version('steer-verl')} on verl {version('verl')}, platform {get_platform().device_name}")
+    print(f"grafted from {OVERLAY}")
+    for name in overlay_modules():
+        print(f"  {name}: {SHADOWED.get(name, 'new')}")
+
+
+#: What went wrong while verl loaded this plugin; verl itself only logs it at debug level, `check` makes it loud.
+failure: Exception | None = None
+
+if __name__ == "__main__":
+    main()
+else:
+    sys.meta_path.insert(0, Graft)  # type: ignore[arg-type]
+    try:
+        importlib.import_module("verl.plugin.platform.platform_cpu")
+    except Exception as error:
+        failure = error
