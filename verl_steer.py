@@ -28,6 +28,7 @@ VERL_VERSION = "0.9.1"
 SHADOWED = {
     "verl.trainer.main_ppo": "the entry: this fork's configurations on Hydra's search path, checks before Ray starts",
     "verl.trainer.ppo.core_algos": "STEER at the place where a reader looks for policy losses",
+    "verl.trainer.ppo.v1.trainer_sync": "verl imports no other place where a trainer could register itself",
     "verl.utils.distributed": "torch refuses the process group that verl asks for when the device is the CPU itself",
     "verl.workers.config.actor": "PolicyLossConfig with STEER's fields: the configurations name the class by this path",
     "verl.workers.engine.fsdp.transformer_impl": "where FSDP engines are registered; verl has none for a CPU",

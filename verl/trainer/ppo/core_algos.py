@@ -138,9 +138,7 @@ def map_to_token_weights(
         spread = largest - smallest
         position = ((entropy_change - smallest) / spread.clamp_min(torch.finfo(spread.dtype).tiny)).clamp(0.0, 1.0)
         position = torch.where(spread > 0, position, 0.5)
-        weights = torch.lerp(
-            position.new_tensor(token_weight_max), position.new_tensor(token_weight_min), position
-        )
+        weights = torch.lerp(position.new_tensor(token_weight_max), position.new_tensor(token_weight_min), position)
     else:
         decay = -math.log(token_weight_min) / largest.clamp_min(ENTROPY_CHANGE_FLOOR)
         weights = torch.exp(-decay * entropy_change).clamp(token_weight_min, token_weight_max)

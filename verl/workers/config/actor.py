@@ -45,9 +45,13 @@ class PolicyLossConfig(_upstream.PolicyLossConfig):
         if not isinstance(linear, bool):
             raise ValueError(f"policy_loss.linear={linear!r}: expected true or false")
         if not 0 < low <= high:
-            raise ValueError(f"policy_loss.token_weight_min={low}: expected 0 < token_weight_min <= token_weight_max={high}")
+            raise ValueError(
+                f"policy_loss.token_weight_min={low}: expected 0 < token_weight_min <= token_weight_max={high}"
+            )
         if not linear and high > 1:
-            raise ValueError(f"policy_loss.token_weight_max={high}: expected at most 1 in the exponential map (linear=false)")
+            raise ValueError(
+                f"policy_loss.token_weight_max={high}: expected at most 1 in the exponential map (linear=false)"
+            )
         if estimator not in ENTROPY_CHANGE_ESTIMATORS:
             raise ValueError(
                 f"policy_loss.entropy_change_estimator={estimator!r}: expected one of "

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Single-turn generation a batch at a time, named by `rollout.agent.agent_loop_manager_class`.
+
+verl runs one agent loop for each rollout: a few Ray calls and one write to the TransferQueue apiece, which is what a
+step of short responses spends its time on. Here each vLLM replica gets its share of the prompts in one call, the
+responses are graded in one call and written in one. Samples, fields and tags are those of
+`verl.trainer.ppo.v1.agent_loop_tq`. Text-only prompts and the agent loop `single_turn_agent` are what it serves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import transfer_queue as tq
+from tensordict import TensorDict
+from tensordict.tensorclass import NonTensorData, NonTensorStack
+from torch.nn.utils.rnn import pad_sequence
+
+from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, AgentLoopWorker, DictConfigWrap, ToolListWrap
+from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
+from verl.protocol import DataProto
+from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, apply_greedy_sampling_params
+from verl.utils.profiler import simple_timer
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
+from verl.workers.rollout.replica import TokenOutput
+
+logger = logging.getLogger(__name__)
+
+Prompt = dict[str, Any]
+
+
+class BatchedAgentLoopWorker(AgentLoopWorker):
+    """Generates, grades and stores a batch of single-turn prompts together."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.distillation_enabled or self.rollout_config.agent.default_agent_loop != "single_turn_agent":
+            raise ValueError(
+                f"rollout.agent.default_agent_loop={self.rollout_config.agent.default_agent_loop}: the batched manager "
+                "serves single_turn_agent without distillation; expected rollout.agent.agent_loop_manager_class=null"
+            )
+        tq.init()
+        self.background_tasks: set[asyncio.Task[None]] = set()
+        self.single_turn = SingleTurnAgentLoop(
+            trainer_config=DictConfigWrap(config=self.config),
+            server_manager=self.llm_client,
+            tokenizer=self.tokenizer,
+            processor=self.processor,
+            hf_model_type=self.hf_model_type,
+            dataset_cls=self.dataset_cls,
+            data_config=DictConfigWrap(self.config.data),
+            tools=ToolListWrap(self.tools),
+        )
+
+    async def generate_sequences(self, batch: TensorDict) -> None:
+        """Start on a batch of prompts and return; what becomes of it goes to the TransferQueue."""
+        validate = bool(batch.pop("validate", False))
+        prompts = [{key: _item(value, i) for key, value in batch.items()} for i in range(len(batch))]
+        task = asyncio.create_task(self._run_prompts(prompts, validate))
+        self.background_tasks.add(task)
+        task.add_done_callback(self.background_tasks.discard)
+
+    async def _run_prompts(self, prompts: list[Prompt], validate: bool) -> None:
+        partition_id = "val" if validate else "train"
+        uids = [prompt["uid"] for prompt in prompts]
+        await tq.async_kv_batch_put(keys=uids, partition_id=partition_id, tags=[{"status": "running"}] * len(uids))
+        status = "finished"
+        try:
+            await self._generate_and_store(prompts, validate, partition_id)
+        except Exception:
+            # As upstream: the trainer learns of a failed group by its status, and the log says why.
+            logger.exception("generation of %d prompts failed", len(prompts))
+            status = "failure"
+        await tq.async_kv_batch_put(keys=uids, partition_id=partition_id, tags=[{"status": status}] * len(uids))
+
+    async def _generate_and_store(self, prompts: list[Prompt], validate: bool, partition_id: str) -> None:
+        # One entry for each rollout from here on: its prompt, its number within the group, its request.
+        rollouts: list[tuple[Prompt, int]] = []
+        requests: list[dict[str, Any]] = []
+        for prompt in prompts:
+            sampling_params = self._sampling_params(validate, prompt.pop("__do_sample__", True))
+            prompt_ids = await self.single_turn.ct_build_initial_tokens(list(prompt["raw_prompt"]))
+            for session_id in range(self._rollouts_of(prompt, validate)):
+                rollouts.append((prompt, session_id))
+                requests.append({"prompt_ids": prompt_ids, "sampling_params": dict(sampling_params)})
+        timing: dict[str, float] = {}
+        with simple_timer("generate_sequences", timing):
+            tokens = await self._generate(requests)
+        outputs = [
+            self._agent_loop_output(request["prompt_ids"], token, timing)
+            for request, token in zip(requests, tokens, strict=True)
+        ]
+        if self.reward_loop_worker_handles is not None:
+            with simple_timer("compute_score", timing):
+                await self._grade(rollouts, outputs)
+            for output in outputs:
+                output.metrics.compute_score = timing["compute_score"]
+        fields, tags = zip(
+            *(_record(*rollout, output) for rollout, output in zip(rollouts, outputs, strict=True)), strict=True
+        )
+        await tq.async_kv_batch_put(
+            keys=[f"{prompt['uid']}_{session_id}_0" for prompt, session_id in rollouts],
+            fields=list_of_dict_to_tensordict(list(fields)),
+            tags=list(tags),
+            partition_id=partition_id,
+        )
+
+    def _rollouts_of(self, prompt: Prompt, validate: bool) -> int:
+        configured = self.rollout_config.val_kwargs.n if validate else self.rollout_config.n
+        return int(prompt.pop("__rollout_n__", configured))
+
+    def _sampling_params(self, validate: bool, do_sample: bool) -> dict[str, Any]:
+        source = self.rollout_config.val_kwargs if validate else self.rollout_config
+        params = {
+            "temperature": source.temperature,
+            "top_p": source.top_p,
+            "top_k": source.top_k,
+            "repetition_penalty": 1.0,
+            "logprobs": self.rollout_config.calculate_log_probs,
+        }
+        if not validate and not do_sample:
+            apply_greedy_sampling_params(params)
+        return params
+
+    async def _generate(self, requests: list[dict[str, Any]]) -> list[TokenOutput]:
+        """One call to each replica; the rollouts of a prompt stay together, where they share its prefix."""
+        replicas = len(await self.llm_client._load_balancer.get_all_servers.remote())
+        share = -(-len(requests) // replicas)
+        chunks = [requests[start : start + share] for start in range(0, len(requests), share)]
+        outputs = await asyncio.gather(*(self._generate_on_one_replica(chunk) for chunk in chunks))
+        return [output for chunk in outputs for output in chunk]
+
+    async def _generate_on_one_replica(self, requests: list[dict[str, Any]]) -> list[TokenOutput]:
+        request_ids = [self.llm_client._vllm_request_id(f"batch-{i}") for i in range(len(requests))]
+        server_id, server = await self.llm_client._acquire_server(request_ids[0])
+        try:
+            return await server.generate_batch.remote(request_ids, requests)
+        finally:
+            self.llm_client._release_server(server_id, request_id=request_ids[0])
+
+    def _agent_loop_output(
+        self, prompt_ids: list[int], token: TokenOutput, timing: dict[str, float]
+    ) -> AgentLoopOutput:
+        """What `SingleTurnAgentLoop.run` returns for one rollout."""
+        length = self.rollout_config.response_length
+        steps = token.extra_fields.get("global_steps")
+        return AgentLoopOutput(
+            prompt_ids=prompt_ids,
+            response_ids=token.token_ids[:length],
+            response_mask=[1] * len(token.token_ids[:length]),
+            response_logprobs=token.log_probs[:length] if token.log_probs else None,
+            multi_modal_data={},
+            num_turns=2,
+            metrics={
+                "generate_sequences": timing["generate_sequences"],
+                "num_preempted": -1 if token.num_preempted is None else token.num_preempted,
+            },
+            extra_fields={
+                **token.extra_fields,
+                "min_global_steps": steps,
+                "max_global_steps": steps,
+                "turn_scores": [],
+                "tool_rewards": [],
+            },
+        )
+
+    async def _grade(self, rollouts: list[tuple[Prompt, int]], outputs: list[AgentLoopOutput]) -> None:
+        """Scores into `outputs`, by the reward workers, an equal share each."""
+        batch = _reward_batch(rollouts, outputs)
+        handles = self.reward_loop_worker_handles
+        share = -(-len(outputs) // len(handles))
+        calls = [
+            handle.compute_score_batch.remote(batch[start : start + share])
+            for handle, start in zip(handles, range(0, len(outputs), share), strict=False)
+        ]
+        results = [result for chunk in await asyncio.gather(*calls) for result in chunk]
+        for output, result in zip(outputs, results, strict=True):
+            output.reward_score = result["reward_score"]
+            output.extra_fields["reward_extra_info"] = result["reward_extra_info"]
+
+
+class BatchedAgentLoopManager(AgentLoopManagerTQ):
+    """Upstream's manager, with workers that take a batch at a time."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.agent_loop_workers_class = ray.remote(BatchedAgentLoopWorker)
+
+
+def _item(value: Any, i: int) -> Any:
+    """Row i of a TensorDict's column, whatever its kind."""
+    if isinstance(value, NonTensorData) and not isinstance(value, NonTensorStack):
+        return value.data
+    row = value[i]
+    return row.data if isinstance(row, NonTensorData) else row
+
+
+def _reward_batch(rollouts: list[tuple[Prompt, int]], outputs: list[AgentLoopOutput]) -> DataProto:
+    """What a reward manager reads: padded tokens (batch, longest) and the columns of the prompts' rows."""
+
+    def padded(rows: list[list[int]]) -> torch.Tensor:
+        return pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
+
+    prompts, responses = padded([o.prompt_ids for o in outputs]), padded([o.response_ids for o in outputs])
+    attention_mask = torch.cat(
+        [padded([[1] * len(o.prompt_ids) for o in outputs]), padded([o.response_mask for o in outputs])], dim=1
+    )
+    columns: dict[str, list[Any]] = {key: [prompt[key] for prompt, _ in rollouts] for key in rollouts[0][0]}
+    # A reward manager writes into extra_info, and the rollouts of a prompt share it.
+    columns["extra_info"] = [dict(prompt.get("extra_info") or {}) for prompt, _ in rollouts]
+    columns["session_id"] = [session_id for _, session_id in rollouts]
+    columns["__num_turns__"] = [output.num_turns for output in outputs]
+    columns["tool_extra_fields"] = [output.extra_fields for output in outputs]
+    return DataProto(
+        batch=TensorDict(
+            {
+                "prompts": prompts,
+                "responses": responses,
+                "attention_mask": attention_mask,
+                "input_ids": torch.cat([prompts, responses], dim=1),
+            },
+            batch_size=len(outputs),
+        ),
+        non_tensor_batch={key: _object_array(values) for key, values in columns.items()},
+    )
+
+
+def _object_array(values: list[Any]) -> np.ndarray:
+    """One-dimensional, even where the values are lists of one length."""
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array
+
+
+def _record(prompt: Prompt, session_id: int, output: AgentLoopOutput) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The fields and the tag of one rollout in the TransferQueue."""
+    field = output.as_dict() | prompt | {"session_id": session_id}
+    field.pop("multi_modal_data", None)
+    prompt_len, response_len = len(output.prompt_ids), len(output.response_ids)
+    field["loss_mask"] = field["response_mask"]
+    field["input_ids"] = torch.cat([field["prompts"], field["responses"]])
+    field["position_ids"] = torch.arange(prompt_len + response_len)
+    field["multi_modal_inputs"] = {}
+    tag = {
+        "status": "success",
+        "prompt_len": prompt_len,
+        "response_len": response_len,
+        "seq_len": prompt_len + response_len,
+        "global_steps": prompt["global_steps"],
+        "min_global_steps": output.extra_fields["min_global_steps"],
+        "max_global_steps": output.extra_fields["max_global_steps"],
+    }
+    return field, tag

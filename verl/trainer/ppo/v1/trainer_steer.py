@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainer of this fork, `trainer.v1.trainer_mode=steer`: upstream's synchronous one and what runs here need."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig, open_dict
+
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+
+BATCHED_MANAGER = "verl.trainer.ppo.v1.agent_loop_batched.BatchedAgentLoopManager"
+
+#: Seconds between two looks whether a step's rollouts are there; upstream waits 2, half of a small model's step.
+POLL_INTERVAL = 0.05
+
+
+@register_trainer("steer")
+class SteerTrainer(PPOTrainerSync):
+    """Upstream's synchronous trainer, quick to notice finished rollouts, with whole batches for the batched manager."""
+
+    def __init__(self, config: DictConfig) -> None:
+        # Upstream compares the mode's name with "sync" to tell synchronous trainers.
+        with open_dict(config):
+            config.trainer.v1.trainer_mode = "sync"
+        super().__init__(config)
+        if config.actor_rollout_ref.rollout.agent.get("agent_loop_manager_class") == BATCHED_MANAGER:
+            from verl.workers.rollout.vllm_rollout import vllm_batched
+
+            vllm_batched.register()
+
+    def _build_replay_buffer(self) -> ReplayBuffer:
+        replay_buffer = super()._build_replay_buffer()
+        replay_buffer.poll_interval = POLL_INTERVAL
+        return replay_buffer

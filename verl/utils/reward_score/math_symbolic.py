@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Symbolic equivalence of two answers by math-verify, bounded in time and memory whatever a model wrote.
+
+math-verify's own time-outs are signals, which Python delivers to the main thread only, while verl grades in a thread
+pool; and no thread can be stopped inside one long integer operation. So the comparison runs in a child process, which
+is started on first use, serves the worker for its whole life, and is killed and replaced when a comparison takes too
+long. The child is a fresh interpreter (a fork of a threaded process may deadlock) that imports math-verify and nothing
+of verl.
+"""
+
+import atexit
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+MAX_LENGTH = 512  # characters of one answer
+MAX_DEPTH = 20  # nested brackets
+MAX_DIGITS = 100  # digits in a row
+START_LIMIT = 120.0  # seconds until a new child must be ready
+
+_SERVER = Path(__file__).with_name("math_symbolic_server.py")
+_INTEGER = re.compile(r"-?\d+")
+_WORD = re.compile(r"[a-zA-Z ]{3,}")
+_NUMBER_IN_BASE = re.compile(r"\d *_")
+_LONG_DIGITS = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
+_PERCENTAGE = re.compile(r"([^,%]+?) *\\?%")
+
+
+def _depth(text: str) -> int:
+    deepest = depth = 0
+    for char in text:
+        depth += (char in "{([") - (char in "})]")
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def worth_asking(truth: str, answer: str) -> bool:
+    """Whether a symbolic comparison could find two differently written answers equal, and is fit to be tried.
+
+    False where an answer is empty, too long or too deep; where both are integers; where one is a word, which
+    math-verify takes for a product of its letters; and where one has a number with a base, which it ignores.
+    """
+    if _INTEGER.fullmatch(truth) and _INTEGER.fullmatch(answer):
+        return False
+    return all(
+        0 < len(text) <= MAX_LENGTH
+        and _depth(text) <= MAX_DEPTH
+        and "__" not in text
+        and not _LONG_DIGITS.search(text)
+        and not _NUMBER_IN_BASE.search(text)
+        and not _WORD.fullmatch(text)
+        for text in (truth, answer)
+    )
+
+
+def _percentage_as_fraction(text: str) -> str:
+    percentage = _PERCENTAGE.fullmatch(text)
+    return rf"\frac{{{percentage[1]}}}{{100}}" if percentage else text
+
+
+@dataclass
+class _Child:
+    process: subprocess.Popen
+    connection: Connection
+    ready: bool = False
+
+    @classmethod
+    def start(cls) -> "_Child":
+        ours, theirs = multiprocessing.Pipe()
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-I", str(_SERVER), json.dumps(sys.path), str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C ends the parent, whose end of the pipe then ends the child.
+            )
+        return cls(process, ours)
+
+    def wait_until_ready(self) -> None:
+        with contextlib.suppress(EOFError, ConnectionError):
+            self.ready = self.ready or (self.connection.poll(START_LIMIT) and self.connection.recv_bytes() == b"ready")
+        if not self.ready:
+            self.kill()
+            raise RuntimeError(
+                f"math-verify's process was not ready in {START_LIMIT:.0f} s (exit status {self.process.returncode})."
+                f" Its own message is above; `{sys.executable} -c 'import math_verify'` must work."
+            )
+
+    def ask(self, request: bytes, timeout: float) -> bool | None:
+        """The verdict, or None where the comparison took too long or ended the child (out of memory or stack)."""
+        with contextlib.suppress(EOFError, ConnectionError):
+            self.connection.send_bytes(request)
+            if self.connection.poll(timeout):
+                return self.connection.recv_bytes() == b"1"
+        return None
+
+    def kill(self) -> None:
+        self.connection.close()
+        self.process.kill()
+        self.process.wait()
+
+
+class SymbolicComparer:
+    """Compares answers one at a time in a child process. May be called from any thread.
+
+    Attributes:
+        starts: how many children have been started, the first included.
+    """
+
+    def __init__(self) -> None:
+        self.starts = 0
+        self._lock = threading.Lock()
+        self._child: _Child | None = None
+
+    def equivalent(self, truth: str, answer: str, timeout: float = 2.0) -> bool:
+        """Whether `answer` equals `truth` symbolically; False where that takes over `timeout` seconds.
+
+        The limit holds for the comparison itself. A caller also waits for those of other threads before it, and for a
+        new child to start (about a second) after one was killed.
+
+        Raises:
+            RuntimeError: the child can't be started, for instance because math-verify isn't installed.
+        """
+        if not worth_asking(truth, answer):
+            return False
+        pair = _percentage_as_fraction(truth), _percentage_as_fraction(answer)
+        with self._lock:
+            child = self._child
+            if child is None or child.process.poll() is not None:
+                child = self._replace()
+            child.wait_until_ready()
+            verdict = child.ask(json.dumps([*pair, timeout]).encode(), timeout)
+            if verdict is None:
+                self._replace()
+            return bool(verdict)
+
+    def close(self) -> None:
+        """End the child; a later comparison starts another."""
+        with self._lock:
+            self._stop()
+
+    def _replace(self) -> _Child:
+        self._stop()
+        self._child = _Child.start()
+        self.starts += 1
+        return self._child
+
+    def _stop(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+        self._child = None
+
+
+comparer = SymbolicComparer()
+
+
+def _renew() -> None:
+    # A forked process must not talk to its parent's child, and may have inherited a held lock.
+    global comparer
+    comparer = SymbolicComparer()
+
+
+os.register_at_fork(after_in_child=_renew)
+atexit.register(lambda: comparer.close())
