@@ -25,11 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
-
-import datasets
 
 DEFAULT_OUT = Path(__file__).resolve().parent.parent / "data"
 # The reader that `load_dataset` takes for each kind of raw file, in the order in which `--source` looks for them.

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import pearsonr, spearmanr
-
 from verl.trainer.ppo.core_algos import ENTROPY_CHANGE_ESTIMATORS, estimate_entropy_change
 
 STATES, ACTIONS, STEP = 4000, 32, 1e-4

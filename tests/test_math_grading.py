@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import pytest
-
 from verl.utils.reward_score import math_boxed, steer
 from verl.utils.reward_score.math_normalize import normalize
 

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-
 from verl.utils.reward_score import math_boxed, math_symbolic
 
 TIMEOUT = 0.5  # seconds a symbolic comparison may take here

@@ -6,7 +6,6 @@ import torch
 from tensordict import TensorDict
 from test_token_weights import random_batch
 from torch.utils._python_dispatch import TorchDispatchMode
-
 from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla, compute_token_weights, get_policy_loss_fn
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType
@@ -58,9 +57,7 @@ def test_gradient_is_the_weight_times_the_vanilla_gradient(options, agg):
         clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=10.0,
     )  # fmt: skip
     steer = gradient(lambda x: steer_loss((advantages, entropys, old_log_prob, x, mask), config), log_prob)
-    vanilla = gradient(
-        lambda x: compute_policy_loss_vanilla(old_log_prob, x, advantages, mask, agg, config), log_prob
-    )
+    vanilla = gradient(lambda x: compute_policy_loss_vanilla(old_log_prob, x, advantages, mask, agg, config), log_prob)
     assert vanilla.any()
     torch.testing.assert_close(steer, weights * vanilla, rtol=1e-5, atol=1e-9)
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from verl.trainer.ppo.core_algos import (
     ENTROPY_CHANGE_ESTIMATORS,
     compute_token_weights,
@@ -84,7 +83,9 @@ def against_reference(advantages, entropys, old_log_prob, log_prob, mask, estima
     return weights
 
 
-@pytest.mark.parametrize("linear, low, high", [(True, 0.8, 1.2), (False, 0.8, 1.0), (False, 0.1, 0.9), (True, 0.5, 0.5)])
+@pytest.mark.parametrize(
+    "linear, low, high", [(True, 0.8, 1.2), (False, 0.8, 1.0), (False, 0.1, 0.9), (True, 0.5, 0.5)]
+)
 @pytest.mark.parametrize("estimator", ENTROPY_CHANGE_ESTIMATORS)
 def test_weights_match_reference(estimator, linear, low, high):
     for seed in range(5):
@@ -158,9 +159,7 @@ def test_exponential_map_leaves_small_changes_alone():
 @pytest.mark.parametrize("linear, expected", [(True, 1.0), (False, 1.0)])
 def test_zero_advantages_hold_nothing_back(linear, expected):
     _, entropys, old_log_prob, log_prob, mask = random_batch()
-    weights = compute_token_weights(
-        torch.zeros_like(entropys), entropys, old_log_prob, log_prob, mask, linear=linear
-    )
+    weights = compute_token_weights(torch.zeros_like(entropys), entropys, old_log_prob, log_prob, mask, linear=linear)
     assert torch.equal(weights, mask.float() * expected)
 
 

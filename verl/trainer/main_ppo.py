@@ -11,11 +11,12 @@ from hydra.core.plugins import Plugins
 from hydra.errors import InstantiationException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, open_dict
-
-import verl_steer
+from verl.plugin.platform import get_platform
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.losses import takes_entropys
+
+import verl_steer
 
 _upstream = verl_steer.upstream(globals())
 
@@ -43,6 +44,12 @@ def prepare(config: DictConfig) -> None:
     Raises:
         ValueError: if a value is out of range or no entropies can be had.
     """
+    platform = get_platform().device_name
+    if (platform == "cpu") != (config.trainer.device == "cpu"):
+        remedy = "hardware=cpu" if platform == "cpu" else "VERL_PLATFORM=cpu in the environment, or another hardware"
+        raise ValueError(
+            f"trainer.device={config.trainer.device}: verl's platform here is {platform}; expected {remedy}"
+        )
     actor = config.actor_rollout_ref.actor
     try:
         policy_loss = omega_conf_to_dataclass(actor.policy_loss)
@@ -54,8 +61,8 @@ def prepare(config: DictConfig) -> None:
     if not config.trainer.use_v1 or rollout_correction.get("bypass_mode", False):
         if actor.strategy not in ENTROPY_STRATEGIES:
             raise ValueError(
-                f"actor.strategy={actor.strategy}: policy_loss.loss_mode={policy_loss.loss_mode} needs entropies, which "
-                f"bypass mode drops and this engine does not return; expected one of {', '.join(ENTROPY_STRATEGIES)}"
+                f"actor.strategy={actor.strategy}: expected one of {', '.join(ENTROPY_STRATEGIES)}: "
+                f"loss_mode={policy_loss.loss_mode} needs entropies, which bypass mode drops and others do not return"
             )
         with open_dict(actor):
             actor.calculate_entropy = True

@@ -2,6 +2,7 @@
 """verl's process groups, on a CPU too."""
 
 from verl.utils.device import get_device_name
+
 from verl_steer import upstream
 
 _upstream = upstream(globals())

@@ -16,7 +16,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 from verl_steer import upstream
 
@@ -29,10 +28,10 @@ class PolicyLossConfig(_upstream.PolicyLossConfig):
         ValueError: if a value is out of range; the message has the key, the value and what was expected.
     """
 
-    token_weight_min: Optional[float] = None
-    token_weight_max: Optional[float] = None
-    linear: Optional[bool] = None
-    entropy_change_estimator: Optional[str] = None
+    token_weight_min: float | None = None
+    token_weight_max: float | None = None
+    linear: bool | None = None
+    entropy_change_estimator: str | None = None
 
     def __post_init__(self) -> None:
         linear = self._default("linear", True)

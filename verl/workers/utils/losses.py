@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
-
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.config import ActorConfig
 from verl.workers.utils.padding import no_padding_2_padding
+
 from verl_steer import upstream
 
 _upstream = upstream(globals())

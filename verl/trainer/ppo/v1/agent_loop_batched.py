@@ -20,7 +20,6 @@ import transfer_queue as tq
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorData, NonTensorStack
 from torch.nn.utils.rnn import pad_sequence
-
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, AgentLoopWorker, DictConfigWrap, ToolListWrap
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.protocol import DataProto
@@ -59,7 +58,8 @@ class BatchedAgentLoopWorker(AgentLoopWorker):
 
     async def generate_sequences(self, batch: TensorDict) -> None:
         """Start on a batch of prompts and return; what becomes of it goes to the TransferQueue."""
-        validate = bool(batch.pop("validate", False))
+        validate = bool(batch["validate"]) if "validate" in batch else False
+        batch.pop("validate", None)
         prompts = [{key: _item(value, i) for key, value in batch.items()} for i in range(len(batch))]
         task = asyncio.create_task(self._run_prompts(prompts, validate))
         self.background_tasks.add(task)
@@ -100,13 +100,11 @@ class BatchedAgentLoopWorker(AgentLoopWorker):
                 await self._grade(rollouts, outputs)
             for output in outputs:
                 output.metrics.compute_score = timing["compute_score"]
-        fields, tags = zip(
-            *(_record(*rollout, output) for rollout, output in zip(rollouts, outputs, strict=True)), strict=True
-        )
+        records = [_record(*rollout, output) for rollout, output in zip(rollouts, outputs, strict=True)]
         await tq.async_kv_batch_put(
             keys=[f"{prompt['uid']}_{session_id}_0" for prompt, session_id in rollouts],
-            fields=list_of_dict_to_tensordict(list(fields)),
-            tags=list(tags),
+            fields=list_of_dict_to_tensordict([field for field, _ in records]),
+            tags=[tag for _, tag in records],
             partition_id=partition_id,
         )
 

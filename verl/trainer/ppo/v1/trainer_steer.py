@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig, open_dict
+import os
+from pathlib import Path
 
+from omegaconf import DictConfig, open_dict
+from verl.experimental.agent_loop import AgentLoopManager
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
@@ -28,6 +31,16 @@ class SteerTrainer(PPOTrainerSync):
             from verl.workers.rollout.vllm_rollout import vllm_batched
 
             vllm_batched.register()
+
+    def fit(self, agent_loop_manager: AgentLoopManager) -> None:
+        """Train; the loggers that write files do so in `trainer.default_local_dir` unless the environment says else."""
+        folder = Path(self.config.trainer.default_local_dir).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        # Upstream's file logger empties its file, so a resumed run gets one of its own.
+        resumed = f"_from_{self.global_steps}" if self.global_steps else ""
+        os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(folder / f"metrics{resumed}.jsonl"))
+        os.environ.setdefault("TENSORBOARD_DIR", str(folder / "tensorboard"))
+        super().fit(agent_loop_manager)
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         replay_buffer = super()._build_replay_buffer()

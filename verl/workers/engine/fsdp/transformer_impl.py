@@ -2,6 +2,7 @@
 """verl's FSDP engine, registered for the CPU too."""
 
 from verl.workers.engine.base import EngineRegistry
+
 from verl_steer import upstream
 
 _upstream = upstream(globals())

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import torch
-from vllm.model_executor.model_loader.utils import process_weights_after_loading
-
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
+from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
 
 class CPUWorkerExtension(vLLMColocateWorkerExtension):

@@ -7,7 +7,6 @@ import asyncio
 from typing import Any
 
 import ray
-
 from verl.workers.rollout.replica import RolloutReplicaRegistry, TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a training command, shows a progress bar and one line a step, and puts all its output into a log file.
+
+    python scripts/watch.py --log run.log --metrics run/ --steps 40 --title GRPO -- bash run/run_grpo.sh ...
+
+The figures come from the files that verl's `file` logger writes (`metrics*.jsonl` in the folder --metrics). Ctrl-C
+ends the command and everything it started. The exit code is the command's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+#: Heading, metric, format: what a step's line shows, where the run logs it.
+COLUMNS = (
+    ("reward", "critic/score/mean", "{:+.3f}"),
+    ("entropy", "actor/entropy", "{:.3f}"),
+    ("weight", "actor/token_weights_mean", "{:.3f}"),
+    ("clipped", "actor/pg_clipfrac", "{:.1%}"),
+    ("length", "response_length/mean", "{:.1f}"),
+    ("seconds", "timing_s/step", "{:.1f}"),
+)
+GRACE = 20.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--log", type=Path, required=True, help="file for the command's output")
+    parser.add_argument("--metrics", type=Path, required=True, help="folder where metrics*.jsonl appear")
+    parser.add_argument("--steps", type=int, required=True, help="training steps of the run, for the bar")
+    parser.add_argument("--title", default="training")
+    parser.add_argument("command", nargs="+", help="after --: the command")
+    args = parser.parse_args()
+    console = Console()
+    args.log.parent.mkdir(parents=True, exist_ok=True)
+    before = time.time()
+    with args.log.open("wb") as log:
+        process = subprocess.Popen(
+            args.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    # A terminal that closes and a scheduler that cancels end the command as Ctrl-C does.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    try:
+        show(console, args, process, before)
+    except KeyboardInterrupt:
+        console.print(f"{args.title}: ending what it started ...")
+        end(process)
+        return 130
+    if process.returncode:
+        console.print(
+            f"{args.title} failed with exit code {process.returncode}; the end of {args.log}:", style="bold red"
+        )
+        console.print("\n".join(error_lines(args.log)), markup=False, highlight=False)
+    return process.returncode
+
+
+def show(console: Console, args: argparse.Namespace, process: subprocess.Popen[bytes], since: float) -> None:
+    """Follow the metrics until the command has ended."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(f"{args.title}: starting Ray and vLLM (log: {args.log})", total=args.steps)
+        reader = new_records(args.metrics, since)
+        while True:
+            ended = process.poll() is not None
+            for record in iter(lambda: next(reader), None):
+                step, data = record["step"], record["data"]
+                line = step_line(args.title, step, args.steps, data)
+                if line:
+                    console.print(line, highlight=False)
+                progress.update(task, completed=step, description=args.title)
+            if ended:
+                return
+            time.sleep(0.2)
+
+
+def new_records(folder: Path, since: float) -> Iterator[dict[str, Any] | None]:
+    """Records of the metrics files written after `since` (seconds since the epoch); None where there is none yet."""
+    offsets: dict[Path, int] = {}
+    while True:
+        for file in sorted(folder.glob("metrics*.jsonl")):
+            if file.stat().st_mtime < since:
+                continue
+            with file.open("rb") as stream:
+                stream.seek(offsets.get(file, 0))
+                for line in stream:
+                    if not line.endswith(b"\n"):
+                        break
+                    offsets[file] = offsets.get(file, 0) + len(line)
+                    yield json.loads(line)
+        yield None
+
+
+def step_line(title: str, step: int, steps: int, data: dict[str, Any]) -> str:
+    """One line for a step: its figures, and the validation's mean accuracy where it validated."""
+    parts = [f"{name} {form.format(data[key])}" for name, key, form in COLUMNS if key in data]
+    parts += [f"accuracy {data[key]:.3f}" for key in data if key.startswith("val-core/") and "/acc/mean@" in key]
+    return f"{title:<12} step {step:>3}/{steps}  " + "  ".join(parts) if parts else ""
+
+
+def error_lines(log: Path, context: int = 12) -> list[str]:
+    """The lines before the last error that the log names, else its last lines."""
+    lines = log.read_text(errors="replace").splitlines()
+    errors = [i for i, line in enumerate(lines) if "Error" in line or line.startswith(("steer-verl:", "launch.sh:"))]
+    last = errors[-1] + 1 if errors else len(lines)
+    return lines[max(0, last - context) : last]
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt the command's session, and kill what has not ended after a while."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(GRACE)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+        return
+
+
+if __name__ == "__main__":
+    sys.exit(main())
