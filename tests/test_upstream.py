@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this fork leans on in verl: an upgrade of verl that breaks it fails here, by name."""
+
+import importlib
+import inspect
+import sys
+
+import pytest
+import torch
+from test_policy_loss import micro_batch
+
+# module, attribute, parameters that the fork passes or overrides (None: not a function, presence is enough)
+RELIED_ON = [
+    ("verl.trainer.ppo.core_algos", "register_policy_loss", ["name"]),
+    (
+        "verl.trainer.ppo.core_algos",
+        "compute_policy_loss_vanilla",
+        ["old_log_prob", "log_prob", "advantages", "response_mask", "loss_agg_mode", "config", "rollout_is_weights"],
+    ),
+    ("verl.workers.utils.losses", "ppo_loss", ["config", "model_output", "data", "dp_group"]),
+    ("verl.workers.utils.losses", "get_policy_loss_fn", ["name"]),
+    ("verl.workers.utils.padding", "no_padding_2_padding", ["tensor", "data"]),
+    ("verl.utils.distributed", "initialize_global_process_group_ray", ["timeout_second", "backend"]),
+    ("verl.utils.device", "get_device_name", []),
+    ("verl.utils.config", "omega_conf_to_dataclass", ["config", "dataclass_type"]),
+    ("verl.plugin.platform", "PlatformRegistry", None),
+    ("verl.workers.engine.base", "EngineRegistry", None),
+    ("verl.workers.engine.fsdp.transformer_impl", "FSDPEngineWithLMHead", None),
+    ("verl.workers.config", "PolicyLossConfig", None),
+    ("verl.trainer.main_ppo", "TaskRunnerV1", None),
+    ("verl.trainer.main_ppo", "run_ppo", ["config", "task_runner_class"]),
+    ("verl.trainer.ppo.v1.trainer_base", "register_trainer", ["name"]),
+    ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer.fit", ["self", "agent_loop_manager"]),
+    ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._build_replay_buffer", ["self"]),
+    ("verl.trainer.ppo.v1.agent_loop_tq", "AgentLoopManagerTQ.generate_sequences", ["self", "prompts"]),
+    ("verl.experimental.agent_loop.agent_loop", "AgentLoopBase.ct_build_initial_tokens", None),
+    ("verl.experimental.reward_loop.reward_loop", "RewardLoopWorker.compute_score_batch", ["self", "data"]),
+    ("verl.workers.rollout.llm_server", "LLMServerClient._acquire_server", None),
+    ("verl.workers.rollout.llm_server", "LLMServerClient._release_server", ["self", "server_id", "request_id"]),
+    ("verl.workers.rollout.llm_server", "LLMServerClient._vllm_request_id", ["self", "request_id"]),
+    ("verl.workers.rollout.replica", "RolloutReplicaRegistry.register", ["name", "loader"]),
+]
+
+
+@pytest.mark.parametrize("module, name, parameters", RELIED_ON, ids=lambda value: str(value) if value else "")
+def test_upstream_has_what_the_fork_relies_on(module, name, parameters):
+    found = importlib.import_module(module)
+    found = getattr(found, "_upstream", found)
+    for part in name.split("."):
+        assert hasattr(found, part), f"{module}.{name} is gone from the installed verl"
+        found = getattr(found, part)
+    if parameters is not None:
+        assert list(inspect.signature(found).parameters) == parameters, f"{module}.{name} takes other parameters"
+
+
+def test_main_of_upstream_is_reachable_without_hydra():
+    main = importlib.import_module("verl.trainer.main_ppo")._upstream.main
+    assert list(inspect.signature(main.__wrapped__).parameters) == ["config"]
+
+
+def test_worker_names_that_need_vllm():
+    pytest.importorskip("vllm")
+    server = importlib.import_module("verl.workers.rollout.vllm_rollout.vllm_async_server")
+    assert {"prompt_ids", "sampling_params", "request_id"} <= set(
+        inspect.signature(server.vLLMHttpServer.generate).parameters
+    )
+    assert "server_class" in inspect.getsource(server.vLLMReplica.__init__)
+    extension = importlib.import_module("verl.workers.rollout.vllm_rollout.utils").vLLMColocateWorkerExtension
+    parameters = list(inspect.signature(extension.update_weights_from_ipc).parameters)
+    assert parameters == ["self", "peft_config", "base_sync_done", "use_shm"]
+
+
+def test_a_step_without_the_forks_options_is_plain_verls(command, tmp_path):
+    """The loss of one micro-batch and the resolved configuration, with the fork and with its plugin switched off."""
+    script = tmp_path / "plain.py"
+    script.write_text(
+        "import sys, torch, verl\n"
+        "from hydra import compose, initialize_config_module\n"
+        "from omegaconf import OmegaConf\n"
+        "from verl.workers.config import FSDPActorConfig, PolicyLossConfig\n"
+        "from verl.workers.utils.losses import ppo_loss\n"
+        "data, output = torch.load(sys.argv[1], weights_only=False)\n"
+        "config = FSDPActorConfig(rollout_n=8, ppo_micro_batch_size_per_gpu=8, policy_loss=PolicyLossConfig())\n"
+        "print(ppo_loss(config, output, data)[0].item().hex())\n"
+        "with initialize_config_module('verl.trainer.config', version_base=None):\n"
+        "    print(OmegaConf.to_yaml(compose('ppo_trainer')))\n"
+    )
+    torch.save(micro_batch(), tmp_path / "batch.pt")
+    outputs = []
+    for plugins in ("auto", "none"):
+        result = command(sys.executable, script, tmp_path / "batch.pt", cwd=tmp_path, VERL_USE_EXTERNAL_PLUGINS=plugins)
+        assert result.returncode == 0, result.stderr
+        outputs.append(result.stdout)
+    assert outputs[0] == outputs[1] and "loss_mode: vanilla" in outputs[0]
