@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real runs of a few steps: Ray, vLLM and FSDP2 on the CPU. What came out is checked, not how long it took."""
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.e2e
+
+SMALL = ("data.train_batch_size=4", "actor_rollout_ref.actor.ppo_mini_batch_size=2", "data.val_max_samples=16")
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory, command, root):
+    """The laptop task with a model that has hardly been trained."""
+    folder = tmp_path_factory.mktemp("task") / "laptop"
+    program = root / "scripts/make_laptop_task.py"
+    result = command(sys.executable, program, "--out", folder, "--quiet", "--steps", 20, "--train-size", 64)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory, command, root, task):
+    """The README's first command, for two steps, with a checkpoint at the end."""
+    out = tmp_path_factory.mktemp("quickstart")
+    overrides = (*SMALL, "trainer.total_training_steps=2", "trainer.test_freq=2", "trainer.save_freq=2")
+    environment = {"OUTPUT_DIR": str(out), "TASK_DIR": str(task), "STEER_VENV": str(Path(sys.executable).parents[1])}
+    result = command("bash", root / "run/quickstart.sh", *overrides, cwd="/", **environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return out, result.stdout, lambda: command("bash", root / "run/quickstart.sh", *overrides, **environment)
+
+
+def metrics(run: Path) -> dict[int, dict[str, float]]:
+    """Step -> metrics, from all files of a run."""
+    records = [json.loads(line) for file in run.glob("metrics*.jsonl") for line in file.read_text().splitlines()]
+    return {record["step"]: record["data"] for record in records}
+
+
+def test_quickstart_shows_steps_table_and_picture(quickstart):
+    out, printed, again = quickstart
+    for method in ("grpo", "steer_exp"):
+        assert f"{method:<12} step   2/2" in printed
+        assert len(printed.splitlines()) < 60 < len((out / method / "train.log").read_text().splitlines())
+    assert "mean token weight" in printed and str(out) in printed
+    assert (out / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    repeated = again()
+    assert repeated.returncode == 0 and "steer_exp is trained already" in repeated.stdout
+
+
+def test_steer_weights_and_entropy_are_logged(quickstart):
+    out, *_ = quickstart
+    steer, grpo = metrics(out / "steer_exp"), metrics(out / "grpo")
+    assert set(steer) == set(grpo) == {0, 1, 2}
+    for step in (1, 2):
+        data = steer[step]
+        assert 0.8 - 1e-6 <= data["actor/token_weights_min"] <= data["actor/token_weights_mean"] <= 1.0
+        assert data["actor/token_weights_max"] <= 1.0 and data["actor/entropy_change_max"] >= 0
+        assert 0 < data["actor/entropy"] < math.log(300)
+        # vLLM samples from the very weights that FSDP trains
+        assert data["training/rollout_probs_diff_max"] < 1e-4
+        assert "actor/token_weights_mean" not in grpo[step]
+    # the same start and the same data: the first rollouts are scored alike
+    assert steer[1]["actor/entropy"] == pytest.approx(grpo[1]["actor/entropy"], rel=0.2)
+
+
+def test_checkpoint_loads_and_a_run_goes_on_from_it(quickstart, command, root, task):
+    out, *_ = quickstart
+    saved = out / "steer_exp/global_step_2/actor/huggingface"
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    start = AutoModelForCausalLM.from_pretrained(task / "model")
+    changed = [not a.equal(b) for a, b in zip(model.parameters(), start.parameters(), strict=True)]
+    assert any(changed) and AutoTokenizer.from_pretrained(saved).encode("1+2")
+    result = command(
+        "bash", root / "run/run_exp.sh", "task=arithmetic", "hardware=cpu", *SMALL, "trainer.total_training_steps=3",
+        "trainer.val_before_train=false", "trainer.test_freq=-1",
+        OUTPUT_DIR=str(out), TASK_DIR=str(task), VERL_LOGGING_LEVEL="INFO",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    went_on = [json.loads(line) for line in (out / "steer_exp/metrics_from_2.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in went_on] == [3]
+
+
+def test_two_ranks(command, root, task, tmp_path):
+    """Two data-parallel ranks over gloo, two vLLM replicas, the linear map."""
+    result = command(
+        "bash", root / "run/run_linear.sh", "task=arithmetic", "hardware=cpu", *SMALL, "trainer.n_gpus_per_node=2",
+        "trainer.total_training_steps=2", "trainer.val_before_train=false", "trainer.test_freq=-1",
+        OUTPUT_DIR=str(tmp_path), TASK_DIR=str(task),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    steps = metrics(tmp_path / "steer_linear")
+    assert set(steps) == {1, 2}
+    for data in steps.values():
+        assert 0.8 - 1e-6 <= data["actor/token_weights_min"] <= data["actor/token_weights_max"] <= 1.2 + 1e-6
+        assert data["training/rollout_probs_diff_max"] < 1e-4 and math.isfinite(data["actor/grad_norm"])
+
+
+def test_real_rows_of_dapo_math(command, root, task, tmp_path):
+    """The 8-GPU configuration's own task, cut to what a tiny model takes."""
+    data = os.environ.get("STEER_REAL_DATA")
+    if not data or not (Path(data) / "DAPO-Math-17k.parquet").is_file():
+        pytest.skip("STEER_REAL_DATA names no folder with DAPO-Math-17k.parquet")
+    result = command(
+        "bash", root / "run/run_exp.sh", "hardware=cpu", *SMALL, "data.max_prompt_length=512",
+        "data.max_response_length=32", "data.train_max_samples=64", "data.filter_overlong_prompts=true",
+        "actor_rollout_ref.rollout.max_model_len=640", "trainer.logger=[console,file]", "trainer.save_freq=-1",
+        "trainer.total_training_steps=2", "trainer.val_before_train=false", "trainer.test_freq=-1",
+        OUTPUT_DIR=str(tmp_path), DATA_DIR=data, MODEL_PATH=str(task / "model"),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    assert set(metrics(tmp_path / "steer_exp")) == {1, 2}
