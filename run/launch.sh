@@ -10,6 +10,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 config=${1:?launch.sh: expected the name of a configuration, such as steer_exp}
 shift
+# Threads that wait by spinning keep each other from working where processes share the cores.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 export DATA_DIR=${DATA_DIR:-$root/data} OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs}
 if [ -z "${PYTHON:-}" ]; then
   PYTHON=${STEER_VENV:-$root/.venv}/bin/python

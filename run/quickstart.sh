@@ -13,6 +13,7 @@ bash "$root/run/setup.sh"
 python=${STEER_VENV:-$root/.venv}/bin/python
 export OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs/quickstart} PYTHON=$python
 export TASK_DIR=${TASK_DIR:-$root/outputs/laptop_task}
+export OMP_WAIT_POLICY=PASSIVE # launch.sh tells why
 "$python" "$root/scripts/make_laptop_task.py" --out "$TASK_DIR"
 
 seed=${SEED:-42}
