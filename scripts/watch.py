@@ -80,7 +80,7 @@ def show(console: Console, args: argparse.Namespace, process: subprocess.Popen[b
                 steps = steps or total_steps(args.log)
                 line = step_line(args.title, record["step"], steps, record["data"])
                 if line:
-                    console.print(line, highlight=False)
+                    console.print(line, highlight=False, soft_wrap=True)
                 progress.update(task, completed=record["step"], total=steps, description=args.title)
             if ended:
                 return

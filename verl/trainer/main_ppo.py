@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 
 import hydra
+import ray
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.errors import InstantiationException
@@ -13,6 +14,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, open_dict
 from verl.plugin.platform import get_platform
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.trainer.ppo.v1.checkpoint_ledger import UnknownMetric
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.losses import takes_entropys
 
@@ -76,7 +78,12 @@ def main(config: DictConfig) -> None:
         prepare(config)
     except ValueError as error:
         sys.exit(f"steer-verl: {error}")
-    _upstream.main.__wrapped__(config)
+    try:
+        _upstream.main.__wrapped__(config)
+    except ray.exceptions.RayTaskError as error:
+        if not isinstance(error.cause, UnknownMetric):
+            raise
+        sys.exit(f"steer-verl: {error.cause}")
 
 
 if __name__ == "__main__":

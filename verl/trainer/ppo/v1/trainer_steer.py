@@ -1,5 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trainer of this fork, `trainer.v1.trainer_mode=steer`: upstream's synchronous one and what runs here need."""
+"""The trainer of this fork, `trainer.v1.trainer_mode=steer`: upstream's synchronous one and what runs here need.
+
+Keys below `trainer`, beside upstream's:
+
+    save_after                  no checkpoint before this step
+    save_best_only              a checkpoint only where the validation's metric is the best so far
+    delete_old_best_checkpoint  the best checkpoint's predecessor goes once the new one is whole
+    best_metric_key             the metric; null: the only val-core/.../acc/mean@N
+"""
 
 from __future__ import annotations
 
@@ -8,6 +16,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, open_dict
 from verl.experimental.agent_loop import AgentLoopManager
+from verl.trainer.ppo.v1.checkpoint_ledger import CheckpointLedger, metric_of
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
@@ -20,13 +29,15 @@ POLL_INTERVAL = 0.05
 
 @register_trainer("steer")
 class SteerTrainer(PPOTrainerSync):
-    """Upstream's synchronous trainer, quick to notice finished rollouts, with whole batches for the batched manager."""
+    """Upstream's synchronous trainer, with best checkpoints, safe resuming and whole batches of rollouts."""
 
     def __init__(self, config: DictConfig) -> None:
         # Upstream compares the mode's name with "sync" to tell synchronous trainers.
         with open_dict(config):
             config.trainer.v1.trainer_mode = "sync"
         super().__init__(config)
+        self.folder = Path(config.trainer.default_local_dir).resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
         if config.actor_rollout_ref.rollout.agent.get("agent_loop_manager_class") == BATCHED_MANAGER:
             from verl.workers.rollout.vllm_rollout import vllm_batched
 
@@ -34,15 +45,53 @@ class SteerTrainer(PPOTrainerSync):
 
     def fit(self, agent_loop_manager: AgentLoopManager) -> None:
         """Train; the loggers that write files do so in `trainer.default_local_dir` unless the environment says else."""
-        folder = Path(self.config.trainer.default_local_dir).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
         # Upstream's file logger empties its file, so a resumed run gets one of its own.
         resumed = f"_from_{self.global_steps}" if self.global_steps else ""
-        os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(folder / f"metrics{resumed}.jsonl"))
-        os.environ.setdefault("TENSORBOARD_DIR", str(folder / "tensorboard"))
+        os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(self.folder / f"metrics{resumed}.jsonl"))
+        os.environ.setdefault("TENSORBOARD_DIR", str(self.folder / "tensorboard"))
         super().fit(agent_loop_manager)
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         replay_buffer = super()._build_replay_buffer()
         replay_buffer.poll_interval = POLL_INTERVAL
         return replay_buffer
+
+    def _load_checkpoint(self) -> None:
+        resumes = self.config.trainer.resume_mode == "auto"
+        self.ledger = CheckpointLedger.open(self.folder) if resumes else CheckpointLedger(self.folder)
+        super()._load_checkpoint()
+
+    def _save_checkpoint(self) -> None:
+        """Upstream calls this every `trainer.save_freq` steps and at the last one."""
+        options = self.config.trainer
+        if options.save_best_only or self.global_steps < options.save_after:
+            return
+        self._save_whole_checkpoint()
+        if options.max_actor_ckpt_to_keep:
+            self.ledger.keep_latest(options.max_actor_ckpt_to_keep)
+
+    def _save_whole_checkpoint(self) -> None:
+        keep = self.config.trainer.max_actor_ckpt_to_keep
+        # Upstream's workers would count the best checkpoint among the latest: the ledger deletes, not they.
+        with open_dict(self.config):
+            self.config.trainer.max_actor_ckpt_to_keep = None
+        super()._save_checkpoint()
+        with open_dict(self.config):
+            self.config.trainer.max_actor_ckpt_to_keep = keep
+        self.ledger.saved(self.global_steps)
+
+    def _validate(self) -> dict[str, float]:
+        metrics = super()._validate()
+        options = self.config.trainer
+        wanted = options.save_best_only or options.best_metric_key is not None
+        if not wanted or options.val_only:
+            return metrics
+        # Looked up at every validation, so that a wrong key ends the run at the first.
+        value = metric_of(metrics, options.best_metric_key)
+        if self.global_steps >= max(1, options.save_after) and self.ledger.is_best(value):
+            if self.ledger.latest_step != self.global_steps:
+                self._save_whole_checkpoint()
+            self.ledger.saved_best(self.global_steps, value, delete_old=options.delete_old_best_checkpoint)
+        if self.ledger.best_value is not None:
+            metrics["training/best_metric"] = self.ledger.best_value
+        return metrics
