@@ -2,6 +2,7 @@
 """Configurations and launchers: what they resolve to, and that a bad value gives one clear line."""
 
 import re
+from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -34,6 +35,7 @@ RELEASED = {
     "trainer.n_gpus_per_node": 8,
     "trainer.nnodes": 1,
     "trainer.save_freq": 10,
+    "trainer.save_after": 80,
     "trainer.test_freq": 1,
 }
 
@@ -43,15 +45,35 @@ def resolved(name, *overrides):
         return compose(name, list(overrides))
 
 
-@pytest.mark.parametrize("name", ["steer_exp", "steer_linear", "grpo"])
-def test_launchers_keep_the_released_hyper_parameters(name):
-    config = resolved(name)
-    assert {key: OmegaConf.select(config, key) for key in RELEASED} == RELEASED
+LAUNCHERS = {path.stem: path for path in (Path(__file__).parents[1] / "run").glob("run_*.sh")}
 
 
-@pytest.mark.parametrize("name, linear, bounds", [("steer_exp", False, (0.8, 1.0)), ("steer_linear", True, (0.8, 1.2))])
-def test_weights_of_the_launchers(name, linear, bounds):
-    options = OmegaConf.to_container(OmegaConf.select(resolved(name), POLICY_LOSS))
+def configuration_of(launcher):
+    """The configuration that a launcher names."""
+    return re.search(r'launch.sh" (\w+) "\$@"', LAUNCHERS[launcher].read_text())[1]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers_keep_the_released_hyper_parameters(launcher):
+    config = resolved(configuration_of(launcher))
+    extreme = {"actor_rollout_ref.actor.clip_ratio_low": 0.99, "actor_rollout_ref.actor.clip_ratio_high": 5.0}
+    expected = RELEASED | (extreme if "extreme" in launcher else {})
+    assert {key: OmegaConf.select(config, key) for key in expected} == expected
+    loss_mode = OmegaConf.select(config, f"{POLICY_LOSS}.loss_mode")
+    assert loss_mode == ("vanilla" if launcher == "run_grpo" else "entropy_control")
+
+
+def test_evaluation_keeps_the_released_sampling():
+    config = resolved("eval", "data.val_files=[a.parquet]")
+    assert config.trainer.val_only and config.actor_rollout_ref.rollout.gpu_memory_utilization == 0.8
+    sampling = config.actor_rollout_ref.rollout.val_kwargs
+    assert (sampling.temperature, sampling.top_p, sampling.n, sampling.do_sample) == (1.0, 0.7, 1, True)
+
+
+@pytest.mark.parametrize("launcher", [name for name in LAUNCHERS if name != "run_grpo"])
+def test_weights_of_the_launchers(launcher):
+    linear, bounds = (True, (0.8, 1.2)) if "linear" in launcher else (False, (0.8, 1.0))
+    options = OmegaConf.to_container(OmegaConf.select(resolved(configuration_of(launcher)), POLICY_LOSS))
     options.pop("_target_")
     policy_loss = PolicyLossConfig(**options)
     assert policy_loss.loss_mode == "entropy_control" and policy_loss.linear is linear

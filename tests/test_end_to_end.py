@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -115,3 +116,51 @@ def test_real_rows_of_dapo_math(command, root, task, tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert set(metrics(tmp_path / "steer_exp")) == {1, 2}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, command, root, task):
+    """Six steps of STEER with validation; only the best checkpoint is saved, and the one before it deleted."""
+    out = tmp_path_factory.mktemp("best")
+    result = command(
+        "bash", root / "run/run_exp.sh", "task=arithmetic", "hardware=cpu", *SMALL, "trainer.total_training_steps=6",
+        "trainer.test_freq=1", "trainer.save_freq=1", "trainer.save_best_only=true", "trainer.save_after=2",
+        "trainer.delete_old_best_checkpoint=true", "trainer.logger=[console,file,tensorboard,wandb]",
+        OUTPUT_DIR=str(out), TASK_DIR=str(task), WANDB_MODE="offline", WANDB_DIR=str(out),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return out / "steer_exp"
+
+
+def test_only_the_best_checkpoint_stays(trained):
+    steps = metrics(trained)
+    accuracy = {step: data["val-core/arithmetic/acc/mean@1"] for step, data in steps.items() if step >= 2}
+    best = max(accuracy, key=lambda step: (accuracy[step], -step))
+    assert [path.name for path in trained.glob("global_step_*")] == [f"global_step_{best}"]
+    assert steps[6]["training/best_metric"] == max(accuracy.values())
+    assert list((trained / "tensorboard").iterdir()) and list((trained.parent / "wandb").glob("offline-run-*"))
+
+
+def test_evaluation_of_the_best_checkpoint(trained, command, root, task, tmp_path):
+    """Three benchmarks, two samples a problem; a second call does nothing but tell the results again."""
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = pd.read_parquet(task / "test.parquet").head(12)
+    for name in ("first", "second", "third"):
+        pd.concat([rows, rows]).to_parquet(data / f"{name}.parquet")
+    (checkpoint,) = trained.glob("global_step_*")
+    arguments = ("bash", root / "run/eval.sh", "--only", "first,second,third", "hardware=cpu", "task=arithmetic")
+    environment = {"MODEL_PATH": str(checkpoint), "DATA_DIR": str(data), "OUTPUT_DIR": str(tmp_path)}
+    result = command(*arguments, **environment)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    folder = tmp_path / "eval" / f"steer_exp-{checkpoint.name}"
+    results = json.loads((folder / "results.json").read_text())
+    for name in ("first", "second", "third"):
+        benchmark = results["benchmarks"][name]
+        assert (benchmark["n"], benchmark["k"], benchmark["complete"]) == (12, 2, True)
+        low, high = benchmark["mean"]["interval"]
+        assert low <= benchmark["mean"]["value"] <= high and benchmark["maj"]["value"] <= benchmark["pass"]["value"]
+    responses = pd.read_parquet(folder / "responses.parquet")
+    assert len(responses) == 72 and {"input", "output", "gts", "score", "acc", "pred", "benchmark"} <= set(responses)
+    again = command(*arguments, **environment)
+    assert again.returncode == 0 and "average" in again.stdout and "ray" not in again.stdout.lower()

@@ -15,11 +15,14 @@ import os
 from pathlib import Path
 
 from omegaconf import DictConfig, open_dict
+from torch.utils.data import DataLoader
 from verl.experimental.agent_loop import AgentLoopManager
+from verl.trainer.ppo.utils import create_rl_dataset
 from verl.trainer.ppo.v1.checkpoint_ledger import CheckpointLedger, metric_of
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.dataset.rl_dataset import collate_fn
 
 BATCHED_MANAGER = "verl.trainer.ppo.v1.agent_loop_batched.BatchedAgentLoopManager"
 
@@ -81,10 +84,11 @@ class SteerTrainer(PPOTrainerSync):
         self.ledger.saved(self.global_steps)
 
     def _validate(self) -> dict[str, float]:
-        metrics = super()._validate()
         options = self.config.trainer
-        wanted = options.save_best_only or options.best_metric_key is not None
-        if not wanted or options.val_only:
+        if options.val_only:
+            return self._validate_one_file_after_another()
+        metrics = super()._validate()
+        if not options.save_best_only and options.best_metric_key is None:
             return metrics
         # Looked up at every validation, so that a wrong key ends the run at the first.
         value = metric_of(metrics, options.best_metric_key)
@@ -94,4 +98,21 @@ class SteerTrainer(PPOTrainerSync):
             self.ledger.saved_best(self.global_steps, value, delete_old=options.delete_old_best_checkpoint)
         if self.ledger.best_value is not None:
             metrics["training/best_metric"] = self.ledger.best_value
+        return metrics
+
+    def _validate_one_file_after_another(self) -> dict[str, float]:
+        """Evaluation: each file's responses are on disk before the next file begins, so a killed run has them."""
+        folder, metrics = self.config.trainer.validation_data_dir, {}
+        for file in self.val_dataset.data_files:
+            name = Path(file).stem
+            dataset = create_rl_dataset([file], self.config.data, self.tokenizer, self.processor, is_train=False)
+            self.val_dataloader = DataLoader(dataset, batch_size=len(dataset), collate_fn=collate_fn)
+            if folder:
+                with open_dict(self.config):
+                    self.config.trainer.validation_data_dir = f"{folder}/{name}.part"
+            metrics |= super()._validate()
+            if folder:
+                self._shutdown_dump_executor()
+                self._init_dump_executor()
+                os.replace(f"{folder}/{name}.part", f"{folder}/{name}")
         return metrics

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Results of an evaluation: a table, `results.json`, and every response with its grade in `responses.parquet`.
+
+    python scripts/summarize_eval.py outputs/eval/MODEL --only aime24 math500
+
+Reads `BENCHMARK/0.jsonl` below the folder, one line a response, as run/eval.sh makes it. Responses to the same prompt
+are samples of one problem; k is their number. mean@k is the mean accuracy, maj@k the accuracy of the most frequent
+answer (of equals the first), pass@k the share of problems with a right one among k. Intervals are 95 % by bootstrap
+over problems.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+RESAMPLES = 10_000
+METRICS: dict[str, Callable[[pd.DataFrame], float]] = {
+    "mean": lambda samples: float(samples["acc"].mean()),
+    "maj": lambda samples: float(majority(samples)),
+    "pass": lambda samples: float(samples["acc"].any()),
+}
+
+
+def majority(samples: pd.DataFrame) -> bool:
+    """Whether the most frequent answer of a problem's samples is right."""
+    answer = Counter(samples["pred"]).most_common(1)[0][0]
+    return bool(samples.loc[samples["pred"] == answer, "acc"].iloc[0])
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean of one value a problem, (problems,)."""
+    random = np.random.default_rng(0)
+    means = random.choice(values, (RESAMPLES, len(values))).mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def results_of(responses: pd.DataFrame) -> dict[str, Any]:
+    """n, k and the three metrics with their intervals for one benchmark's responses."""
+    problems = [samples for _, samples in responses.groupby("input", sort=False)]
+    counts = {len(samples) for samples in problems}
+    result: dict[str, Any] = {"n": len(problems), "k": max(counts), "complete": len(counts) == 1}
+    for name, metric in METRICS.items():
+        values = np.array([metric(samples) for samples in problems])
+        result[name] = {"value": float(values.mean()), "interval": interval(values)}
+    return result
+
+
+def table(results: dict[str, dict[str, Any]]) -> Table:
+    """One row a benchmark, and the average over benchmarks."""
+    shown = Table()
+    shown.add_column("benchmark")
+    for heading in ("n", "k", *(f"{name}@k" for name in METRICS)):
+        shown.add_column(heading, justify="right")
+    for name, result in results.items():
+        cells = []
+        for metric in METRICS:
+            low, high = result[metric]["interval"]
+            cells.append(f"{result[metric]['value']:.1%} [{low:.1%}, {high:.1%}]")
+        shown.add_row(name, str(result["n"]), str(result["k"]), *cells)
+    shown.add_section()
+    averages = [f"{fmean(result[metric]['value'] for result in results.values()):.1%}" for metric in METRICS]
+    shown.add_row("average", "", "", *averages)
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="results of one model")
+    parser.add_argument("--only", nargs="+", required=True, metavar="NAME", help="benchmarks")
+    args = parser.parse_args()
+    frames = {}
+    for name in args.only:
+        file = args.folder / name / "0.jsonl"
+        if not file.is_file():
+            sys.exit(f"summarize_eval: {file}: no responses; expected what run/eval.sh writes for {name}")
+        frames[name] = pd.read_json(file, lines=True, dtype={"pred": str, "gts": str})
+    results = {name: results_of(frame) for name, frame in frames.items()}
+    average = {name: fmean(result[name]["value"] for result in results.values()) for name in METRICS}
+    (args.folder / "results.json").write_text(json.dumps({"benchmarks": results, "average": average}, indent=2) + "\n")
+    together = pd.concat([frame.assign(benchmark=name) for name, frame in frames.items()], ignore_index=True)
+    together.to_parquet(args.folder / "responses.parquet")
+    console = Console()
+    console.print(table(results))
+    console.print(f"results: {args.folder / 'results.json'}, responses.parquet beside it", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()
