@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Downloads a model from the Hugging Face hub into a folder; called again, it goes on where it was interrupted.
+
+    python scripts/download_model.py Qwen/Qwen2.5-Math-7B --out models/Qwen2.5-Math-7B
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+#: What vLLM and FSDP read: weights in other formats double the download.
+PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="hub id, such as Qwen/Qwen2.5-Math-7B")
+    parser.add_argument("--out", type=Path, help="folder (models/NAME in the working directory)")
+    parser.add_argument("--revision", help="branch, tag or commit (main)")
+    args = parser.parse_args()
+    out = args.out or Path("models") / args.model.rpartition("/")[2]
+    try:
+        snapshot_download(args.model, revision=args.revision, local_dir=out, allow_patterns=PATTERNS)
+    except GatedRepoError:
+        sys.exit(f"download_model: {args.model}: access must be granted on its page; then `hf auth login`")
+    except RepositoryNotFoundError:
+        sys.exit(f"download_model: {args.model}: no such model on the hub, or private; expected OWNER/NAME")
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        sys.exit(f"download_model: {args.model}: the hub did not answer ({reason}); call again to go on")
+    print(f"{args.model} is in {out}: MODEL_PATH={out}")
+
+
+if __name__ == "__main__":
+    main()
