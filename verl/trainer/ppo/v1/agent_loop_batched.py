@@ -46,13 +46,13 @@ class BatchedAgentLoopWorker(AgentLoopWorker):
         tq.init()
         self.background_tasks: set[asyncio.Task[None]] = set()
         self.single_turn = SingleTurnAgentLoop(
-            trainer_config=DictConfigWrap(config=self.config),
-            server_manager=self.llm_client,
-            tokenizer=self.tokenizer,
-            processor=self.processor,
+            DictConfigWrap(self.config),
+            self.llm_client,
+            self.tokenizer,
+            self.processor,
+            self.dataset_cls,
+            DictConfigWrap(self.config.data),
             hf_model_type=self.hf_model_type,
-            dataset_cls=self.dataset_cls,
-            data_config=DictConfigWrap(self.config.data),
             tools=ToolListWrap(self.tools),
         )
 
