@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Downloads a model from the Hugging Face hub into a folder; called again, it goes on where it was interrupted.
 
-    python scripts/download_model.py Qwen/Qwen2.5-Math-7B --out models/Qwen2.5-Math-7B
+python scripts/download_model.py Qwen/Qwen2.5-Math-7B --out models/Qwen2.5-Math-7B
 """
 
 from __future__ import annotations

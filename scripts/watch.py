@@ -10,6 +10,7 @@ ends the command and everything it started. The exit code is the command's.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -126,16 +127,15 @@ def error_lines(log: Path, context: int = 12) -> list[str]:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt the command's session, and kill what has not ended after a while."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
+    """Interrupt the command's session, and kill what has not ended by then or after a while."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
-        return
+            break
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 if __name__ == "__main__":
