@@ -159,7 +159,7 @@ def sampled_accuracy(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, rows: l
         output = model.generate(**batch, do_sample=True, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
         responses = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for row, response in zip(chunk, responses, strict=True):
-            solved += compute_score(response, row["reward_model"]["ground_truth"])["acc"]
+            solved += bool(compute_score(response, row["reward_model"]["ground_truth"])["acc"])
     return solved / len(rows)
 
 

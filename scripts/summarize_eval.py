@@ -43,8 +43,7 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     """95 % bootstrap interval of the mean of one value a problem, (problems,)."""
     random = np.random.default_rng(0)
     means = random.choice(values, (RESAMPLES, len(values))).mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
 def results_of(responses: pd.DataFrame) -> dict[str, Any]:

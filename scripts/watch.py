@@ -128,12 +128,12 @@ def error_lines(log: Path, context: int = 12) -> list[str]:
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """Interrupt the command's session, and kill what has not ended by then or after a while."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
-            break
     with contextlib.suppress(ProcessLookupError):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE)
+                break
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

@@ -159,8 +159,8 @@ def _inverse_temperature(temperature: float | Tensor | None, labels: Tensor, dty
         return None
     if not isinstance(temperature, Tensor):
         return torch.full((labels.numel(),), 1.0 / max(temperature, 1e-8), dtype=dtype, device=labels.device)
-    temperature = temperature.detach().to(device=labels.device, dtype=dtype).clamp(min=1e-8)
-    return temperature.reciprocal().expand(labels.shape).reshape(-1)
+    positive = temperature.detach().to(device=labels.device, dtype=dtype).clamp(min=1e-8)
+    return positive.reciprocal().expand(labels.shape).reshape(-1)
 
 
 def _three_dimensional(logits: Tensor) -> Tensor:

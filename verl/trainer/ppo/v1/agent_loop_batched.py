@@ -230,7 +230,7 @@ def _reward_batch(rollouts: list[tuple[Prompt, int]], outputs: list[AgentLoopOut
 
 def _object_array(values: list[Any]) -> np.ndarray:
     """One-dimensional, even where the values are lists of one length."""
-    array = np.empty(len(values), dtype=object)
+    array: np.ndarray = np.empty(len(values), dtype=object)
     array[:] = values
     return array
 

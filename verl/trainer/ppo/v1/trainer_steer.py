@@ -102,7 +102,8 @@ class SteerTrainer(PPOTrainerSync):
 
     def _validate_one_file_after_another(self) -> dict[str, float]:
         """Evaluation: each file's responses are on disk before the next file begins, so a killed run has them."""
-        folder, metrics = self.config.trainer.validation_data_dir, {}
+        folder = self.config.trainer.validation_data_dir
+        metrics: dict[str, float] = {}
         for file in self.val_dataset.data_files:
             name = Path(file).stem
             dataset = create_rl_dataset([file], self.config.data, self.tokenizer, self.processor, is_train=False)
