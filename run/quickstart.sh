@@ -6,15 +6,18 @@
 #   METHODS     configurations to train ("grpo steer_exp")
 #   SEED        seed of the data order and the rollouts (42, verl's default)
 #   OUTPUT_DIR  where results go (outputs/quickstart in the repository)
+#   TASK_DIR    a task that scripts/make_laptop_task.py made (made in outputs/laptop_task)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 bash "$root/run/setup.sh"
 python=${STEER_VENV:-$root/.venv}/bin/python
 export OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs/quickstart} PYTHON=$python
-export TASK_DIR=${TASK_DIR:-$root/outputs/laptop_task}
 export OMP_WAIT_POLICY=PASSIVE # launch.sh tells why
-"$python" "$root/scripts/make_laptop_task.py" --out "$TASK_DIR"
+if [ -z "${TASK_DIR:-}" ]; then
+  export TASK_DIR=$root/outputs/laptop_task
+  "$python" "$root/scripts/make_laptop_task.py" --out "$TASK_DIR"
+fi
 
 seed=${SEED:-42}
 overrides=(

@@ -13,7 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.e2e
 
-SMALL = ("data.train_batch_size=4", "actor_rollout_ref.actor.ppo_mini_batch_size=2", "data.val_max_samples=16")
+# Four prompts of eight rollouts a step, in two updates; micro-batches that divide one rank's share of either.
+SMALL = (
+    "data.train_batch_size=4",
+    "data.val_max_samples=16",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=2",
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16",
+)
 
 
 @pytest.fixture(scope="module")
