@@ -38,7 +38,8 @@ def quickstart(tmp_path_factory, command, root, task):
     """The README's first command, for two steps, with a checkpoint at the end."""
     out = tmp_path_factory.mktemp("quickstart")
     overrides = (*SMALL, "trainer.total_training_steps=2", "trainer.test_freq=2", "trainer.save_freq=2")
-    environment = {"OUTPUT_DIR": str(out), "TASK_DIR": str(task), "STEER_VENV": str(Path(sys.executable).parents[1])}
+    venv = str(Path(sys.executable).parents[1])
+    environment = {"OUTPUT_DIR": str(out), "TASK_DIR": str(task), "STEER_VENV": venv, "COLUMNS": "160"}
     result = command("bash", root / "run/quickstart.sh", *overrides, cwd="/", **environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return out, result.stdout, lambda: command("bash", root / "run/quickstart.sh", *overrides, **environment)
