@@ -31,6 +31,7 @@ SHADOWED = {
     "verl.trainer.ppo.v1.trainer_sync": "verl imports no other place where a trainer could register itself",
     "verl.utils.distributed": "torch refuses the process group that verl asks for when the device is the CPU itself",
     "verl.workers.config.actor": "PolicyLossConfig with STEER's fields: the configurations name the class by this path",
+    "verl.workers.config.engine": "FSDPEngineConfig with one_pass_reductions, for the same reason",
     "verl.workers.engine.fsdp.transformer_impl": "where FSDP engines are registered; verl has none for a CPU",
     "verl.workers.utils.losses": "ppo_loss calls the policy loss, and STEER's needs the entropies too",
 }

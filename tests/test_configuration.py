@@ -125,6 +125,10 @@ def test_bad_value_ends_a_launcher_in_one_line(command, root):
     "overrides, message",
     [
         ([f"{POLICY_LOSS}.loss_mode=nothing"], "Unsupported loss mode: nothing"),
+        (
+            ["task=arithmetic", "data.train_batch_size=8"],
+            "rollout.log_prob_micro_batch_size_per_gpu=128: expected a divisor of the 64 rollouts of a rank",
+        ),
         (["hardware=gpu8"], "trainer.device=cuda: verl's platform here is cpu; expected hardware=cpu"),
         (
             ["++algorithm.rollout_correction.bypass_mode=true", "actor_rollout_ref.actor.strategy=mine"],

@@ -26,6 +26,11 @@ RELIED_ON = [
     ("verl.plugin.platform", "PlatformRegistry", None),
     ("verl.workers.engine.base", "EngineRegistry", None),
     ("verl.workers.engine.fsdp.transformer_impl", "FSDPEngineWithLMHead", None),
+    (
+        "verl.workers.engine.fsdp.transformer_impl",
+        "FSDPEngineWithLMHead.prepare_model_outputs",
+        ["self", "output", "output_args", "micro_batch", "logits_processor_func"],
+    ),
     ("verl.workers.config", "PolicyLossConfig", None),
     ("verl.trainer.main_ppo", "TaskRunnerV1", None),
     ("verl.trainer.main_ppo", "run_ppo", ["config", "task_runner_class"]),

@@ -52,6 +52,7 @@ def prepare(config: DictConfig) -> None:
         raise ValueError(
             f"trainer.device={config.trainer.device}: verl's platform here is {platform}; expected {remedy}"
         )
+    _check_log_prob_micro_batches(config)
     actor = config.actor_rollout_ref.actor
     try:
         policy_loss = omega_conf_to_dataclass(actor.policy_loss)
@@ -68,6 +69,21 @@ def prepare(config: DictConfig) -> None:
             )
         with open_dict(actor):
             actor.calculate_entropy = True
+
+
+def _check_log_prob_micro_batches(config: DictConfig) -> None:
+    """Upstream checks the micro-batches of the update only; those of the log-probs would stop a worker later."""
+    rollout, trainer = config.actor_rollout_ref.rollout, config.trainer
+    size = rollout.log_prob_micro_batch_size_per_gpu
+    if trainer.val_only or rollout.log_prob_use_dynamic_bsz or size is None:
+        return
+    ranks = trainer.nnodes * trainer.n_gpus_per_node // config.actor_rollout_ref.actor.ulysses_sequence_parallel_size
+    rollouts = config.data.train_batch_size * rollout.n // ranks
+    if rollouts % size:
+        raise ValueError(
+            f"rollout.log_prob_micro_batch_size_per_gpu={size}: expected a divisor of the {rollouts} rollouts of a "
+            f"rank (data.train_batch_size={config.data.train_batch_size} * rollout.n={rollout.n} / {ranks} ranks)"
+        )
 
 
 @hydra.main(config_path="config", config_name="ppo_trainer", version_base=None)
