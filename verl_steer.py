@@ -8,7 +8,7 @@ the driver, in every Ray worker and in every vLLM subprocess alike.
 An overlay file that changes an upstream module begins with `_upstream = verl_steer.upstream(globals())` and then
 adds or replaces names. A file with no counterpart upstream is an ordinary module.
 
-`python -m verl_steer` tells what is grafted; `python -m verl_steer --check` only whether it is.
+`python -m verl_steer` tells what is grafted; `python -m verl_steer --check` only whether it can be.
 """
 
 from __future__ import annotations
@@ -16,13 +16,17 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import importlib.util
+import os
 import sys
 from collections.abc import Iterator, MutableMapping
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from types import ModuleType
 
 VERL_VERSION = "0.9.1"
+
+#: This plugin's name in the group `verl.plugins`.
+PLUGIN = "steer"
 
 #: Upstream modules that an overlay file stands in for, and why no registry of verl's could serve.
 SHADOWED = {
@@ -87,26 +91,37 @@ def overlay_modules() -> Iterator[str]:
         yield ".".join(("verl", *file.relative_to(OVERLAY).with_suffix("").parts))
 
 
-def check() -> None:
-    """Exit with one line on standard error unless the graft is active and fits the installed verl."""
+def check_installed() -> None:
+    """Exit with one line on standard error unless the installed verl is the right one and will load this plugin.
+
+    This reads the installed packages' metadata and imports nothing, so that a launcher can afford it.
+    """
     if version("verl") != VERL_VERSION:
         sys.exit(f"steer-verl: verl is {version('verl')}, expected {VERL_VERSION}: pip install verl=={VERL_VERSION}")
-    importlib.import_module("verl")
-    if not any(getattr(finder, "__name__", "") == "Graft" for finder in sys.meta_path):
+    wanted = os.getenv("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()
+    installed = any(plugin.name == PLUGIN for plugin in entry_points(group="verl.plugins"))
+    if not installed or wanted != "auto" and PLUGIN not in wanted.split(","):
         sys.exit(
             "steer-verl: the fork is not grafted onto verl: run `pip install -e .` in its folder, and let "
-            "VERL_USE_EXTERNAL_PLUGINS be unset, `auto` or hold `steer`"
+            f"VERL_USE_EXTERNAL_PLUGINS be unset, `auto` or hold `{PLUGIN}`"
         )
-    loaded = sys.modules["verl_steer"]
-    if loaded.failure is not None:
-        sys.exit(f"steer-verl: the graft failed: {type(loaded.failure).__name__}: {loaded.failure}")
+
+
+def check() -> None:
+    """`check_installed`, then import verl; exit with one line on standard error if the graft failed."""
+    check_installed()
+    importlib.import_module("verl")
+    failure = sys.modules["verl_steer"].failure
+    if failure is not None:
+        sys.exit(f"steer-verl: the graft failed: {type(failure).__name__}: {failure}")
 
 
 def main() -> None:
     """Print what is grafted, onto which verl, and on which platform."""
-    check()
     if "--check" in sys.argv[1:]:
+        check_installed()
         return
+    check()
     from verl.plugin.platform import get_platform
 
     print(f"steer-verl {version('steer-verl')} on verl {version('verl')}, platform {get_platform().device_name}")

@@ -14,7 +14,6 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, open_dict
 from verl.plugin.platform import get_platform
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
-from verl.trainer.ppo.v1.checkpoint_ledger import UnknownMetric
 from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.utils.losses import takes_entropys
 
@@ -97,6 +96,9 @@ def main(config: DictConfig) -> None:
     try:
         _upstream.main.__wrapped__(config)
     except ray.exceptions.RayTaskError as error:
+        # Its package imports the trainers, which this process does without.
+        from verl.trainer.ppo.v1.checkpoint_ledger import UnknownMetric
+
         if not isinstance(error.cause, UnknownMetric):
             raise
         sys.exit(f"steer-verl: {error.cause}")

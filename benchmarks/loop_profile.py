@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a laptop run's time goes: the start, stage by stage, and a step, part by part, beside verl's own loop.
+
+    python benchmarks/loop_profile.py --rollouts 128 512 --steps 5
+
+Trains GRPO on the laptop task (made by `run/quickstart.sh` or `scripts/make_laptop_task.py`) without validation, once
+for each way and number of rollouts a step, one run after the other. `verl` has upstream's trainer, replay buffer,
+agent loops, storage units, reductions and vLLM executor; `fork` has this fork's. Step times are medians without the
+first step, which compiles and warms up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+ROLLOUT = "actor_rollout_ref.rollout"
+
+WAYS = {
+    "verl": [
+        "trainer.v1.trainer_mode=sync",
+        f"{ROLLOUT}.agent.agent_loop_manager_class=null",
+        f"{ROLLOUT}.engine_kwargs.vllm.distributed_executor_backend=mp",
+        "actor_rollout_ref.actor.fsdp_config.one_pass_reductions=false",
+        "transfer_queue.backend.SimpleStorage.num_data_storage_units=8",
+    ],
+    "fork": [],
+}
+
+#: What a run prints when a stage of its start is over.
+STAGES = {
+    "configuration, Ray": "Started a local Ray",
+    "task runner": "'actor_rollout_ref'",
+    "FSDP worker": "reward loop manager initialized",
+    "vLLM server": "LLMServerManager:",
+    "agent loop, first step": "step:1 ",
+}
+
+#: Parts of a step, by their metrics of verl's.
+PARTS = ("gen", "old_log_prob", "adv", "update_actor", "update_weights", "step")
+
+
+def train(way: str, rollouts: int, steps: int, folder: Path, overrides: list[str]) -> tuple[dict[str, float], Path]:
+    """Run one training to its end; seconds from its start at which each stage was over, and its metrics file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics = folder / "metrics.jsonl"
+    words = [
+        "bash",
+        REPOSITORY / "run/run_grpo.sh",
+        "task=arithmetic",
+        "hardware=cpu",
+        f"data.train_batch_size={rollouts // 8}",
+        f"trainer.total_training_steps={steps}",
+        "trainer.test_freq=-1",
+        "trainer.val_before_train=false",
+        *WAYS[way],
+        *overrides,
+    ]
+    environment = {**os.environ, "PYTHON": sys.executable, "OUTPUT_DIR": str(folder)}
+    environment |= {"VERL_FILE_LOGGER_PATH": str(metrics), "VERL_LOGGING_LEVEL": "INFO"}
+    start = time.monotonic()
+    reached: dict[str, float] = {}
+    with (
+        open(folder / "log.txt", "w") as log,
+        subprocess.Popen(
+            [str(word) for word in words],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            log.write(line)
+            for stage, sign in STAGES.items():
+                if stage not in reached and sign in line:
+                    reached[stage] = time.monotonic() - start
+    if process.returncode:
+        sys.exit(f"loop_profile.py: {way} with {rollouts} rollouts failed: see {folder / 'log.txt'}")
+    return reached, metrics
+
+
+def step_parts(metrics: Path) -> dict[str, float]:
+    """Median seconds of each part over the steps but the first."""
+    rows = [json.loads(line)["data"] for line in metrics.read_text().splitlines()][1:]
+    return {part: statistics.median(row[f"timing_s/{part}"] for row in rows) for part in PARTS}
+
+
+def show(title: str, columns: dict[tuple[str, int], dict[str, float]], rows: list[str]) -> None:
+    table = Table(title=title)
+    table.add_column("")
+    for way, rollouts in columns:
+        table.add_column(f"{way} {rollouts}", justify="right")
+    counts = list(dict.fromkeys(rollouts for _, rollouts in columns))
+    pairs = [count for count in counts if all((way, count) in columns for way in WAYS)]
+    for count in pairs:
+        table.add_column(f"fork / verl {count}", justify="right")
+    for row in rows:
+        values = [f"{column.get(row, float('nan')):.2f}" for column in columns.values()]
+        ratios = [f"{columns['fork', count][row] / columns['verl', count][row]:.2f}" for count in pairs]
+        table.add_row(row, *values, *ratios)
+    Console(width=140).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rollouts", type=int, nargs="+", default=[128, 512], help="a step, 8 to a prompt")
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "outputs" / "loop_profile")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides for every run, after `--`")
+    arguments = parser.parse_args()
+    if importlib.util.find_spec("verl_steer") is None:
+        sys.exit(f"loop_profile.py: {sys.executable} has no verl_steer: run it with the environment's own python")
+    starts, parts = {}, {}
+    for rollouts in arguments.rollouts:
+        for way in arguments.ways:
+            folder = arguments.out / f"{way}_{rollouts}"
+            starts[way, rollouts], metrics = train(way, rollouts, arguments.steps, folder, arguments.overrides)
+            parts[way, rollouts] = step_parts(metrics)
+    show("seconds from the start to the end of each stage", starts, list(STAGES))
+    show("seconds of a step's parts, medians", parts, list(PARTS))
+
+
+if __name__ == "__main__":
+    main()
