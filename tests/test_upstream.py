@@ -40,9 +40,9 @@ RELIED_ON = [
     ("verl.trainer.ppo.v1.agent_loop_tq", "AgentLoopManagerTQ.generate_sequences", ["self", "prompts"]),
     ("verl.experimental.agent_loop.agent_loop", "AgentLoopBase.ct_build_initial_tokens", None),
     ("verl.experimental.reward_loop.reward_loop", "RewardLoopWorker.compute_score_batch", ["self", "data"]),
-    ("verl.workers.rollout.llm_server", "LLMServerClient._acquire_server", None),
-    ("verl.workers.rollout.llm_server", "LLMServerClient._release_server", ["self", "server_id", "request_id"]),
-    ("verl.workers.rollout.llm_server", "LLMServerClient._vllm_request_id", ["self", "request_id"]),
+    ("verl.workers.rollout.llm_server", "LLMServerManager.get_client", ["self", "client_cls", "kwargs"]),
+    ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer.get_llm_client", ["self"]),
+    ("verl.experimental.agent_loop.agent_loop", "AgentLoopManager._init_agent_loop_workers", ["self"]),
     ("verl.workers.rollout.replica", "RolloutReplicaRegistry.register", ["name", "loader"]),
 ]
 

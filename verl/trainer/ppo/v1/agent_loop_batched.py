@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Any
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 
 import numpy as np
-import ray
 import torch
 import transfer_queue as tq
 from tensordict import TensorDict
@@ -31,6 +32,7 @@ from verl.workers.rollout.replica import TokenOutput
 logger = logging.getLogger(__name__)
 
 Prompt = dict[str, Any]
+Result = TypeVar("Result")
 
 
 class BatchedAgentLoopWorker(AgentLoopWorker):
@@ -43,7 +45,6 @@ class BatchedAgentLoopWorker(AgentLoopWorker):
                 f"rollout.agent.default_agent_loop={self.rollout_config.agent.default_agent_loop}: the batched manager "
                 "serves single_turn_agent without distillation; expected rollout.agent.agent_loop_manager_class=null"
             )
-        tq.init()
         self.background_tasks: set[asyncio.Task[None]] = set()
         self.single_turn = SingleTurnAgentLoop(
             DictConfigWrap(self.config),
@@ -59,8 +60,8 @@ class BatchedAgentLoopWorker(AgentLoopWorker):
     async def generate_sequences(self, batch: TensorDict) -> None:
         """Start on a batch of prompts and return; what becomes of it goes to the TransferQueue."""
         validate = bool(batch["validate"]) if "validate" in batch else False
-        batch.pop("validate", None)
-        prompts = [{key: _item(value, i) for key, value in batch.items()} for i in range(len(batch))]
+        columns = [(key, values) for key, values in batch.items() if key != "validate"]
+        prompts = [{key: _item(values, i) for key, values in columns} for i in range(len(batch))]
         task = asyncio.create_task(self._run_prompts(prompts, validate))
         self.background_tasks.add(task)
         task.add_done_callback(self.background_tasks.discard)
@@ -90,7 +91,7 @@ class BatchedAgentLoopWorker(AgentLoopWorker):
                 requests.append({"prompt_ids": prompt_ids, "sampling_params": dict(sampling_params)})
         timing: dict[str, float] = {}
         with simple_timer("generate_sequences", timing):
-            tokens = await self._generate(requests)
+            tokens = await self.llm_client.generate_batch(requests)
         outputs = [
             self._agent_loop_output(request["prompt_ids"], token, timing)
             for request, token in zip(requests, tokens, strict=True)
@@ -124,22 +125,6 @@ class BatchedAgentLoopWorker(AgentLoopWorker):
         if not validate and not do_sample:
             apply_greedy_sampling_params(params)
         return params
-
-    async def _generate(self, requests: list[dict[str, Any]]) -> list[TokenOutput]:
-        """One call to each replica; the rollouts of a prompt stay together, where they share its prefix."""
-        replicas = len(await self.llm_client._load_balancer.get_all_servers.remote())
-        share = -(-len(requests) // replicas)
-        chunks = [requests[start : start + share] for start in range(0, len(requests), share)]
-        outputs = await asyncio.gather(*(self._generate_on_one_replica(chunk) for chunk in chunks))
-        return [output for chunk in outputs for output in chunk]
-
-    async def _generate_on_one_replica(self, requests: list[dict[str, Any]]) -> list[TokenOutput]:
-        request_ids = [self.llm_client._vllm_request_id(f"batch-{i}") for i in range(len(requests))]
-        server_id, server = await self.llm_client._acquire_server(request_ids[0])
-        try:
-            return await server.generate_batch.remote(request_ids, requests)
-        finally:
-            self.llm_client._release_server(server_id, request_id=request_ids[0])
 
     def _agent_loop_output(
         self, prompt_ids: list[int], token: TokenOutput, timing: dict[str, float]
@@ -183,11 +168,29 @@ class BatchedAgentLoopWorker(AgentLoopWorker):
 
 
 class BatchedAgentLoopManager(AgentLoopManagerTQ):
-    """Upstream's manager, with workers that take a batch at a time."""
+    """Upstream's manager with one worker, in the trainer's process, on an event loop of its own.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.agent_loop_workers_class = ray.remote(BatchedAgentLoopWorker)
+    The trainer waits while the worker works, and an actor would first import what this process has imported.
+    `rollout.agent.num_workers` does not count here.
+    """
+
+    async def _init_agent_loop_workers(self) -> None:
+        self.event_loop = asyncio.new_event_loop()
+        threading.Thread(target=self.event_loop.run_forever, name="agent_loop", daemon=True).start()
+        self.worker = self._on_event_loop(self._make_worker())
+
+    async def _make_worker(self) -> BatchedAgentLoopWorker:
+        # Agent loops keep the event loop that runs when they are made.
+        return BatchedAgentLoopWorker(
+            self.config, self.llm_client, self.teacher_client, self.reward_loop_worker_handles
+        )
+
+    def _on_event_loop(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.event_loop).result()
+
+    def generate_sequences(self, prompts: TensorDict) -> None:
+        """Start on a batch of prompts and return; see `BatchedAgentLoopWorker.generate_sequences`."""
+        self._on_event_loop(self.worker.generate_sequences(prompts))
 
 
 def _item(value: Any, i: int) -> Any:

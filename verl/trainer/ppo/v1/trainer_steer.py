@@ -23,6 +23,7 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.dataset.rl_dataset import collate_fn
+from verl.workers.rollout.llm_server import LLMServerClient
 
 BATCHED_MANAGER = "verl.trainer.ppo.v1.agent_loop_batched.BatchedAgentLoopManager"
 
@@ -41,10 +42,20 @@ class SteerTrainer(PPOTrainerSync):
         super().__init__(config)
         self.folder = Path(config.trainer.default_local_dir).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
-        if config.actor_rollout_ref.rollout.agent.get("agent_loop_manager_class") == BATCHED_MANAGER:
+        self.batched = config.actor_rollout_ref.rollout.agent.get("agent_loop_manager_class") == BATCHED_MANAGER
+        if self.batched:
             from verl.workers.rollout.vllm_rollout import vllm_batched
 
             vllm_batched.register()
+
+    def get_llm_client(self) -> LLMServerClient:
+        """The client that the agent loops generate by."""
+        if not self.batched:
+            return super().get_llm_client()
+        from verl.workers.rollout.vllm_rollout.vllm_batched import BatchedLLMServerClient
+
+        servers = self.llm_server_manager.server_handles
+        return self.llm_server_manager.get_client(client_cls=BatchedLLMServerClient, servers=servers)
 
     def fit(self, agent_loop_manager: AgentLoopManager) -> None:
         """Train; the loggers that write files do so in `trainer.default_local_dir` unless the environment says else."""
