@@ -83,8 +83,8 @@ def train(way: str, rollouts: int, steps: int, folder: Path, overrides: list[str
         ) as process,
     ):
         assert process.stdout is not None
-        for line in process.stdout:
-            log.write(line)
+        for line in process.stdout:  # each line with its time, to look closer
+            log.write(f"{time.monotonic() - start:7.2f} {line}")
             for stage, sign in STAGES.items():
                 if stage not in reached and sign in line:
                     reached[stage] = time.monotonic() - start

@@ -26,6 +26,12 @@ SMALL = (
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16",
 )
 
+# Validation without chance, and what was generated there.
+GREEDY = (
+    "actor_rollout_ref.rollout.val_kwargs.temperature=0",
+    "trainer.validation_data_dir=${trainer.default_local_dir}/validation",
+)
+
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory, command, root):
@@ -41,7 +47,7 @@ def task(tmp_path_factory, command, root):
 def quickstart(tmp_path_factory, command, root, task):
     """The README's first command, for two steps, with a checkpoint at the end."""
     out = tmp_path_factory.mktemp("quickstart")
-    overrides = (*SMALL, "trainer.total_training_steps=2", "trainer.test_freq=2", "trainer.save_freq=2")
+    overrides = (*SMALL, *GREEDY, "trainer.total_training_steps=2", "trainer.test_freq=2", "trainer.save_freq=2")
     venv = str(Path(sys.executable).parents[1])
     environment = {"OUTPUT_DIR": str(out), "TASK_DIR": str(task), "STEER_VENV": venv, "COLUMNS": "160"}
     result = command("bash", root / "run/quickstart.sh", *overrides, cwd="/", **environment)
@@ -97,6 +103,31 @@ def test_checkpoint_loads_and_a_run_goes_on_from_it(quickstart, command, root, t
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     went_on = [json.loads(line) for line in (out / "steer_exp/metrics_from_2.jsonl").read_text().splitlines()]
     assert [record["step"] for record in went_on] == [3]
+
+
+def test_batched_rollouts_are_those_of_verls_agent_loops(quickstart, command, root, task, tmp_path):
+    """The same run with one agent loop, reward call and TransferQueue write for each rollout."""
+    out, *_ = quickstart
+    result = command(
+        "bash", root / "run/run_grpo.sh", "task=arithmetic", "hardware=cpu", *SMALL, *GREEDY, "trainer.test_freq=2",
+        "trainer.save_freq=2", "trainer.total_training_steps=2",
+        "actor_rollout_ref.rollout.agent.agent_loop_manager_class=null", OUTPUT_DIR=str(tmp_path), TASK_DIR=str(task),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    ours, theirs = out / "grpo", tmp_path / "grpo"
+
+    def responses(run: Path) -> list[tuple[object, ...]]:
+        rows = [json.loads(line) for line in (run / "validation/0.jsonl").read_text().splitlines()]
+        return sorted((row["input"], row["output"], row["gts"], row["score"], row["acc"]) for row in rows)
+
+    assert len(responses(ours)) == 16 and responses(ours) == responses(theirs)
+    our_metrics, their_metrics = metrics(ours), metrics(theirs)
+    for step in (0, 1, 2):
+        assert set(our_metrics[step]) == set(their_metrics[step])
+    for key in ("actor/entropy", "response_length/mean", "prompt_length/mean"):
+        assert our_metrics[1][key] == pytest.approx(their_metrics[1][key], rel=0.2)
+    files = [{file.relative_to(run) for file in run.glob("global_step_2/**/*")} for run in (ours, theirs)]
+    assert files[0] == files[1]
 
 
 def test_two_ranks(command, root, task, tmp_path):
