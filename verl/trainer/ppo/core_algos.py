@@ -37,6 +37,7 @@ PROBABILITY_MARGIN = 1e-8
 ENTROPY_CHANGE_FLOOR = 0.02
 
 
+@torch.no_grad()
 def ppo_clipped(
     advantages: torch.Tensor,
     old_log_prob: torch.Tensor,
@@ -56,12 +57,13 @@ def ppo_clipped(
     Returns:
         Clipped from above and clipped from below, both boolean (batch, response_length).
     """
-    ratio = torch.exp((log_prob.float() - old_log_prob.float()).clamp(-20.0, 20.0))
+    ratio = (log_prob.float() - old_log_prob.float()).clamp_(-20.0, 20.0).exp_()
     negative = advantages < 0
     above = torch.where(negative, ratio > clip_ratio_c, (advantages > 0) & (ratio > 1 + clip_ratio_high))
     return above, negative & (ratio < 1 - clip_ratio_low)
 
 
+@torch.no_grad()
 def estimate_entropy_change(
     advantages: torch.Tensor,
     entropys: torch.Tensor,
@@ -94,19 +96,21 @@ def estimate_entropy_change(
     if estimator not in ENTROPY_CHANGE_ESTIMATORS:
         raise ValueError(f"estimator={estimator!r}: expected one of {', '.join(ENTROPY_CHANGE_ESTIMATORS)}")
     log_prob = log_prob.float()
-    prob = log_prob.exp().clamp(PROBABILITY_MARGIN, 1 - PROBABILITY_MARGIN)
+    # In place wherever the memory is this function's own: on a CPU fresh memory costs more than the arithmetic.
+    prob = log_prob.exp().clamp_(PROBABILITY_MARGIN, 1 - PROBABILITY_MARGIN)
     # 1 - prob by way of expm1: float32 has no number between 1 - 6e-8 and 1, where certain tokens are.
-    other_prob = -torch.expm1(log_prob).clamp(PROBABILITY_MARGIN - 1, -PROBABILITY_MARGIN)
-    old_prob = old_log_prob.float().exp().clamp(PROBABILITY_MARGIN, 1.0)
-    change = advantages.float() / old_prob * prob * other_prob * (log_prob + entropys.float())
+    other_prob = torch.expm1(log_prob).clamp_(PROBABILITY_MARGIN - 1, -PROBABILITY_MARGIN).neg_()
+    old_prob = old_log_prob.float().exp().clamp_(PROBABILITY_MARGIN, 1.0)
+    change = (advantages.float() / old_prob).mul_(prob).mul_(other_prob).mul_(log_prob + entropys.float())
     if estimator == "squared":
-        change = change * other_prob
+        change.mul_(other_prob)
     if estimator == "clip_aware":
         above, below = ppo_clipped(advantages, old_log_prob, log_prob, clip_ratio_low, clip_ratio_high, clip_ratio_c)
-        change = change.masked_fill(above | below, 0.0)
-    return change.abs().nan_to_num(nan=0.0, posinf=0.0)
+        change.masked_fill_(above | below, 0.0)
+    return change.abs_().nan_to_num_(nan=0.0, posinf=0.0)
 
 
+@torch.no_grad()
 def map_to_token_weights(
     entropy_change: torch.Tensor,
     response_mask: torch.Tensor,
@@ -132,17 +136,18 @@ def map_to_token_weights(
         Weights, float32 (batch, response_length), 0 on tokens that are not valid.
     """
     valid = response_mask.bool()
-    largest = entropy_change.masked_fill(~valid, 0.0).amax()
+    largest = torch.where(valid, entropy_change, 0.0).amax()
     if linear:
-        smallest = entropy_change.masked_fill(~valid, torch.inf).amin()
+        smallest = torch.where(valid, entropy_change, torch.inf).amin()
         spread = largest - smallest
-        position = ((entropy_change - smallest) / spread.clamp_min(torch.finfo(spread.dtype).tiny)).clamp(0.0, 1.0)
-        position = torch.where(spread > 0, position, 0.5)
-        weights = torch.lerp(position.new_tensor(token_weight_max), position.new_tensor(token_weight_min), position)
+        position = (entropy_change - smallest).div_(spread.clamp_min(torch.finfo(spread.dtype).tiny))
+        # All equal are at 0 so far.
+        position.add_((spread <= 0) * 0.5).clamp_(0.0, 1.0)
+        weights = position.mul_(token_weight_min - token_weight_max).add_(token_weight_max)
     else:
         decay = -math.log(token_weight_min) / largest.clamp_min(ENTROPY_CHANGE_FLOOR)
-        weights = torch.exp(-decay * entropy_change).clamp(token_weight_min, token_weight_max)
-    return weights.masked_fill(~valid, 0.0)
+        weights = (-decay * entropy_change).exp_()
+    return weights.clamp_(token_weight_min, token_weight_max).masked_fill_(~valid, 0.0)
 
 
 @torch.no_grad()
@@ -211,18 +216,16 @@ def token_weight_metrics(
     """
     valid = response_mask.bool()
     count = valid.sum().clamp_min(1)
-
-    def mean(values: torch.Tensor) -> torch.Tensor:
-        return values.masked_fill(~valid, 0).sum() / count
-
+    valid_weights = torch.where(valid, token_weights, 0.0)
+    valid_change = torch.where(valid, entropy_change, 0.0)
     return {
-        "actor/token_weights_mean": mean(token_weights),
-        "actor/token_weights_min": token_weights.masked_fill(~valid, torch.inf).amin(),
-        "actor/token_weights_max": token_weights.masked_fill(~valid, 0.0).amax(),
-        "actor/entropy_change_mean": mean(entropy_change),
-        "actor/entropy_change_max": entropy_change.masked_fill(~valid, 0.0).amax(),
-        "actor/pg_clipfrac_high": mean(clipped_above),
-        "actor/pg_clipfrac_low": mean(clipped_below),
+        "actor/token_weights_mean": valid_weights.sum() / count,
+        "actor/token_weights_min": torch.where(valid, token_weights, torch.inf).amin(),
+        "actor/token_weights_max": valid_weights.amax(),
+        "actor/entropy_change_mean": valid_change.sum() / count,
+        "actor/entropy_change_max": valid_change.amax(),
+        "actor/pg_clipfrac_high": (clipped_above & valid).sum() / count,
+        "actor/pg_clipfrac_low": (clipped_below & valid).sum() / count,
     }
 
 
@@ -257,6 +260,8 @@ def compute_policy_loss_with_entropy(
         raise ValueError("entropys=None: loss_mode=entropy_control expects the entropy of each response token")
     options, clip = config.policy_loss, _clip_ratios(config)
     old_log_prob, log_prob, advantages = old_log_prob.float(), log_prob.float(), advantages.float()
+    # verl's masks are int64, which every product with a float32 tensor would convert.
+    response_mask = response_mask.float()
     with torch.no_grad():
         entropy_change = estimate_entropy_change(
             advantages, entropys, old_log_prob, log_prob, options.entropy_change_estimator, *clip
