@@ -3,12 +3,15 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from tensordict import TensorDict
 from test_policy_loss import NoHostSynchronisation, actor_config, gradient
 from test_token_weights import random_batch
 from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla, get_adv_estimator_fn, get_policy_loss_fn
@@ -129,7 +132,7 @@ def test_high_entropy_tokens_by_hand():
     assert (token_gradients("high_entropy_tokens", batch, high_entropy_share=1.0) != 0).sum() == 10
 
 
-@pytest.mark.parametrize("quadrant, place", zip(QUADRANTS, range(4), strict=True))
+@pytest.mark.parametrize("place, quadrant", list(enumerate(QUADRANTS)))
 def test_quadrants_by_hand(quadrant, place):
     """H = ln 2: likely is from exp(-H) = 0.5 on. One token in each quadrant, one without advantage."""
     batch = on_policy((1.0, 1.0, -1.0, -1.0, 0.0), (0.6, 0.4, 0.6, 0.4, 0.6), (math.log(2.0),) * 5)
@@ -404,3 +407,77 @@ def test_options_by_hand():
     for bad in (-0.1, 1.5, "much", True):
         with pytest.raises(ValueError, match="algorithm.unlikeliness_beta=.*: expected a number from 0 to 1"):
             AdvantageOptions.of({"unlikeliness_beta": bad})
+
+
+# The trainer's part.
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    """The steer trainer without Ray: upstream's methods return what they were called with."""
+    from verl.trainer.ppo.v1 import trainer_steer
+
+    seen = {}
+
+    def upstream_compute_advantage(self, batch, metrics):
+        with torch.no_grad():
+            seen["advantages"] = advantages_without_context("gtpo")
+        return batch
+
+    monkeypatch.setattr(trainer_steer.PPOTrainerSync, "_update_actor", lambda self, batch, metrics: batch)
+    monkeypatch.setattr(trainer_steer.PPOTrainerSync, "_compute_advantage", upstream_compute_advantage)
+
+    def fetch(keys, partition_id, select_fields):
+        nested = torch.nested.as_nested_tensor(
+            [row[m.bool()] for row, m in zip(ENTROPYS, MASK, strict=True)], layout=torch.jagged
+        )
+        seen["fetched"] = (keys, partition_id, select_fields)
+        return TensorDict({"entropy": nested}, batch_size=4)
+
+    monkeypatch.setattr(trainer_steer.tq, "kv_batch_get", fetch)
+    built = trainer_steer.SteerTrainer.__new__(trainer_steer.SteerTrainer)
+    built.entropy_coefficient = None
+    built.config = OmegaConf.create(
+        {
+            "algorithm": {"adv_estimator": "gtpo"},
+            "actor_rollout_ref": {"actor": {"calculate_sum_pi_squared": True}},
+        }
+    )
+    built.seen = seen
+    return built
+
+
+def advantages_without_context(name):
+    """As verl calls an estimator: what it reads of the old policy is there only if the trainer has put it there."""
+    token_level_rewards = torch.zeros(MASK.shape)
+    token_level_rewards[:, -1] = torch.tensor(REWARDS)
+    index = np.array(["a"] * 4, dtype=object)
+    return get_adv_estimator_fn(name)(token_level_rewards=token_level_rewards, response_mask=MASK, index=index)[0]
+
+
+def test_the_trainer_gives_an_estimator_the_old_policys_entropies(trainer):
+    batch = SimpleNamespace(keys=["a_0_0"], partition_id="train", extra_info={})
+    assert trainer._compute_advantage(batch, {}) is batch
+    assert trainer.seen["fetched"] == (["a_0_0"], "train", ["entropy"])
+    expected = advantages_of("gtpo", REWARDS, MASK, ["a"] * 4, entropy=ENTROPYS)
+    torch.testing.assert_close(trainer.seen["advantages"], expected)
+    trainer.config.algorithm.adv_estimator = "grpo"
+    with pytest.raises(ValueError, match="the batch has no entropy"):
+        trainer._compute_advantage(batch, {})
+
+
+def test_the_trainer_sends_the_flag_of_the_sums_and_the_coefficient(trainer):
+    batch, metrics = SimpleNamespace(extra_info={}), {"actor/entropy": 0.1}
+    trainer._update_actor(batch, metrics)
+    assert batch.extra_info == {"calculate_sum_pi_squared": True} and "actor/entropy_coeff" not in metrics
+    trainer.entropy_coefficient = AdaptiveEntropyCoefficient(target=0.2, increment=1.0, maximum=3.0, value=2.0)
+    trainer._update_actor(batch, metrics)
+    assert batch.extra_info["entropy_coeff"] == metrics["actor/entropy_coeff"] == 2.0
+    assert trainer.entropy_coefficient.value == 3.0
+
+
+def test_the_coefficient_is_there_only_with_its_loss():
+    policy_loss = OmegaConf.create({"_target_": "verl.workers.config.PolicyLossConfig", "loss_mode": "vanilla"})
+    assert AdaptiveEntropyCoefficient.of(policy_loss) is None
+    policy_loss.loss_mode, policy_loss.target_entropy = "adaptive_entropy", 0.5
+    assert AdaptiveEntropyCoefficient.of(policy_loss) == AdaptiveEntropyCoefficient(0.5, 1e-4, 5e-3)
