@@ -80,12 +80,15 @@ def mini_batch(start, stop):
 
 
 def update(rank, ranks, micro_batch_size, options):
-    """Gradient of one mini-batch, as the ranks' mean, and the extremes of its weights on this rank."""
+    """Gradient of one mini-batch, as the ranks' mean, and the extremes of its weights on this rank.
+
+    A micro-batch size above 8 is a number of tokens, by which verl packs a dynamic number of sequences.
+    """
     engine, part = ToyEngine(), SEQUENCES // ranks
     data = mini_batch(rank * part, (rank + 1) * part)
-    tu.assign_non_tensor(
-        data, use_dynamic_bsz=False, micro_batch_size_per_gpu=micro_batch_size, global_batch_size=SEQUENCES
-    )
+    dynamic = micro_batch_size > SEQUENCES
+    size = {"max_token_len_per_gpu" if dynamic else "micro_batch_size_per_gpu": micro_batch_size}
+    tu.assign_non_tensor(data, use_dynamic_bsz=dynamic, global_batch_size=SEQUENCES, **size)
     config = actor_config(**options)
     output = engine.forward_backward_batch(data, partial(ppo_loss, config=config), forward_only=False)
     gradient = engine.logits.grad
@@ -121,11 +124,11 @@ MAPS = {
 
 
 def test_the_split_of_a_mini_batch_changes_nothing(tmp_path):
-    """Micro-batches of 1, 2, 4 and 8 on one rank, of 1, 2 and 4 on two: one gradient, and the weights' own range.
+    """Micro-batches of 1, 2, 4 and 8 on one rank, of 1, 2 and 4 on two, and packed ones: one gradient, one range.
 
     Where each micro-batch is measured by itself the gradients differ.
     """
-    micro_batches = {1: (1, 2, 4, 8), 2: (1, 2, 4)}
+    micro_batches = {1: (1, 2, 4, 8, 20), 2: (1, 2, 4, 16)}
     for_map = {
         ranks: [
             (size, {**options, "token_weight_normalizer": normalizer})
