@@ -303,6 +303,15 @@ def test_unlikeliness_ranks_within_a_prompt_and_never_twice():
     torch.testing.assert_close(found, torch.tensor([[-0.0625], [-0.0625], [0.0625], [0.0625]]))
 
 
+def test_unlikeliness_does_not_count_padding():
+    """verl fills a batch up with responses without a valid token: they rank nowhere, and their log-prob is 0."""
+    log_prob, mask = torch.tensor([[-1.0], [0.0], [-2.0]]), torch.tensor([[1], [0], [1]])
+    config = {"norm_adv_by_std_in_grpo": False, "unlikeliness_beta": 0.5}
+    found = advantages_of("unlikeliness", [1.0, 0.0, 1.0], mask, ["a"] * 3, config, old_log_probs=log_prob)
+    # 1 - 0.5 * 2/2 and 1 - 0.5 * 1/2, above the group's mean with the padding's 0, as in upstream's GRPO.
+    torch.testing.assert_close(found, torch.tensor([[0.5 - 1.25 / 3], [0.0], [0.75 - 1.25 / 3]]))
+
+
 #: Two right answers of two and one tokens, two wrong ones of two and one tokens.
 ENTROPYS = torch.tensor([[1.0, 2.0], [3.0, 9.0], [1.0, 4.0], [4.0, 9.0]])
 MASK = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 0]])

@@ -133,17 +133,17 @@ def compute_unlikeliness_advantage(
 
     rank runs from 0, the likeliest of the G responses to the prompt under the old policy, to G - 1, the least likely;
     a response is as likely as the product of its tokens' probabilities. Wrong answers keep their reward: the paper
-    gives them 0, where the factor changes nothing.
+    gives them 0, where the factor changes nothing. Responses without a valid token are not counted.
     """
     log_prob = (_of_old_policy("old_log_probs", "unlikeliness") * response_mask).sum(-1)
     group = as_torch_index(index, device=log_prob.device)
-    together = group[:, None] == group[None, :]
+    together = (group[:, None] == group[None, :]) & response_mask.any(-1)[None, :]
     # Of two equally likely responses the earlier one counts as likelier, so that ranks are never shared.
     place = torch.arange(len(group), device=log_prob.device)
     likelier = (log_prob[None, :] > log_prob[:, None]) | (
         (log_prob[None, :] == log_prob[:, None]) & (place[None, :] < place[:, None])
     )
-    rank, size = (together & likelier).sum(-1), together.sum(-1)
+    rank, size = (together & likelier).sum(-1), together.sum(-1).clamp_min(1)
     factor = 1 - AdvantageOptions.of(config).unlikeliness_beta * (size - rank) / size
     factor = torch.where(_right(token_level_rewards), factor, 1.0)
     return compute_grpo_outcome_advantage(
