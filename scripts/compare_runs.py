@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A table and a picture of one or several runs: entropy and accuracy over the steps.
+"""A table and a picture of one or several runs: entropy, accuracy and speed.
 
     python scripts/compare_runs.py outputs/grpo outputs/steer_exp --out outputs/comparison.png
 
 Each argument is a run's folder with the files of verl's `file` logger (`metrics*.jsonl`). Runs whose folders end in
-the same name, such as `seed0/grpo` and `seed1/grpo`, are seeds of one method: the table gives their mean and the
-picture a band from the least to the greatest.
+the same name, such as `seed0/grpo` and `seed1/grpo`, are seeds of one method: the table gives their mean and its 95 %
+interval by Student's t, and the picture a band from the least to the greatest.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import argparse
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import sqrt
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, stdev
 
 import matplotlib
 
@@ -25,8 +26,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import t as student_t
 
 ENTROPY, WEIGHT = "actor/entropy", "actor/token_weights_mean"
+TOKENS, SECONDS = "perf/total_num_tokens", "perf/time_per_step"
 
 
 @dataclass
@@ -62,21 +65,75 @@ def read_run(folder: Path) -> Run:
     return run
 
 
+def at(position: int) -> Callable[[list[float]], float]:
+    return lambda values: values[position]
+
+
+def tokens_per_second(run: Run) -> float | None:
+    """Tokens of prompts and responses a second of training, on all devices together."""
+    tokens, seconds = run.series(TOKENS), run.series(SECONDS)
+    steps = tokens.keys() & seconds.keys()
+    return sum(tokens[step] for step in steps) / sum(seconds[step] for step in steps) if steps else None
+
+
+def summary(series: Callable[[Run], dict[int, float]], reduce: Callable[[list[float]], float]):
+    """A figure of a run: its series, reduced over the steps, or None where it has none."""
+
+    def figure_of(run: Run) -> float | None:
+        values = list(series(run).values())
+        return reduce(values) if values else None
+
+    return figure_of
+
+
+def accuracy(run: Run) -> dict[int, float]:
+    return run.accuracy
+
+
+def entropy(run: Run) -> dict[int, float]:
+    return run.series(ENTROPY)
+
+
+def weight(run: Run) -> dict[int, float]:
+    return run.series(WEIGHT)
+
+
+#: Heading, figure of a run, decimals.
+COLUMNS: tuple[tuple[str, Callable[[Run], float | None], int], ...] = (
+    ("accuracy before", summary(accuracy, at(0)), 3),
+    ("final", summary(accuracy, at(-1)), 3),
+    ("best", summary(accuracy, max), 3),
+    ("entropy first", summary(entropy, at(0)), 3),
+    ("last", summary(entropy, at(-1)), 3),
+    ("least", summary(entropy, min), 3),
+    ("mean token weight", summary(weight, fmean), 3),
+    ("tokens/s", tokens_per_second, 0),
+)
+
+
+def mean_and_interval(values: list[float], decimals: int) -> str:
+    """Mean, and from two values on the half width of its 95 % interval by Student's t."""
+    if not values:
+        return "-"
+    mean = f"{fmean(values):.{decimals}f}"
+    if len(values) == 1:
+        return mean
+    half = student_t.ppf(0.975, len(values) - 1) * stdev(values) / sqrt(len(values))
+    return f"{mean} ± {half:.{decimals}f}"
+
+
 def table(methods: dict[str, list[Run]]) -> Table:
-    """Accuracy before and after, entropy first and last, mean token weight: means over the seeds."""
-    result = Table(title="means over seeds" if any(len(runs) > 1 for runs in methods.values()) else None)
-    for heading in ("method", "seeds", "accuracy before", "after", "entropy first", "last", "mean token weight"):
+    """A row for each method: means of its runs' figures, with intervals where there are several runs."""
+    several = any(len(runs) > 1 for runs in methods.values())
+    result = Table(title="means over seeds ± 95 % interval" if several else None)
+    for heading in ("method", "seeds", *(heading for heading, *_ in COLUMNS)):
         result.add_column(heading, justify="left" if heading == "method" else "right")
-
-    def mean(series: Sequence[dict[int, float]], position: int) -> str:
-        values = [list(one.values())[position] for one in series if one]
-        return f"{fmean(values):.3f}" if values else "-"
-
     for name, runs in methods.items():
-        weights = [fmean(series.values()) for run in runs if (series := run.series(WEIGHT))]
-        accuracy, entropy = [run.accuracy for run in runs], [run.series(ENTROPY) for run in runs]
-        cells = (mean(accuracy, 0), mean(accuracy, -1), mean(entropy, 0), mean(entropy, -1))
-        result.add_row(name, str(len(runs)), *cells, f"{fmean(weights):.3f}" if weights else "-")
+        cells = []
+        for _, figure_of, decimals in COLUMNS:
+            values = [value for run in runs if (value := figure_of(run)) is not None]
+            cells.append(mean_and_interval(values, decimals))
+        result.add_row(name, str(len(runs)), *cells)
     return result
 
 

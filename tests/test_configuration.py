@@ -2,12 +2,18 @@
 """Configurations and launchers: what they resolve to, and that a bad value gives one clear line."""
 
 import re
+from copy import deepcopy
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from verl.trainer import main_ppo
+from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
+from verl.trainer.ppo.entropy_advantages import AdvantageOptions
+from verl.utils.config import omega_conf_to_dataclass
 from verl.workers.config import PolicyLossConfig
 
 import verl_steer
@@ -40,9 +46,25 @@ RELEASED = {
 }
 
 
-def resolved(name, *overrides):
+@cache
+def composed(name, *overrides):
     with initialize_config_dir(str(verl_steer.OVERLAY / "trainer/config"), version_base=None):
         return compose(name, list(overrides))
+
+
+def resolved(name, *overrides):
+    """A configuration of the caller's own: Hydra takes a second to compose one."""
+    return deepcopy(composed(name, *overrides))
+
+
+CONFIGS = sorted(path.stem for path in (verl_steer.OVERLAY / "trainer/config").glob("*.yaml"))
+
+
+def validated(name, *overrides):
+    """A configuration on the CPU after this fork's checks, and its policy loss."""
+    config = resolved(name, "hardware=cpu", *overrides)
+    main_ppo.prepare(config)
+    return config, omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
 
 
 LAUNCHERS = {path.stem: path for path in (Path(__file__).parents[1] / "run").glob("run_*.sh")}
@@ -81,6 +103,77 @@ def test_weights_of_the_launchers(launcher):
     assert policy_loss.entropy_change_estimator == "released"
 
 
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("steer", "eval")])
+def test_every_configuration_composes_and_passes_the_checks(name):
+    """Each names itself, and its loss and its advantage estimator are registered."""
+    config, policy_loss = validated(name)
+    assert config.trainer.experiment_name == name
+    assert get_policy_loss_fn(policy_loss.loss_mode)
+    assert config.algorithm.adv_estimator == "grpo" or get_adv_estimator_fn(config.algorithm.adv_estimator)
+
+
+def test_methods_differ_from_grpo_in_nothing_but_their_own_keys():
+    """So that a comparison compares methods: only the loss, the advantage, the clip and the entropy or KL terms."""
+    own = ("actor_rollout_ref.actor.policy_loss.", "algorithm.adv_estimator", "trainer.experiment_name")
+    own += tuple(
+        f"actor_rollout_ref.actor.{key}"
+        for key in ("clip_ratio_low", "clip_ratio_high", "entropy_coeff", "use_kl_loss", "kl_loss_coef", "kl_loss_type")
+    )
+
+    def flat(node, path=""):
+        if OmegaConf.is_dict(node):
+            return {k: v for key in node for k, v in flat(node._get_node(key), f"{path}.{key}".lstrip(".")).items()}
+        return {path: OmegaConf.to_container(node) if OmegaConf.is_list(node) else node._value()}
+
+    grpo = flat(resolved("grpo", "hardware=cpu"))
+    for name in CONFIGS:
+        if name not in ("steer", "eval"):
+            other = flat(resolved(name, "hardware=cpu"))
+            different = [key for key in other if other[key] != grpo.get(key)]
+            assert other.keys() == grpo.keys() and all(key.startswith(own) for key in different), (name, different)
+
+
+def test_the_map_follows_linear_unless_it_is_named():
+    assert PolicyLossConfig().token_weight_map == "linear"
+    assert PolicyLossConfig(linear=False).token_weight_map == "exponential"
+    threshold = PolicyLossConfig(linear=True, token_weight_map="threshold")
+    assert (threshold.token_weight_map, threshold.token_weight_max) == ("threshold", 1.0)
+    assert PolicyLossConfig(linear=False, token_weight_map="linear").token_weight_max == 1.2
+
+
+@pytest.mark.parametrize("plus", ["", "+"])
+@pytest.mark.parametrize(
+    "key, value",
+    [(f"{POLICY_LOSS}.token_weight_map", "threshold"), ("algorithm.positive_weight", 0.3)],
+)
+def test_new_keys_are_taken_with_and_without_plus(plus, key, value):
+    assert OmegaConf.select(resolved("grpo", f"{plus}{key}={value}"), key) == value
+
+
+def test_every_new_field_is_declared_for_hydra():
+    """Null in steer.yaml, where the dataclasses then put their defaults."""
+    config = resolved("grpo")
+    declared = OmegaConf.select(config, POLICY_LOSS)
+    new = {field.name for field in fields(PolicyLossConfig)} - {
+        field.name for field in fields(PolicyLossConfig.__mro__[1])
+    }
+    assert {name for name in new if declared.get(name, "missing") is None} == new
+    assert all(config.algorithm.get(field.name, "missing") is None for field in fields(AdvantageOptions))
+
+
+def test_the_exact_estimator_asks_for_the_sums_over_the_vocabulary():
+    config, _ = validated("steer_exact", "actor_rollout_ref.actor.fsdp_config.one_pass_reductions=false")
+    actor = config.actor_rollout_ref.actor
+    assert actor.calculate_entropy and actor.calculate_sum_pi_squared and actor.fsdp_config.one_pass_reductions
+    for name in ("steer_exp", "steer_global", "grpo", "dynamic_clip"):
+        actor = validated(name)[0].actor_rollout_ref.actor
+        assert not actor.calculate_entropy and not actor.calculate_sum_pi_squared
+
+
+def test_the_adaptive_bonus_asks_for_the_current_entropies():
+    assert validated("adaptive_entropy")[0].actor_rollout_ref.actor.calculate_entropy
+
+
 @pytest.mark.parametrize("plus", ["", "+"])
 def test_options_are_taken_with_and_without_plus(plus):
     config = resolved("steer_exp", f"{plus}{POLICY_LOSS}.token_weight_min=0.7")
@@ -103,7 +196,49 @@ def test_every_hardware_goes_with_every_task(hardware, task, monkeypatch):
         ({"token_weight_min": -1.0}, "policy_loss.token_weight_min=-1.0: expected 0 < token_weight_min"),
         ({"token_weight_min": 0.0}, "policy_loss.token_weight_min=0.0: expected 0 <"),
         ({"token_weight_min": 1.5}, "token_weight_min=1.5: expected 0 < token_weight_min <= token_weight_max=1.2"),
-        ({"linear": False, "token_weight_max": 1.1}, "policy_loss.token_weight_max=1.1: expected at most 1"),
+        ({"linear": False, "token_weight_max": 1.1}, "policy_loss.token_weight_max=1.1: expected at most 1 in the exp"),
+        (
+            {"token_weight_map": "threshold", "token_weight_max": 1.1},
+            "policy_loss.token_weight_max=1.1: expected at most 1 in the threshold map",
+        ),
+        (
+            {"token_weight_map": "cubic"},
+            "policy_loss.token_weight_map='cubic': expected one of linear, exponential, thr",
+        ),
+        (
+            {"token_weight_quantile": 1.5},
+            "policy_loss.token_weight_quantile=1.5: expected a number of at least 0 and at",
+        ),
+        (
+            {"token_weight_normalizer": "all"},
+            "policy_loss.token_weight_normalizer='all': expected one of micro_batch, g",
+        ),
+        (
+            {"token_weight_ema_decay": -1},
+            "policy_loss.token_weight_ema_decay=-1: expected a number of at least 0 and at",
+        ),
+        (
+            {"token_weight_normalizer": "global", "entropy_change_estimator": "exact"},
+            "policy_loss.token_weight_normalizer='global': expected micro_batch with entropy_change_estimator=exact",
+        ),
+        (
+            {"base_loss": "geo_mean"},
+            "policy_loss.base_loss='geo_mean': expected one of vanilla, gspo, cispo, sapo, gpg",
+        ),
+        ({"advantage_entropy_alpha": -1}, "policy_loss.advantage_entropy_alpha=-1: expected a number of at least 0"),
+        ({"advantage_entropy_kappa": 1.0}, "policy_loss.advantage_entropy_kappa=1.0: expected a number above 1"),
+        ({"dynamic_clip_low": 0.0}, "policy_loss.dynamic_clip_low=0.0: expected a number above 0"),
+        ({"dynamic_clip_high": "wide"}, "policy_loss.dynamic_clip_high='wide': expected a number above 0"),
+        ({"high_entropy_share": 0}, "policy_loss.high_entropy_share=0: expected a number above 0 and at most 1"),
+        (
+            {"quadrant": "all"},
+            "policy_loss.quadrant='all': expected one of positive_likely, positive_unlikely, negative",
+        ),
+        ({"quadrant_weight": -0.5}, "policy_loss.quadrant_weight=-0.5: expected a number of at least 0"),
+        ({"quadrant_probability": 2}, "policy_loss.quadrant_probability=2: expected a number above 0 and at most 1"),
+        ({"target_entropy": True}, "policy_loss.target_entropy=True: expected a number above 0"),
+        ({"entropy_coeff_step": 0}, "policy_loss.entropy_coeff_step=0: expected a number above 0"),
+        ({"entropy_coeff_max": 0}, "policy_loss.entropy_coeff_max=0: expected a number above 0"),
         ({"linear": "yes"}, "policy_loss.linear='yes': expected true or false"),
         ({"entropy_change_estimator": "best"}, "entropy_change_estimator='best': expected one of released"),
     ],
@@ -133,6 +268,39 @@ def test_bad_value_ends_a_launcher_in_one_line(command, root):
         (
             ["++algorithm.rollout_correction.bypass_mode=true", "actor_rollout_ref.actor.strategy=mine"],
             "actor.strategy=mine: expected one of fsdp, fsdp2",
+        ),
+        (["algorithm.positive_weight=2"], "algorithm.positive_weight=2: expected a number from 0 to 1"),
+        (
+            [f"{POLICY_LOSS}.entropy_change_estimator=exact", "actor_rollout_ref.actor.strategy=megatron"],
+            "actor.strategy=megatron: expected one of fsdp, fsdp2: entropy_change_estimator=exact needs",
+        ),
+        (
+            [f"{POLICY_LOSS}.entropy_change_estimator=exact", "actor_rollout_ref.model.use_fused_kernels=true"],
+            "model.use_fused_kernels=true: expected false with entropy_change_estimator=exact",
+        ),
+        (
+            [f"{POLICY_LOSS}.token_weight_normalizer=ema", "actor_rollout_ref.actor.strategy=megatron"],
+            "actor.strategy=megatron: expected one of fsdp, fsdp2: token_weight_normalizer=ema",
+        ),
+        (
+            [f"{POLICY_LOSS}.token_weight_normalizer=ema", "++algorithm.rollout_correction.bypass_mode=true"],
+            "policy_loss.token_weight_normalizer=ema: expected micro_batch where the trainer computes no entropies",
+        ),
+        (
+            ["algorithm.adv_estimator=gtpo", "++algorithm.rollout_correction.bypass_mode=true"],
+            "algorithm.adv_estimator=gtpo: expected another where the trainer computes no entropies",
+        ),
+        (
+            [f"{POLICY_LOSS}.loss_mode=adaptive_entropy", "++algorithm.rollout_correction.bypass_mode=true"],
+            "policy_loss.loss_mode=adaptive_entropy: expected another where the trainer computes no entropies",
+        ),
+        (
+            [f"{POLICY_LOSS}.loss_mode=adaptive_entropy", "actor_rollout_ref.actor.loss_agg_mode=token-sum"],
+            "actor.loss_agg_mode=token-sum: expected one of token-mean, seq-mean-token-mean with policy_loss",
+        ),
+        (
+            ["algorithm.adv_estimator=unlikeliness", "trainer.v1.trainer_mode=sync"],
+            "trainer.v1.trainer_mode=sync: expected steer, and trainer.use_v1=true, with algorithm.adv_estimator=unlik",
         ),
     ],
 )

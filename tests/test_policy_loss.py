@@ -4,13 +4,22 @@
 import pytest
 import torch
 from tensordict import TensorDict
-from test_token_weights import random_batch
+from test_token_weights import random_batch, squares
 from torch.utils._python_dispatch import TorchDispatchMode
-from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla, compute_token_weights, get_policy_loss_fn
+from verl.trainer.ppo.core_algos import (
+    BASE_LOSSES,
+    POLICY_LOSS_REGISTRY,
+    EntropyChangeRange,
+    compute_policy_loss_vanilla,
+    compute_token_weights,
+    estimate_entropy_change,
+    get_policy_loss_fn,
+)
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType
 from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
+from verl.workers.utils.padding import no_padding_2_padding
 
 
 def actor_config(loss_mode="entropy_control", clip=(0.2, 0.28, 10.0), agg="token-mean", **policy_loss):
@@ -26,7 +35,7 @@ def actor_config(loss_mode="entropy_control", clip=(0.2, 0.28, 10.0), agg="token
     )
 
 
-def steer_loss(batch, config, rollout_is_weights=None):
+def steer_loss(batch, config, rollout_is_weights=None, **statistics):
     advantages, entropys, old_log_prob, log_prob, mask = batch
     return get_policy_loss_fn("entropy_control")(
         old_log_prob=old_log_prob,
@@ -37,6 +46,7 @@ def steer_loss(batch, config, rollout_is_weights=None):
         config=config,
         rollout_is_weights=rollout_is_weights,
         entropys=entropys,
+        **statistics,
     )
 
 
@@ -60,6 +70,37 @@ def test_gradient_is_the_weight_times_the_vanilla_gradient(options, agg):
     vanilla = gradient(lambda x: compute_policy_loss_vanilla(old_log_prob, x, advantages, mask, agg, config), log_prob)
     assert vanilla.any()
     torch.testing.assert_close(steer, weights * vanilla, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("base_loss", BASE_LOSSES)
+def test_every_base_loss_has_each_tokens_gradient_multiplied_by_its_weight(base_loss):
+    advantages, entropys, old_log_prob, log_prob, mask = random_batch()
+    config = actor_config(base_loss=base_loss, dro_beta=0.1, clip_cov_ratio=0.1, clip_cov_lb=0.0, kl_cov_ratio=0.1)
+    weights = compute_token_weights(advantages, entropys, old_log_prob, log_prob, mask)
+    base = get_policy_loss_fn(base_loss)
+
+    def seeded(loss):
+        torch.manual_seed(0)  # clip_cov draws its tokens
+        return loss
+
+    steer = gradient(lambda x: seeded(steer_loss)((advantages, entropys, old_log_prob, x, mask), config), log_prob)
+    plain = gradient(lambda x: seeded(base)(old_log_prob, x, advantages, mask, "token-mean", config), log_prob)
+    assert (plain != 0).sum() > 50 and weights[mask].std() > 0.01
+    torch.testing.assert_close(steer, weights * plain, rtol=1e-4, atol=1e-7)
+
+
+def test_base_losses_are_all_that_upstream_weights_token_by_token():
+    """What upstream registers beside them: no per-token weights, and this fork's own."""
+    ours = {"entropy_control", "adaptive_entropy", "entropy_shaped_advantage"}
+    ours |= {"dynamic_clip", "high_entropy_tokens", "quadrant"}
+    assert POLICY_LOSS_REGISTRY.keys() == {*BASE_LOSSES, "geo_mean", "bypass_mode", *ours}
+    advantages, _, old_log_prob, log_prob, mask = random_batch()
+    weights, config = torch.where(mask, torch.rand(mask.shape) + 0.5, 0.0), actor_config()
+    geo_mean = get_policy_loss_fn("geo_mean")
+    plain = gradient(lambda x: geo_mean(old_log_prob, x, advantages, mask, "token-mean", config), log_prob)
+    weighted = gradient(lambda x: geo_mean(old_log_prob, x, advantages, mask, "token-mean", config, weights), log_prob)
+    ratio = (weighted / plain)[plain != 0]
+    assert ratio.std() > 0 and not torch.allclose(weighted, weights * plain, rtol=1e-2)
 
 
 def test_weights_of_one_give_the_vanilla_loss_bit_for_bit():
@@ -128,25 +169,46 @@ class NoHostSynchronisation(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{}, {"linear": False}, {"entropy_change_estimator": "clip_aware"}])
+FORMS = [
+    {},
+    {"linear": False},
+    {"entropy_change_estimator": "clip_aware"},
+    {"entropy_change_estimator": "exact"},
+    {"token_weight_map": "threshold"},
+    {"token_weight_normalizer": "global"},
+]
+
+
+def form_statistics(batch, options):
+    """What a form of STEER takes besides the old entropies."""
+    if options.get("entropy_change_estimator") == "exact":
+        return {"current_entropys": batch[1], **squares(batch[0])}
+    return {"change_range": EntropyChangeRange(0.1, 0.5)} if "token_weight_normalizer" in options else {}
+
+
+@pytest.mark.parametrize("options", FORMS, ids=str)
 def test_loss_never_waits_for_the_device(options):
     advantages, entropys, old_log_prob, log_prob, mask = random_batch()
     log_prob.requires_grad_()
+    batch = (advantages, entropys, old_log_prob, log_prob, mask)
     with NoHostSynchronisation():
-        loss, _ = steer_loss((advantages, entropys, old_log_prob, log_prob, mask), actor_config(**options))
+        loss, _ = steer_loss(batch, actor_config(**options), **form_statistics(batch, options))
         loss.backward()
     with pytest.raises(AssertionError, match="waits for the device"), NoHostSynchronisation():
         loss.item()
 
 
-@pytest.mark.parametrize("options", [{}, {"linear": False}, {"entropy_change_estimator": "clip_aware"}])
+@pytest.mark.parametrize("options", FORMS, ids=str)
 def test_loss_compiles_to_one_graph(options):
     config = actor_config(**options)
     advantages, entropys, old_log_prob, log_prob, mask = random_batch()
-    compiled = torch.compile(lambda *batch: steer_loss(batch, config), fullgraph=True, backend="aot_eager")
     batch = (advantages, entropys, old_log_prob, log_prob.requires_grad_(), mask)
+    statistics = form_statistics(batch, options)
+    compiled = torch.compile(
+        lambda *batch: steer_loss(batch, config, **statistics), fullgraph=True, backend="aot_eager"
+    )
     loss, metrics = compiled(*batch)
-    expected, expected_metrics = steer_loss(batch, config)
+    expected, expected_metrics = steer_loss(batch, config, **statistics)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(metrics, expected_metrics)
     torch.testing.assert_close(torch.autograd.grad(loss, log_prob), torch.autograd.grad(expected, log_prob))
@@ -202,6 +264,36 @@ def test_ppo_loss_falls_back_to_the_current_entropy():
     assert loss != ppo_loss(actor_config(), changed, data)[0]
     with pytest.raises(ValueError, match="entropys=None"):
         ppo_loss(actor_config(), {"log_probs": output["log_probs"]}, data)
+
+
+def test_ppo_loss_hands_the_exact_estimator_the_current_policy():
+    """Its entropies and sums over the vocabulary, in place of the old entropies that the batch has too."""
+    data, output = micro_batch()
+    values = output["entropy"].values()
+    for name, scale in (("sum_pi_squared", 0.5), ("sum_pi_squared_log_pi", -0.3)):
+        output[name] = torch.nested.nested_tensor_from_jagged(scale * values.flip(0), output["entropy"].offsets())
+    config = actor_config(entropy_change_estimator="exact")
+    _, metrics = ppo_loss(config, dict(output), data)
+    padded = {name: no_padding_2_padding(value, data) for name, value in output.items()}
+    batch = data.select("advantages", "old_log_probs", "response_mask").to_padded_tensor()
+    change = estimate_entropy_change(
+        batch["advantages"], padded["entropy"], batch["old_log_probs"], padded["log_probs"], "exact", 0.2, 0.28, 10.0,
+        sum_pi_squared=padded["sum_pi_squared"], sum_pi_squared_log_pi=padded["sum_pi_squared_log_pi"],
+    )  # fmt: skip
+    assert float(metrics["actor/entropy_change_max"].values[0]) == pytest.approx(float(change.max()))
+    for missing in ("entropy", "sum_pi_squared", "sum_pi_squared_log_pi"):
+        with pytest.raises(ValueError, match="=None|is None"):
+            ppo_loss(config, {name: value for name, value in output.items() if name != missing}, data)
+
+
+def test_ppo_loss_hands_over_the_range_of_the_mini_batch():
+    data, output = micro_batch()
+    config = actor_config(token_weight_normalizer="global")
+    with pytest.raises(ValueError, match="change_range=None: token_weight_normalizer=global expects"):
+        ppo_loss(config, dict(output), data)
+    tu.assign_non_tensor(data, entropy_change_range=EntropyChangeRange(0.0, 1e9))
+    _, metrics = ppo_loss(config, dict(output), data)
+    assert float(metrics["actor/token_weights_min"].values[0]) == pytest.approx(1.2)
 
 
 def test_ppo_loss_of_other_modes_is_upstreams():

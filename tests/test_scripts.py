@@ -26,6 +26,7 @@ def write_run(folder, entropies, accuracies, weights=()):
     with (folder / "metrics.jsonl").open("w") as file:
         for step, (entropy, accuracy) in enumerate(zip(entropies, accuracies, strict=True)):
             data = {"actor/entropy": entropy, "val-core/a/acc/mean@1": accuracy}
+            data |= {"perf/total_num_tokens": 100 * (step + 1), "perf/time_per_step": 2.0}
             if weights:
                 data["actor/token_weights_mean"] = weights[step]
             file.write(json.dumps({"step": step, "data": data}) + "\n")
@@ -82,20 +83,101 @@ def test_interrupt_ends_everything_that_was_started(root, tmp_path):
             time.sleep(0.1)
 
 
-def test_comparison_takes_means_over_seeds(command, root, tmp_path):
+def test_comparison_takes_means_and_intervals_over_seeds(command, root, tmp_path):
+    """Of two values a and b the half width is 12.706 |a - b| / 2: 1.271 for a difference of 0.2, 0.635 for 0.1.
+
+    300 tokens in 4 seconds, and 600 in 6, are 75 and 100 a second.
+    """
     write_run(tmp_path / "0/grpo", [1.0, 0.5], [0.1, 0.3])
     write_run(tmp_path / "1/grpo", [1.0, 0.3], [0.1, 0.5])
-    write_run(tmp_path / "0/steer", [1.0, 0.9], [0.2, 0.6], weights=[0.9, 0.8])
+    write_run(tmp_path / "0/steer", [1.0, 0.8, 0.9], [0.2, 0.7, 0.6], weights=[0.9, 0.8, 0.7])
     runs = [tmp_path / run for run in ("0/grpo", "1/grpo", "0/steer")]
     result = command(
-        sys.executable, root / "scripts/compare_runs.py", *runs, "--out", tmp_path / "p.png", COLUMNS="200"
+        sys.executable, root / "scripts/compare_runs.py", *runs, "--out", tmp_path / "p.png", COLUMNS="250"
     )
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
     assert rows == [
-        ["grpo", "2", "0.100", "0.400", "1.000", "0.400", "-"],
-        ["steer", "1", "0.200", "0.600", "1.000", "0.900", "0.850"],
-    ]
+        [
+            "grpo", "2", "0.100 ± 0.000", "0.400 ± 1.271", "0.400 ± 1.271", "1.000 ± 0.000", "0.400 ± 1.271",
+            "0.400 ± 1.271", "-", "75 ± 0",
+        ],
+        ["steer", "1", "0.200", "0.600", "0.700", "1.000", "0.900", "0.800", "0.800", "100"],
+    ]  # fmt: skip
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+#: Stands for the interpreter: prints configurations, and for a training run writes its metrics, or fails once.
+INTERPRETER = """
+import json, os, pathlib, sys
+arguments = sys.argv[1:]
+if arguments[:2] == ["-m", "verl.trainer.main_ppo"]:
+    options = dict(word.split("=", 1) for word in arguments if "=" in word)
+    folder = pathlib.Path(options["trainer.default_local_dir"])
+    if "--cfg" in arguments:
+        print("experiment:", options["trainer.experiment_name"])
+        sys.exit()
+    with open(os.environ["CALLS"], "a") as calls:
+        calls.write(f"{arguments[3]} {options['data.seed']} {options['task']} {options['hardware']}\\n")
+    resumed = (folder / "latest_checkpointed_iteration.txt").exists()
+    steps, file = ([2], "metrics_from_1.jsonl") if resumed else ([0, 1, 2], "metrics.jsonl")
+    if os.environ.get("STOP") == arguments[3] and not resumed:
+        steps = [0, 1]
+    with open(folder / file, "w") as out:
+        for step in steps:
+            data = {"actor/entropy": 1.0 - step / 4, "val-core/a/acc/mean@1": step / 4}
+            out.write(json.dumps({"step": step, "data": data}) + "\\n")
+    if len(steps) == 2:
+        (folder / "latest_checkpointed_iteration.txt").write_text("1")
+        sys.exit(3)
+elif arguments[0].endswith("watch.py"):
+    command = arguments[arguments.index("--") + 1 :]
+    os.execvp(command[0], command)
+elif not (arguments[0] == "-c" or arguments[:2] == ["-m", "verl_steer"]):
+    os.execv(os.environ["REAL"], [os.environ["REAL"], *arguments])
+"""
+
+
+@pytest.fixture
+def compare(command, root, tmp_path):
+    """run/compare.sh with an interpreter that trains nothing; and what it was asked to train."""
+    program, python = tmp_path / "interpreter.py", tmp_path / "python"
+    program.write_text(INTERPRETER)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{program}" "$@"\n')
+    python.chmod(0o755)
+    environment = {"PYTHON": str(python), "REAL": sys.executable, "CALLS": str(tmp_path / "calls"), "COLUMNS": "250"}
+    environment |= {"OUTPUT_DIR": str(tmp_path / "out"), "TASK_DIR": str(tmp_path)}
+
+    def run(*overrides, **more):
+        (tmp_path / "calls").write_text("")
+        result = command("bash", root / "run/compare.sh", *overrides, cwd="/", **environment, **more)
+        return result, (tmp_path / "calls").read_text().splitlines()
+
+    return run
+
+
+def test_compare_trains_the_methods_over_the_seeds_once(compare, tmp_path):
+    result, trained = compare()
+    assert result.returncode == 0, result.stdout + result.stderr
+    methods = ["grpo_symmetric", "clip_higher", "clip_cov", "kl_cov", "steer_exp", "steer_linear"]
+    assert trained == [f"{method} {seed} arithmetic cpu" for seed in (42, 43, 44) for method in methods]
+    assert (tmp_path / "out/seed43/kl_cov/config.yaml").read_text() == "experiment: kl_cov\n"
+    assert "clip_cov" in result.stdout and "0.500 ± 0.000" in result.stdout
+    result, trained = compare()
+    assert result.returncode == 0 and trained == [] and "seed 44, steer_exp: trained already" in result.stdout
+
+
+def test_compare_goes_on_after_a_stop_and_refuses_other_settings(compare, tmp_path):
+    choice = {"METHODS": "clip_cov steer_exact", "SEEDS": "1", "TASK": "dapo_math", "HARDWARE": "gpu1"}
+    result, trained = compare("data.max_response_length=9", STOP="steer_exact", **choice)
+    assert result.returncode != 0 and trained == ["clip_cov 1 dapo_math gpu1", "steer_exact 1 dapo_math gpu1"]
+    result, trained = compare("data.max_response_length=9", STOP="steer_exact", **choice)
+    assert result.returncode == 0 and trained == ["steer_exact 1 dapo_math gpu1"]
+    # Entropy 1, 0.75, 0.5 and accuracy 0, 0.25, 0.5: the first steps' metrics are still there.
+    cells = [line.split("│") for line in result.stdout.splitlines() if "steer_exact" in line and "│" in line][0]
+    assert [cell.strip() for cell in cells[3:9]] == ["0.000", "0.500", "0.500", "1.000", "0.500", "0.500"]
+    result, trained = compare("data.max_response_length=8", **choice)
+    assert result.returncode == 1 and trained == []
+    assert "compare.sh: " in result.stderr and "was trained with other settings" in result.stderr
 
 
 def test_comparison_names_a_folder_without_metrics(command, root, tmp_path):

@@ -9,8 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from verl.trainer.ppo.core_algos import (
     ENTROPY_CHANGE_ESTIMATORS,
+    TOKEN_WEIGHT_MAPS,
+    EntropyChangeRange,
     compute_token_weights,
+    entropy_change_range,
     estimate_entropy_change,
+    exact_entropy_change,
     map_to_token_weights,
     ppo_clipped,
 )
@@ -18,22 +22,29 @@ from verl.trainer.ppo.core_algos import (
 CLIP = (0.2, 0.28, 10.0)
 
 
-def reference_change(advantage, entropy, old_log_prob, log_prob, estimator):
+def reference_change(advantage, entropy, old_log_prob, log_prob, squares, squares_log, estimator):
     """The table of estimators, one token at a time, in Python's float64."""
     values = (advantage, entropy, old_log_prob, log_prob)
     if not all(math.isfinite(value) for value in values):
         return 0.0
+    if estimator == "exact":
+        ratio = math.exp(log_prob - old_log_prob)
+        sampled = math.exp(log_prob) * (log_prob + entropy)
+        change = ratio * advantage * (sampled - squares_log - squares * entropy)
+        return 0.0 if clipped_by_hand(advantage, ratio) else abs(change)
     prob = min(max(math.exp(log_prob), 1e-8), 1 - 1e-8)
     old_prob = min(max(math.exp(old_log_prob), 1e-8), 1.0)
     change = advantage / old_prob * prob * (1 - prob) * (log_prob + entropy)
     if estimator == "squared":
         change *= 1 - prob
     if estimator == "clip_aware":
-        low, high, c = CLIP
-        ratio = math.exp(log_prob - old_log_prob)
-        if (advantage > 0 and ratio > 1 + high) or (advantage < 0 and (ratio < 1 - low or ratio > c)):
-            return 0.0
+        return 0.0 if clipped_by_hand(advantage, math.exp(log_prob - old_log_prob)) else abs(change)
     return abs(change)
+
+
+def clipped_by_hand(advantage, ratio):
+    low, high, c = CLIP
+    return (advantage > 0 and ratio > 1 + high) or (advantage < 0 and (ratio < 1 - low or ratio > c))
 
 
 def reference_weights(changes, mask, low, high, linear):
@@ -65,12 +76,20 @@ def random_batch(shape=(6, 33), seed=0, spread=0.3):
     return advantages, entropys, old_log_prob, log_prob, mask
 
 
+def squares(like):
+    """Sums over a vocabulary that some policy could have: of pi^2, and of pi^2 ln pi."""
+    generator = torch.Generator().manual_seed(like.numel())
+    total = torch.rand(like.shape, generator=generator)
+    return {"sum_pi_squared": total, "sum_pi_squared_log_pi": -total * torch.rand(like.shape, generator=generator)}
+
+
 def against_reference(advantages, entropys, old_log_prob, log_prob, mask, estimator, low, high, linear):
     weights = compute_token_weights(
         advantages, entropys, old_log_prob, log_prob, mask, low, high, linear,
         estimator=estimator, clip_ratio_low=CLIP[0], clip_ratio_high=CLIP[1], clip_ratio_c=CLIP[2],
+        **squares(advantages),
     )  # fmt: skip
-    columns = (advantages, entropys, old_log_prob, log_prob)
+    columns = (advantages, entropys, old_log_prob, log_prob, *squares(advantages).values())
     changes = [
         reference_change(*token, estimator)
         for token in zip(*(column.double().flatten().tolist() for column in columns), strict=True)
@@ -138,6 +157,85 @@ def test_near_certain_token_keeps_its_digits():
     assert estimate_entropy_change(*token).item() == pytest.approx(1e-7, rel=1e-5)
 
 
+def test_exact_estimate_by_hand():
+    """Two actions of probability 0.8 and 0.2 at an old probability of 0.64 and A = 2: the ratio 1.25 times 2 is 2.5.
+
+    H = 0.500402; 0.8 (ln 0.8 + H) = 0.221807; 0.64 (ln 0.8 + H) + 0.04 (ln 0.2 + H) = 0.133084; the change is
+    -2.5 * (0.221807 - 0.133084) = -0.221807: a likely action rewarded lowers the entropy.
+    """
+    pi = torch.tensor([0.8, 0.2], dtype=torch.float64)
+    entropy = -(pi * pi.log()).sum()
+    token = [torch.full((1, 1), float(x)) for x in (2.0, entropy, math.log(0.64), math.log(0.8))]
+    sums = [torch.full((1, 1), float(x)) for x in ((pi**2).sum(), (pi**2 * pi.log()).sum())]
+    assert exact_entropy_change(*token, *sums, 0.2, 0.28).item() == pytest.approx(-0.2218071, abs=1e-6)
+    token[0] = -token[0]
+    assert exact_entropy_change(*token, *sums, 0.2, 0.28).item() == pytest.approx(0.2218071, abs=1e-6)
+    token[0] = -token[0]
+    assert exact_entropy_change(*token, *sums, 0.2, 0.2).item() == 0.0  # clipped
+
+
+def test_exact_estimate_names_what_is_missing():
+    *tensors, mask = random_batch()
+    with pytest.raises(ValueError, match="sum_pi_squared or sum_pi_squared_log_pi is None: estimator=exact expects"):
+        compute_token_weights(*tensors, mask, estimator="exact", sum_pi_squared=mask)
+
+
+def test_range_by_hand():
+    """Of 5, 1, 4, 2, 3 the place (5 - 1) * 0.7 = 2.8, rounded down, has 3."""
+    change = torch.tensor([[5.0, 1.0, 99.0], [4.0, 2.0, 3.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    assert entropy_change_range(change, mask, 0.7) == (1.0, 5.0, 3.0)
+    assert entropy_change_range(change, mask) == (1.0, 5.0, None)
+    smallest, largest, at_quantile = entropy_change_range(change, torch.zeros_like(mask), 0.7)
+    assert smallest == torch.inf and largest == 0 and at_quantile.isnan()
+
+
+def test_threshold_map_by_hand():
+    """Ten changes 1 to 10 in some order: the quantile 0.8 is at the place 7.2, which is 8, so 9 and 10 exceed it."""
+    change = torch.tensor([[3.0, 10.0, 1.0, 8.0, 5.0, 7.0, 9.0, 2.0, 4.0, 6.0, 50.0]])
+    mask = (change < 50).int()
+    weights = map_to_token_weights(change, mask, 0.7, 1.0, token_weight_map="threshold", quantile=0.8)
+    expected = [[1.0, 0.7, 1.0, 1.0, 1.0, 1.0, 0.7, 1.0, 1.0, 1.0, 0.0]]
+    torch.testing.assert_close(weights, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("quantile, held_back", [(0.0, 9), (0.5, 5), (1.0, 0)])
+def test_threshold_map_at_its_ends(quantile, held_back):
+    change = torch.arange(10.0)[None]
+    weights = map_to_token_weights(change, torch.ones(1, 10), 0.5, 1.0, token_weight_map="threshold", quantile=quantile)
+    assert (weights == 0.5).sum() == held_back
+
+
+def test_threshold_map_holds_nothing_back_where_all_is_equal():
+    weights = map_to_token_weights(torch.ones(2, 3), torch.ones(2, 3), 0.5, 1.0, token_weight_map="threshold")
+    assert (weights == 1).all()
+
+
+@pytest.mark.parametrize(
+    "mapping, expected", [("linear", [1.2, 1.2, 1.0, 0.8, 0.8]), ("threshold", [1.2, 1.2, 1.2, 0.8, 0.8])]
+)
+def test_a_given_range_measures_the_changes(mapping, expected):
+    """From 1 to 3 with 2.5 at the quantile: what is outside gets the weight of the nearer end."""
+    change = torch.tensor([[0.0, 1.0, 2.0, 3.0, 9.0]])
+    given = EntropyChangeRange(1.0, 3.0, 2.5)
+    for bounds in (given, EntropyChangeRange(*map(torch.tensor, given))):
+        weights = map_to_token_weights(change, torch.ones(1, 5), token_weight_map=mapping, change_range=bounds)
+        torch.testing.assert_close(weights, torch.tensor([expected]))
+
+
+def test_a_given_range_measures_the_changes_in_the_exponential_map():
+    """The largest change is 2: 1 gets sqrt(0.64), and 4 no less than the minimum."""
+    weights = map_to_token_weights(
+        torch.tensor([[0.0, 1.0, 2.0, 4.0]]),
+        torch.ones(1, 4),
+        0.64,
+        1.0,
+        token_weight_map="exponential",
+        change_range=EntropyChangeRange(0.0, 2.0),
+    )
+    torch.testing.assert_close(weights, torch.tensor([[1.0, 0.8, 0.64, 0.64]]))
+
+
 def test_linear_map_by_hand():
     """Changes 1, 2, 5 with weights from 1.2 down to 0.8: 1.2, 1.2 - 0.4 / 4 = 1.1, 0.8."""
     weights = map_to_token_weights(torch.tensor([[1.0, 2.0, 5.0, 9.0]]), torch.tensor([[1, 1, 1, 0]]), 0.8, 1.2, True)
@@ -172,15 +270,15 @@ def test_one_token_and_equal_estimates(linear, expected):
         torch.testing.assert_close(weights, torch.full(shape, expected))
 
 
-@pytest.mark.parametrize("linear", [True, False])
-def test_no_valid_token_gives_zeros(linear):
+@pytest.mark.parametrize("mapping", TOKEN_WEIGHT_MAPS)
+def test_no_valid_token_gives_zeros(mapping):
     *tensors, mask = random_batch()
-    assert not compute_token_weights(*tensors, torch.zeros_like(mask), linear=linear).any()
+    assert not compute_token_weights(*tensors, torch.zeros_like(mask), token_weight_map=mapping).any()
 
 
 def test_unknown_estimator_is_refused():
     *tensors, mask = random_batch()
-    with pytest.raises(ValueError, match="estimator='best': expected one of released, clip_aware, squared"):
+    with pytest.raises(ValueError, match="estimator='best': expected one of released, clip_aware, squared, exact"):
         compute_token_weights(*tensors, mask, estimator="best")
 
 
@@ -209,22 +307,23 @@ maps = st.one_of(
 @given(batches, maps, st.sampled_from(ENTROPY_CHANGE_ESTIMATORS))
 def test_weights_are_bounded_and_fall_with_the_estimate(batch, bounds, estimator):
     *tensors, mask = batch
-    weights = compute_token_weights(*tensors, mask, *bounds, estimator=estimator)
+    weights = compute_token_weights(*tensors, mask, *bounds, estimator=estimator, **squares(mask))
     low, high, _ = bounds
     assert (weights[mask] >= low - 1e-6).all() and (weights[mask] <= high + 1e-6).all() and not weights[~mask].any()
-    order = estimate_entropy_change(*tensors, estimator)[mask].argsort()
+    order = estimate_entropy_change(*tensors, estimator, **squares(mask))[mask].argsort()
     assert (weights[mask][order].diff() <= 1e-6).all()
 
 
 @settings(max_examples=60, deadline=None)
-@given(batches, maps, st.integers(0, 4), st.integers(0, 1000))
-def test_padding_and_order_do_not_matter(batch, bounds, extra, seed):
+@given(batches, maps, st.sampled_from((None, *TOKEN_WEIGHT_MAPS)), st.integers(0, 4), st.integers(0, 1000))
+def test_padding_and_order_do_not_matter(batch, bounds, mapping, extra, seed):
     *tensors, mask = batch
-    weights = compute_token_weights(*tensors, mask, *bounds)
+    weights = compute_token_weights(*tensors, mask, *bounds, token_weight_map=mapping)
     padded = [torch.nn.functional.pad(t, (extra, extra), value=-1.0) for t in tensors]
     padded_mask = torch.nn.functional.pad(mask, (extra, extra), value=False)
     width = weights.shape[1]
-    assert torch.equal(compute_token_weights(*padded, padded_mask, *bounds)[:, extra : extra + width], weights)
+    padded_weights = compute_token_weights(*padded, padded_mask, *bounds, token_weight_map=mapping)
+    assert torch.equal(padded_weights[:, extra : extra + width], weights)
     rows = torch.randperm(len(mask), generator=torch.Generator().manual_seed(seed))
-    shuffled = compute_token_weights(*(t[rows] for t in tensors), mask[rows], *bounds)
+    shuffled = compute_token_weights(*(t[rows] for t in tensors), mask[rows], *bounds, token_weight_map=mapping)
     assert torch.equal(shuffled, weights[rows])

@@ -5,9 +5,12 @@ import importlib
 import inspect
 import sys
 
+import numpy as np
 import pytest
 import torch
 from test_policy_loss import micro_batch
+from verl.trainer.ppo import core_algos
+from verl.trainer.ppo.core_algos import BASE_LOSSES, get_policy_loss_fn
 
 # module, attribute, parameters that the fork passes or overrides (None: not a function, presence is enough)
 RELIED_ON = [
@@ -17,6 +20,28 @@ RELIED_ON = [
         "compute_policy_loss_vanilla",
         ["old_log_prob", "log_prob", "advantages", "response_mask", "loss_agg_mode", "config", "rollout_is_weights"],
     ),
+    ("verl.trainer.ppo.core_algos", "register_adv_est", ["name_or_enum"]),
+    (
+        "verl.trainer.ppo.core_algos",
+        "compute_grpo_outcome_advantage",
+        ["token_level_rewards", "response_mask", "index", "epsilon", "norm_adv_by_std_in_grpo", "config"],
+    ),
+    (
+        "verl.trainer.ppo.core_algos",
+        "agg_loss",
+        [
+            "loss_mat",
+            "loss_mask",
+            "loss_agg_mode",
+            "dp_size",
+            "batch_num_tokens",
+            "global_batch_size",
+            "loss_scale_factor",
+        ],
+    ),  # fmt: skip
+    ("verl.utils", "as_torch_index", ["index", "device"]),
+    ("verl.utils.torch_functional", "masked_mean", ["values", "mask", "axis"]),
+    ("verl.utils.tensordict_utils", "get_non_tensor_data", ["data", "key", "default"]),
     ("verl.workers.utils.losses", "ppo_loss", ["config", "model_output", "data", "dp_group"]),
     ("verl.workers.utils.losses", "get_policy_loss_fn", ["name"]),
     ("verl.workers.utils.padding", "no_padding_2_padding", ["tensor", "data"]),
@@ -31,12 +56,30 @@ RELIED_ON = [
         "FSDPEngineWithLMHead.prepare_model_outputs",
         ["self", "output", "output_args", "micro_batch", "logits_processor_func"],
     ),
+    (
+        "verl.workers.engine.fsdp.transformer_impl",
+        "FSDPEngine.forward_backward_batch",
+        ["self", "data", "loss_function", "forward_only"],
+    ),
+    (
+        "verl.workers.engine.fsdp.transformer_impl",
+        "FSDPEngine.save_checkpoint",
+        ["self", "local_path", "hdfs_path", "global_step", "max_ckpt_to_keep", "kwargs"],
+    ),
+    (
+        "verl.workers.engine.fsdp.transformer_impl",
+        "FSDPEngine.load_checkpoint",
+        ["self", "local_path", "hdfs_path", "del_local_after_load", "kwargs"],
+    ),
+    ("verl.workers.engine.fsdp.transformer_impl", "FSDPEngine.get_data_parallel_group", ["self"]),
     ("verl.workers.config", "PolicyLossConfig", None),
     ("verl.trainer.main_ppo", "TaskRunnerV1", None),
     ("verl.trainer.main_ppo", "run_ppo", ["config", "task_runner_class"]),
     ("verl.trainer.ppo.v1.trainer_base", "register_trainer", ["name"]),
     ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer.fit", ["self", "agent_loop_manager"]),
     ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._build_replay_buffer", ["self"]),
+    ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._compute_advantage", ["self", "batch", "metrics"]),
+    ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._update_actor", ["self", "batch", "metrics"]),
     ("verl.trainer.ppo.v1.agent_loop_tq", "AgentLoopManagerTQ.generate_sequences", ["self", "prompts"]),
     ("verl.experimental.agent_loop.agent_loop", "AgentLoopBase.ct_build_initial_tokens", None),
     ("verl.experimental.reward_loop.reward_loop", "RewardLoopWorker.compute_score_batch", ["self", "data"]),
@@ -56,6 +99,33 @@ def test_upstream_has_what_the_fork_relies_on(module, name, parameters):
         found = getattr(found, part)
     if parameters is not None:
         assert list(inspect.signature(found).parameters) == parameters, f"{module}.{name} takes other parameters"
+
+
+@pytest.mark.parametrize("name", BASE_LOSSES)
+def test_base_losses_take_what_steer_passes(name):
+    parameters = list(inspect.signature(get_policy_loss_fn(name)).parameters)
+    assert parameters == list(inspect.signature(get_policy_loss_fn("vanilla")).parameters)
+
+
+def test_the_trainer_passes_advantage_estimators_what_they_take(monkeypatch):
+    """Rewards, mask, prompt and `algorithm`, and nothing that they would refuse; the entropy is in its metrics."""
+    from verl import DataProto
+    from verl.trainer.ppo.v1 import trainer_base, utils
+
+    seen = {}
+
+    def estimator(**arguments):
+        seen.update(arguments)
+        return arguments["token_level_rewards"], arguments["token_level_rewards"]
+
+    monkeypatch.setitem(core_algos.ADV_ESTIMATOR_REGISTRY, "probe", estimator)
+    tensors = {"token_level_rewards": torch.ones(2, 3), "response_mask": torch.ones(2, 3)}
+    data = DataProto.from_dict(tensors, non_tensors={"uid": np.array(["a", "a"], dtype=object)})
+    utils.compute_advantage_for_multi_trajectories(data, ["a_0_0", "a_1_0"], "probe", config={"positive_weight": 0.3})
+    assert seen.keys() == {"token_level_rewards", "response_mask", "config", "index"}
+    assert seen["config"] == {"positive_weight": 0.3} and list(seen["index"]) == ["a", "a"]
+    source = inspect.getsource(trainer_base.PPOTrainer)
+    assert '"actor/entropy": entropy_agg' in source and "calculate_sum_pi_squared" not in source
 
 
 def test_main_of_upstream_is_reachable_without_hydra():

@@ -11,18 +11,15 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.errors import InstantiationException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 from verl.plugin.platform import get_platform
-from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.trainer.ppo import requirements
+from verl.trainer.ppo.entropy_advantages import AdvantageOptions
 from verl.utils.config import omega_conf_to_dataclass
-from verl.workers.utils.losses import takes_entropys
 
 import verl_steer
 
 _upstream = verl_steer.upstream(globals())
-
-#: Engines that return the current policy's entropies from the update's forward pass.
-ENTROPY_STRATEGIES = ("fsdp", "fsdp2", "megatron", "veomni", "torchtitan", "automodel")
 
 
 class UpstreamConfigs(SearchPathPlugin):
@@ -36,14 +33,14 @@ Plugins.instance().register(UpstreamConfigs)
 
 
 def prepare(config: DictConfig) -> None:
-    """Check STEER's part of a run's configuration, and see to it that a loss that takes entropies gets them.
+    """Check this fork's part of a run's configuration, and see to it that losses get the statistics that they take.
 
     Args:
-        config: the resolved configuration; `actor.calculate_entropy` is switched on where the trainer drops or never
-            computes the old policy's entropies.
+        config: the resolved configuration. `actor.calculate_entropy`, `actor.calculate_sum_pi_squared` and
+            `actor.fsdp_config.one_pass_reductions` are switched on where the policy loss needs them.
 
     Raises:
-        ValueError: if a value is out of range or no entropies can be had.
+        ValueError: if a value is out of range, or if what the loss or the advantage estimator needs can't be had.
     """
     platform = get_platform().device_name
     if (platform == "cpu") != (config.trainer.device == "cpu"):
@@ -57,17 +54,8 @@ def prepare(config: DictConfig) -> None:
         policy_loss = omega_conf_to_dataclass(actor.policy_loss)
     except InstantiationException as error:
         raise ValueError(str(error.__cause__)) from error
-    if not takes_entropys(get_policy_loss_fn(policy_loss.loss_mode)):
-        return
-    rollout_correction = config.algorithm.get("rollout_correction") or {}
-    if not config.trainer.use_v1 or rollout_correction.get("bypass_mode", False):
-        if actor.strategy not in ENTROPY_STRATEGIES:
-            raise ValueError(
-                f"actor.strategy={actor.strategy}: expected one of {', '.join(ENTROPY_STRATEGIES)}: "
-                f"loss_mode={policy_loss.loss_mode} needs entropies, which bypass mode drops and others do not return"
-            )
-        with open_dict(actor):
-            actor.calculate_entropy = True
+    AdvantageOptions.of(config.algorithm)
+    requirements.provide(config, policy_loss)
 
 
 def _check_log_prob_micro_batches(config: DictConfig) -> None:

@@ -7,19 +7,22 @@ multiplies the token's loss by a weight that falls as the estimate grows, so tha
 blows it up.
 
     estimate_entropy_change             how much does the update change the entropy at each token?
+    entropy_change_range                what is small and what is large among these estimates?
     map_to_token_weights                from that estimate to a weight for each token
-    compute_token_weights               the two together
-    compute_policy_loss_with_entropy    the policy loss `entropy_control`: upstream's PPO loss, each token weighted
+    compute_token_weights               the three together
+    compute_policy_loss_with_entropy    the policy loss `entropy_control`: one of upstream's losses, each token weighted
 
 Notation, for a token a sampled in a state s: prob = pi(a|s) under the policy being updated, old_prob = pi_old(a|s)
 under the policy that the batch was scored with, ratio = prob / old_prob, entropys = H(pi_old(.|s)) in nats. Every
 tensor is (batch, response_length), and arithmetic is in float32 whatever the model's dtype.
+
+The other interventions that this fork compares STEER with are in `entropy_interventions` and `entropy_advantages`.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -28,7 +31,13 @@ from verl_steer import upstream
 
 _upstream = upstream(globals())
 
-ENTROPY_CHANGE_ESTIMATORS = ("released", "clip_aware", "squared")
+ENTROPY_CHANGE_ESTIMATORS = ("released", "clip_aware", "squared", "exact")
+TOKEN_WEIGHT_MAPS = ("linear", "exponential", "threshold")
+TOKEN_WEIGHT_NORMALIZERS = ("micro_batch", "global", "ema")
+
+#: Upstream's losses that multiply each token's loss by `rollout_is_weights`. Of the others `geo_mean` takes one mean
+#: weight for a whole sequence, and `bypass_mode` none.
+BASE_LOSSES = ("vanilla", "gspo", "cispo", "sapo", "gpg", "dppo_tv", "dppo_kl", "clip_cov", "kl_cov", "dro")
 
 #: Probabilities stay this far from 0 and 1, as in the authors' release.
 PROBABILITY_MARGIN = 1e-8
@@ -73,28 +82,42 @@ def estimate_entropy_change(
     clip_ratio_low: float = 0.2,
     clip_ratio_high: float = 0.2,
     clip_ratio_c: float = 3.0,
+    *,
+    sum_pi_squared: torch.Tensor | None = None,
+    sum_pi_squared_log_pi: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """How much the update of each token changes the entropy of its state: |omega| of arXiv 2510.10150, per unit step.
 
     `released`: |A / old_prob * prob (1 - prob) (ln prob + H)|, the numerics of the authors' release.
     `clip_aware`: the same, and 0 where PPO's clip takes the gradient away (the paper's text, version 4).
     `squared`: (1 - prob)^2 in place of (1 - prob) (the paper's first version).
+    `exact`: the magnitude of `exact_entropy_change`.
 
     Args:
         advantages, old_log_prob, log_prob: (batch, response_length).
-        entropys: entropy of the policy in each token's state, in nats, (batch, response_length).
+        entropys: entropy of the policy in each token's state, in nats, (batch, response_length); for `exact` that of
+            the policy being updated.
         estimator: one of `ENTROPY_CHANGE_ESTIMATORS`.
-        clip_ratio_low, clip_ratio_high, clip_ratio_c: as in `ppo_clipped`; only `clip_aware` reads them.
+        clip_ratio_low, clip_ratio_high, clip_ratio_c: as in `ppo_clipped`; `clip_aware` and `exact` read them.
+        sum_pi_squared, sum_pi_squared_log_pi: as in `exact_entropy_change`, which alone reads them.
 
     Returns:
         The estimate, at least 0 and finite, float32 (batch, response_length). Where an input is not finite, so that
         the formula has no finite value, it is 0.
 
     Raises:
-        ValueError: if the estimator is unknown.
+        ValueError: if the estimator is unknown, or is `exact` and a sum over the vocabulary is missing.
     """
     if estimator not in ENTROPY_CHANGE_ESTIMATORS:
         raise ValueError(f"estimator={estimator!r}: expected one of {', '.join(ENTROPY_CHANGE_ESTIMATORS)}")
+    clip = (clip_ratio_low, clip_ratio_high, clip_ratio_c)
+    if estimator == "exact":
+        if sum_pi_squared is None or sum_pi_squared_log_pi is None:
+            raise ValueError("sum_pi_squared or sum_pi_squared_log_pi is None: estimator=exact expects both")
+        change = exact_entropy_change(
+            advantages, entropys, old_log_prob, log_prob, sum_pi_squared, sum_pi_squared_log_pi, *clip
+        )
+        return change.abs().nan_to_num(nan=0.0, posinf=0.0)
     log_prob = log_prob.float()
     # In place wherever the memory is this function's own: on a CPU fresh memory costs more than the arithmetic.
     prob = log_prob.exp().clamp_(PROBABILITY_MARGIN, 1 - PROBABILITY_MARGIN)
@@ -105,9 +128,83 @@ def estimate_entropy_change(
     if estimator == "squared":
         change.mul_(other_prob)
     if estimator == "clip_aware":
-        above, below = ppo_clipped(advantages, old_log_prob, log_prob, clip_ratio_low, clip_ratio_high, clip_ratio_c)
+        above, below = ppo_clipped(advantages, old_log_prob, log_prob, *clip)
         change.masked_fill_(above | below, 0.0)
     return change.abs_().nan_to_num_(nan=0.0, posinf=0.0)
+
+
+@torch.no_grad()
+def exact_entropy_change(
+    advantages: torch.Tensor,
+    entropys: torch.Tensor,
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    sum_pi_squared: torch.Tensor,
+    sum_pi_squared_log_pi: torch.Tensor,
+    clip_ratio_low: float = 0.2,
+    clip_ratio_high: float = 0.2,
+    clip_ratio_c: float = 3.0,
+) -> torch.Tensor:
+    """First-order change of a state's entropy when PPO's loss of one sampled token moves its logits, per unit step.
+
+    With a logit of its own for each action a' of the state, the step on the sampled action a changes the logits by
+    w (1[a' = a] - pi(a')), where w = I * ratio * A and I is 0 where PPO's clip takes the gradient away. As
+    dH / dlogit(a') = -pi(a') (ln pi(a') + H), the entropy changes by
+
+        -w [ prob (ln prob + H) - sum over a' of pi(a')^2 (ln pi(a') + H) ].
+
+    Args:
+        advantages, old_log_prob, log_prob: (batch, response_length).
+        entropys: H of the policy being updated in each token's state, in nats, (batch, response_length).
+        sum_pi_squared: sum of pi^2 over the vocabulary, (batch, response_length).
+        sum_pi_squared_log_pi: sum of pi^2 ln pi over the vocabulary, in nats, (batch, response_length).
+        clip_ratio_low, clip_ratio_high, clip_ratio_c: as in `ppo_clipped`.
+
+    Returns:
+        The change with its sign, float32 (batch, response_length).
+    """
+    log_prob, entropys = log_prob.float(), entropys.float()
+    ratio = (log_prob - old_log_prob.float()).clamp_(-20.0, 20.0).exp_()
+    sampled = log_prob.exp().mul_(log_prob + entropys)
+    expected = (entropys * sum_pi_squared.float()).add_(sum_pi_squared_log_pi.float())
+    change = ratio.mul_(advantages.float()).mul_(expected - sampled)
+    above, below = ppo_clipped(advantages, old_log_prob, log_prob, clip_ratio_low, clip_ratio_high, clip_ratio_c)
+    return change.masked_fill_(above | below, 0.0)
+
+
+class EntropyChangeRange(NamedTuple):
+    """What is small and what is large among the estimates of some set of tokens: numbers or scalar tensors."""
+
+    smallest: torch.Tensor | float
+    largest: torch.Tensor | float
+    #: The estimate at a given quantile; None where no mapping asks for it.
+    at_quantile: torch.Tensor | float | None = None
+
+
+def entropy_change_range(
+    entropy_change: torch.Tensor, response_mask: torch.Tensor, quantile: float | None = None
+) -> EntropyChangeRange:
+    """Smallest and largest estimate among the valid tokens and, if asked for, the one at a quantile.
+
+    Args:
+        entropy_change: at least 0 and finite, any shape.
+        response_mask: 1 or True on valid tokens, of the same shape.
+        quantile: between 0 and 1; of n sorted estimates it names the one at the place (n - 1) * quantile, rounded
+            down.
+
+    Returns:
+        Scalar tensors. Without a valid token they are infinite, 0 and NaN.
+    """
+    valid = response_mask.bool()
+    at_quantile = None
+    if quantile is not None:
+        values = torch.where(valid, entropy_change, torch.nan).flatten()
+        at_quantile = torch.nanquantile(values, quantile, interpolation="lower")
+    return EntropyChangeRange(
+        smallest=torch.where(valid, entropy_change, torch.inf).amin(),
+        largest=torch.where(valid, entropy_change, 0.0).amax(),
+        at_quantile=at_quantile,
+    )
 
 
 @torch.no_grad()
@@ -117,37 +214,57 @@ def map_to_token_weights(
     token_weight_min: float = 0.8,
     token_weight_max: float = 1.2,
     linear: bool = True,
+    *,
+    token_weight_map: str | None = None,
+    quantile: float = 0.8,
+    change_range: EntropyChangeRange | None = None,
 ) -> torch.Tensor:
     """Weights that fall as the estimated entropy change grows.
 
-    Linear: from `token_weight_max` at the smallest change among the valid tokens to `token_weight_min` at the
-    largest; all equal gives their mean. Exponential: exp(-k change) with k so that the largest change gets
-    `token_weight_min`, that largest change being no less than `ENTROPY_CHANGE_FLOOR`.
+    Linear: from `token_weight_max` at the smallest change to `token_weight_min` at the largest; all equal gives their
+    mean. Exponential: exp(-k change) with k so that the largest change gets `token_weight_min`, that largest change
+    being no less than `ENTROPY_CHANGE_FLOOR`. Threshold: `token_weight_min` above the change at the quantile,
+    `token_weight_max` up to it.
 
     Args:
         entropy_change: at least 0 and finite, float32 (batch, response_length).
         response_mask: 1 or True on valid tokens, (batch, response_length).
         token_weight_min: the weight of the token with the largest change.
         token_weight_max: the weight of the token with the smallest change in the linear map; the upper bound in the
-            exponential one.
-        linear: the linear map, else the exponential one.
+            exponential one; the weight of all tokens up to the quantile in the threshold map.
+        linear: the linear map, else the exponential one, where `token_weight_map` is None.
+        token_weight_map: one of `TOKEN_WEIGHT_MAPS`.
+        quantile: as in `entropy_change_range`; only the threshold map reads it.
+        change_range: what the changes are measured by; None: the range of the valid tokens given. Changes beyond it
+            get the weight of its nearer end.
 
     Returns:
         Weights, float32 (batch, response_length), 0 on tokens that are not valid.
     """
-    valid = response_mask.bool()
-    largest = torch.where(valid, entropy_change, 0.0).amax()
-    if linear:
-        smallest = torch.where(valid, entropy_change, torch.inf).amin()
+    if token_weight_map is None:
+        token_weight_map = "linear" if linear else "exponential"
+    if change_range is None:
+        change_range = entropy_change_range(
+            entropy_change, response_mask, quantile if token_weight_map == "threshold" else None
+        )
+
+    def scalar(bound: Any) -> torch.Tensor:
+        return entropy_change.new_full((), bound) if isinstance(bound, float) else bound
+
+    largest = scalar(change_range.largest)
+    if token_weight_map == "linear":
+        smallest = scalar(change_range.smallest)
         spread = largest - smallest
-        position = (entropy_change - smallest).div_(spread.clamp_min(torch.finfo(spread.dtype).tiny))
-        # All equal are at 0 so far.
-        position.add_((spread <= 0) * 0.5).clamp_(0.0, 1.0)
+        position = (entropy_change - smallest).div_(spread.clamp_min(torch.finfo(spread.dtype).tiny)).clamp_(0.0, 1.0)
+        # All equal are halfway.
+        position.mul_(spread > 0).add_((spread <= 0) * 0.5)
         weights = position.mul_(token_weight_min - token_weight_max).add_(token_weight_max)
-    else:
+    elif token_weight_map == "exponential":
         decay = -math.log(token_weight_min) / largest.clamp_min(ENTROPY_CHANGE_FLOOR)
         weights = (-decay * entropy_change).exp_()
-    return weights.clamp_(token_weight_min, token_weight_max).masked_fill_(~valid, 0.0)
+    else:
+        weights = torch.where(entropy_change > scalar(change_range.at_quantile), token_weight_min, token_weight_max)
+    return weights.clamp_(token_weight_min, token_weight_max).masked_fill_(response_mask.logical_not(), 0.0)
 
 
 @torch.no_grad()
@@ -165,6 +282,11 @@ def compute_token_weights(
     clip_ratio_low: float = 0.2,
     clip_ratio_high: float = 0.2,
     clip_ratio_c: float = 3.0,
+    sum_pi_squared: torch.Tensor | None = None,
+    sum_pi_squared_log_pi: torch.Tensor | None = None,
+    token_weight_map: str | None = None,
+    quantile: float = 0.8,
+    change_range: EntropyChangeRange | None = None,
 ) -> torch.Tensor:
     """STEER's weight of each token's loss (arXiv 2510.10150); no gradient flows through it.
 
@@ -173,18 +295,38 @@ def compute_token_weights(
         response_mask: 1 or True on valid tokens, (batch, response_length).
         token_weight_min, token_weight_max, linear: as in `map_to_token_weights`.
         estimator, clip_ratio_low, clip_ratio_high, clip_ratio_c: as in `estimate_entropy_change`.
+        sum_pi_squared, sum_pi_squared_log_pi: as in `estimate_entropy_change`.
+        token_weight_map, quantile, change_range: as in `map_to_token_weights`.
 
     Returns:
         Weights, float32 (batch, response_length), 0 on tokens that are not valid. They depend on the valid tokens
         only, not on padding or order.
 
     Raises:
-        ValueError: if the estimator is unknown.
+        ValueError: if the estimator is unknown, or is `exact` and a sum over the vocabulary is missing.
     """
     entropy_change = estimate_entropy_change(
-        advantages, entropys, old_log_prob, log_prob, estimator, clip_ratio_low, clip_ratio_high, clip_ratio_c
+        advantages,
+        entropys,
+        old_log_prob,
+        log_prob,
+        estimator,
+        clip_ratio_low,
+        clip_ratio_high,
+        clip_ratio_c,
+        sum_pi_squared=sum_pi_squared,
+        sum_pi_squared_log_pi=sum_pi_squared_log_pi,
     )
-    return map_to_token_weights(entropy_change, response_mask, token_weight_min, token_weight_max, linear)
+    return map_to_token_weights(
+        entropy_change,
+        response_mask,
+        token_weight_min,
+        token_weight_max,
+        linear,
+        token_weight_map=token_weight_map,
+        quantile=quantile,
+        change_range=change_range,
+    )
 
 
 class _LeaveMetricsOnDevice(TorchFunctionMode):
@@ -194,6 +336,42 @@ class _LeaveMetricsOnDevice(TorchFunctionMode):
         if func is torch.Tensor.item:
             return args[0]
         return func(*args, **(kwargs or {}))
+
+
+def reweighted_policy_loss(
+    base_loss: str,
+    token_weights: torch.Tensor,
+    old_log_prob: torch.Tensor,
+    log_prob: torch.Tensor,
+    advantages: torch.Tensor,
+    response_mask: torch.Tensor,
+    loss_agg_mode: str,
+    config: Any,
+    rollout_is_weights: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """One of upstream's policy losses, each token's loss multiplied by its weight.
+
+    Args:
+        base_loss: one of `BASE_LOSSES`.
+        token_weights: without gradient, (batch, response_length).
+        old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config: upstream's arguments.
+        rollout_is_weights: upstream's weights for off-policy rollouts, multiplied in, (batch, response_length).
+
+    Returns:
+        The loss, a scalar with gradient, and upstream's metrics, scalar tensors on the loss's device.
+    """
+    if rollout_is_weights is not None:
+        token_weights = token_weights * rollout_is_weights
+    with _LeaveMetricsOnDevice():
+        return _upstream.get_policy_loss_fn(base_loss)(
+            old_log_prob.float(),
+            log_prob.float(),
+            advantages.float(),
+            response_mask,
+            loss_agg_mode,
+            config,
+            token_weights,
+        )
 
 
 @torch.no_grad()
@@ -239,8 +417,12 @@ def compute_policy_loss_with_entropy(
     config: Any = None,
     rollout_is_weights: torch.Tensor | None = None,
     entropys: torch.Tensor | None = None,
+    current_entropys: torch.Tensor | None = None,
+    sum_pi_squared: torch.Tensor | None = None,
+    sum_pi_squared_log_pi: torch.Tensor | None = None,
+    change_range: EntropyChangeRange | None = None,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """STEER (arXiv 2510.10150): upstream's dual-clip PPO loss, each token's loss times its weight.
+    """STEER (arXiv 2510.10150): upstream's dual-clip PPO loss or another of `BASE_LOSSES`, each token times its weight.
 
     Args:
         old_log_prob, log_prob, advantages: (batch, response_length).
@@ -248,38 +430,64 @@ def compute_policy_loss_with_entropy(
         loss_agg_mode: how token losses become one; see upstream's `agg_loss`.
         config: `ActorConfig`; `policy_loss` holds STEER's options, `clip_ratio*` the clip.
         rollout_is_weights: upstream's weights for off-policy rollouts, multiplied in, (batch, response_length).
-        entropys: entropy of the policy in each token's state, in nats, (batch, response_length).
+        entropys: entropy of the old policy in each token's state, in nats, (batch, response_length).
+        current_entropys: the same of the policy being updated; the estimator `exact` reads it in place of `entropys`.
+        sum_pi_squared, sum_pi_squared_log_pi: as in `exact_entropy_change`.
+        change_range: what the estimates are measured by; None: the range of this micro-batch.
 
     Returns:
         The loss, a scalar with gradient, and metrics, scalar tensors on the loss's device.
 
     Raises:
-        ValueError: if `entropys` is missing.
+        ValueError: if what the estimator needs is missing, or the range that the normalizer needs.
     """
+    options, clip = config.policy_loss, _clip_ratios(config)
+    if options.entropy_change_estimator == "exact":
+        entropys = current_entropys
     if entropys is None:
         raise ValueError("entropys=None: loss_mode=entropy_control expects the entropy of each response token")
     options, clip = config.policy_loss, _clip_ratios(config)
     old_log_prob, log_prob, advantages = old_log_prob.float(), log_prob.float(), advantages.float()
     # verl's masks are int64, which every product with a float32 tensor would convert.
     response_mask = response_mask.float()
+    if options.token_weight_normalizer != "micro_batch" and change_range is None:
+        raise ValueError(
+            f"change_range=None: token_weight_normalizer={options.token_weight_normalizer} expects the engine to "
+            "give the range of the mini-batch"
+        )
     with torch.no_grad():
         entropy_change = estimate_entropy_change(
-            advantages, entropys, old_log_prob, log_prob, options.entropy_change_estimator, *clip
+            advantages,
+            entropys,
+            old_log_prob,
+            log_prob,
+            options.entropy_change_estimator,
+            *clip,
+            sum_pi_squared=sum_pi_squared,
+            sum_pi_squared_log_pi=sum_pi_squared_log_pi,
         )
         token_weights = map_to_token_weights(
-            entropy_change, response_mask, options.token_weight_min, options.token_weight_max, options.linear
-        )
-        steer_metrics = token_weight_metrics(
-            token_weights,
             entropy_change,
-            *ppo_clipped(advantages, old_log_prob, log_prob, *clip),
             response_mask,
+            options.token_weight_min,
+            options.token_weight_max,
+            token_weight_map=options.token_weight_map,
+            quantile=options.token_weight_quantile,
+            change_range=change_range,
         )
-        loss_weights = token_weights if rollout_is_weights is None else token_weights * rollout_is_weights
-    with _LeaveMetricsOnDevice():
-        loss, metrics = _upstream.compute_policy_loss_vanilla(
-            old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, loss_weights
-        )
+        clipped = ppo_clipped(advantages, old_log_prob, log_prob, *clip)
+        steer_metrics = token_weight_metrics(token_weights, entropy_change, *clipped, response_mask)
+    loss, metrics = reweighted_policy_loss(
+        options.base_loss,
+        token_weights,
+        old_log_prob,
+        log_prob,
+        advantages,
+        response_mask,
+        loss_agg_mode,
+        config,
+        rollout_is_weights,
+    )
     return loss, metrics | steer_metrics
 
 
@@ -291,3 +499,7 @@ def _clip_ratios(config: Any) -> tuple[float, float, float]:
         config.clip_ratio if high is None else high,
         config.get("clip_ratio_c", 3.0),
     )
+
+
+# They register themselves, and take from this module what is above.
+from verl.trainer.ppo import entropy_advantages, entropy_interventions  # noqa: E402, F401

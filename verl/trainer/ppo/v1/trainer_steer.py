@@ -14,10 +14,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import transfer_queue as tq
 from omegaconf import DictConfig, open_dict
 from torch.utils.data import DataLoader
+from transfer_queue import KVBatchMeta
 from verl.experimental.agent_loop import AgentLoopManager
+from verl.trainer.ppo.entropy_advantages import OLD_POLICY_FIELDS, old_policy
 from verl.trainer.ppo.utils import create_rl_dataset
+from verl.trainer.ppo.v1.adaptive_entropy import AdaptiveEntropyCoefficient
 from verl.trainer.ppo.v1.checkpoint_ledger import CheckpointLedger, metric_of
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_base import register_trainer
@@ -42,6 +46,7 @@ class SteerTrainer(PPOTrainerSync):
         super().__init__(config)
         self.folder = Path(config.trainer.default_local_dir).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.entropy_coefficient = AdaptiveEntropyCoefficient.of(config.actor_rollout_ref.actor.policy_loss)
         self.batched = config.actor_rollout_ref.rollout.agent.get("agent_loop_manager_class") == BATCHED_MANAGER
         if self.batched:
             from verl.workers.rollout.vllm_rollout import vllm_batched
@@ -74,6 +79,29 @@ class SteerTrainer(PPOTrainerSync):
         resumes = self.config.trainer.resume_mode == "auto"
         self.ledger = CheckpointLedger.open(self.folder) if resumes else CheckpointLedger(self.folder)
         super()._load_checkpoint()
+        if self.entropy_coefficient and self.global_steps:
+            resumed = (
+                self.folder / f"global_step_{self.global_steps}" if resumes else self.config.trainer.resume_from_path
+            )
+            self.entropy_coefficient.load(Path(resumed))
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """Upstream's, with what the estimator reads of the old policy at hand."""
+        fields = OLD_POLICY_FIELDS.get(self.config.algorithm.adv_estimator)
+        if fields is None:
+            return super()._compute_advantage(batch, metrics)
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(fields))
+        padded = data.to_padded_tensor()
+        with old_policy({field: padded[field] for field in fields}):
+            return super()._compute_advantage(batch, metrics)
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """Upstream's, which sends the workers neither the flag of the sums over the vocabulary nor a coefficient."""
+        batch.extra_info["calculate_sum_pi_squared"] = self.config.actor_rollout_ref.actor.calculate_sum_pi_squared
+        if self.entropy_coefficient:
+            coefficient = self.entropy_coefficient.step(metrics["actor/entropy"])
+            batch.extra_info["entropy_coeff"] = metrics["actor/entropy_coeff"] = coefficient
+        return super()._update_actor(batch, metrics)
 
     def _save_checkpoint(self) -> None:
         """Upstream calls this every `trainer.save_freq` steps and at the last one."""
@@ -92,6 +120,8 @@ class SteerTrainer(PPOTrainerSync):
         super()._save_checkpoint()
         with open_dict(self.config):
             self.config.trainer.max_actor_ckpt_to_keep = keep
+        if self.entropy_coefficient:
+            self.entropy_coefficient.save(self.folder / f"global_step_{self.global_steps}")
         self.ledger.saved(self.global_steps)
 
     def _validate(self) -> dict[str, float]:

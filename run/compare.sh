@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Trains several methods from the same start over several seeds, one run after another, and ends with a table: means
+# and 95 % intervals over the seeds. What is trained already is not trained again; a run that was stopped goes on from
+# its last checkpoint, or begins again where it has none. Further arguments are Hydra overrides for all runs:
+#   bash run/compare.sh trainer.total_training_steps=60
+#   METHODS="grpo_symmetric steer_exact" SEEDS="1 2" TASK=dapo_math HARDWARE=gpu8 bash run/compare.sh
+#   METHODS     configurations to train (GRPO, clip-higher, Clip-Cov, KL-Cov and STEER with either map);
+#               docs/interventions.md has them all
+#   SEEDS       seeds of the data order and the rollouts ("42 43 44")
+#   TASK        task of verl/trainer/config/task (arithmetic)
+#   HARDWARE    preset of verl/trainer/config/hardware (cpu)
+#   OUTPUT_DIR  where results go (outputs/compare in the repository): seed42/grpo_symmetric and so on, each with
+#               config.yaml, the resolved configuration, train.log and metrics.jsonl
+#   TASK_DIR    for TASK=arithmetic: what scripts/make_laptop_task.py made (made in outputs/laptop_task)
+#   PYTHON      interpreter (the environment that setup.sh makes)
+# MODEL_PATH and DATA_DIR as in launch.sh.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+methods=${METHODS:-grpo_symmetric clip_higher clip_cov kl_cov steer_exp steer_linear}
+task=${TASK:-arithmetic} hardware=${HARDWARE:-cpu}
+export OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs/compare}
+if [ -z "${PYTHON:-}" ]; then
+  bash "$root/run/setup.sh" "$([ "$hardware" = cpu ] && echo cpu || echo gpu)"
+  export PYTHON=${STEER_VENV:-$root/.venv}/bin/python
+fi
+if [ "$task" = arithmetic ] && [ -z "${TASK_DIR:-}" ]; then
+  export TASK_DIR=$root/outputs/laptop_task
+  "$PYTHON" "$root/scripts/make_laptop_task.py" --out "$TASK_DIR"
+fi
+
+runs=()
+for seed in ${SEEDS:-42 43 44}; do
+  for method in $methods; do
+    run=$OUTPUT_DIR/seed$seed/$method
+    runs+=("$run")
+    overrides=(
+      task="$task" hardware="$hardware" "trainer.logger=[console,file]"
+      data.seed="$seed" actor_rollout_ref.rollout.seed="$seed" actor_rollout_ref.actor.data_loader_seed="$seed" "$@"
+      trainer.experiment_name="$method" trainer.default_local_dir="$run" trainer.resume_mode=auto
+    )
+    settings="$run/settings"
+    if [ -f "$settings" ] && [ "$(cat "$settings")" != "${overrides[*]}" ]; then
+      echo "compare.sh: $run was trained with other settings ($settings): delete it or choose another OUTPUT_DIR" >&2
+      exit 1
+    fi
+    if [ -f "$run/finished" ]; then
+      echo "seed $seed, $method: trained already; delete $run to train it again"
+      continue
+    fi
+    mkdir -p "$run"
+    echo "${overrides[*]}" >"$settings"
+    # Without a checkpoint a run begins again, and so do its metrics.
+    [ -f "$run/latest_checkpointed_iteration.txt" ] || rm -f "$run"/metrics*.jsonl
+    bash "$root/run/launch.sh" "$method" "${overrides[@]}" --cfg job --resolve >"$run/config.yaml"
+    "$PYTHON" "$root/scripts/watch.py" --title "$method/$seed" --log "$run/train.log" --metrics "$run" -- \
+      bash "$root/run/launch.sh" "$method" "${overrides[@]}"
+    touch "$run/finished"
+  done
+done
+"$PYTHON" "$root/scripts/compare_runs.py" "${runs[@]}" --out "$OUTPUT_DIR/comparison.png"
+echo "logs, configurations and metrics: $OUTPUT_DIR"

@@ -1,0 +1,492 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The losses and advantage estimators of other papers, each against an example worked by hand, and their properties."""
+
+import math
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from tensordict import TensorDict
+from test_policy_loss import NoHostSynchronisation, actor_config, gradient
+from test_token_weights import random_batch
+from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla, get_adv_estimator_fn, get_policy_loss_fn
+from verl.trainer.ppo.entropy_advantages import (
+    OLD_POLICY_FIELDS,
+    AdvantageOptions,
+    entropy_weighted_rewards,
+    old_policy,
+)
+from verl.trainer.ppo.entropy_interventions import QUADRANTS, dynamic_clip_bounds, in_quadrant
+from verl.trainer.ppo.v1.adaptive_entropy import AdaptiveEntropyCoefficient
+from verl.workers.utils.losses import statistics_taken
+
+LOSSES = ("adaptive_entropy", "entropy_shaped_advantage", "dynamic_clip", "high_entropy_tokens", "quadrant")
+ESTIMATORS = ("psr", "nsr", "w_reinforce", "unlikeliness", "gtpo", "grpo_s")
+
+
+def loss_of(mode, batch, agg="token-mean", weights=None, **options):
+    """The loss and metrics of one micro-batch, with the statistics that the loss takes."""
+    advantages, entropys, old_log_prob, log_prob, mask = batch
+    loss_fn = get_policy_loss_fn(mode)
+    statistics = {"entropys": entropys, "current_entropys": entropys, "entropy_coeff": 0.01}
+    taken = {name: statistics[name] for name in statistics_taken(loss_fn)}
+    config = actor_config(mode, agg=agg, **options)
+    return loss_fn(old_log_prob, log_prob, advantages, mask, agg, config, weights, **taken)
+
+
+def row(*values):
+    return torch.tensor([values], dtype=torch.float32)
+
+
+def on_policy(advantages, probs, entropys):
+    """A batch of one response at a ratio of 1."""
+    log_prob = row(*probs).log()
+    return row(*advantages), row(*entropys), log_prob, log_prob.clone(), torch.ones(1, len(probs), dtype=torch.bool)
+
+
+def token_gradients(mode, batch, **options):
+    """d(-loss * tokens) / d log_prob: on policy that is each token's advantage as the loss has it."""
+    advantages, entropys, old_log_prob, log_prob, mask = batch
+
+    def loss(x):
+        return loss_of(mode, (advantages, entropys, old_log_prob, x, mask), **options)
+
+    return -gradient(loss, log_prob) * mask.sum()
+
+
+# The losses, by hand.
+
+
+def test_entropy_shaped_advantage_by_hand():
+    """0.4 * 0.5 = 0.2 is less than |A| / 2 = 0.5; 0.4 * 3 = 1.2 is more than 0.5, and than 0.3 where A = -0.6."""
+    batch = on_policy(advantages=(1.0, 1.0, -0.6, 0.0), probs=(0.5,) * 4, entropys=(0.5, 3.0, 3.0, 3.0))
+    found = token_gradients("entropy_shaped_advantage", batch)
+    torch.testing.assert_close(found, row(1.2, 1.5, -0.3, 0.0))
+    _, metrics = loss_of("entropy_shaped_advantage", batch)
+    assert metrics["actor/advantage_bonus_mean"] == pytest.approx((0.2 + 0.5 + 0.3) / 4)
+    found = token_gradients("entropy_shaped_advantage", batch, advantage_entropy_alpha=0.1, advantage_entropy_kappa=4.0)
+    torch.testing.assert_close(found, row(1.05, 1.25, -0.45, 0.0))
+
+
+def test_dynamic_clip_bounds_by_hand():
+    """At old_prob 0.8: 1/2 + 1/2 sqrt(1 - 0.64 / 0.8) = 0.723607 and 1/2 + 1/2 sqrt(1 + 0.8 / 0.8) = 1.207107.
+
+    At 0.01 the lower root is not there, and the upper bound is 1/2 + 1/2 sqrt(81) = 5.
+    """
+    lower, upper = dynamic_clip_bounds(row(0.8, 0.01).log(), 0.16, 0.2)
+    torch.testing.assert_close(lower, row(0.7236068, 0.5))
+    torch.testing.assert_close(upper, row(1.2071068, 5.0))
+
+
+@given(st.floats(1e-4, 1.0), st.floats(0.01, 0.5))
+def test_dynamic_clip_bounds_are_where_the_constraint_is_met(old_prob, epsilon):
+    """|(r - 1) r old_prob| = epsilon at the upper bound, and at the lower unless it stays below epsilon everywhere."""
+    lower, upper = (bound.item() for bound in dynamic_clip_bounds(torch.tensor(old_prob).log(), epsilon, epsilon))
+    assert (upper - 1) * upper * old_prob == pytest.approx(epsilon, rel=1e-3)
+    if old_prob > 4.01 * epsilon:
+        assert (1 - lower) * lower * old_prob == pytest.approx(epsilon, rel=1e-2)
+    else:
+        assert lower == pytest.approx(0.5, abs=0.03)
+
+
+def test_dynamic_clip_by_hand():
+    """At old_prob 0.01 ratios from 0.5 to 5 keep their gradient, -A * ratio; beyond, in A's direction, they have none.
+
+    With c = 10 a ratio of 11 has none either way.
+    """
+    ratios = row(4.0, 6.0, 0.6, 0.4, 6.0, 0.4, 11.0)
+    advantages = row(1.0, 1.0, -1.0, -1.0, -1.0, 1.0, -1.0)
+    old_log_prob = torch.full((1, 7), math.log(0.01))
+    batch = (advantages, None, old_log_prob, old_log_prob + ratios.log(), torch.ones(1, 7, dtype=torch.bool))
+    found = token_gradients("dynamic_clip", batch)
+    torch.testing.assert_close(found, row(4.0, 0.0, -0.6, 0.0, -6.0, 0.4, 0.0))
+    loss, metrics = loss_of("dynamic_clip", batch)
+    assert loss.item() == pytest.approx((-4 - 5 + 0.6 + 0.5 + 6 - 0.4 + 10) / 7)
+    assert metrics["actor/pg_clipfrac_high"] == pytest.approx(2 / 7)
+    assert metrics["actor/pg_clipfrac_low"] == pytest.approx(1 / 7)
+    assert metrics["actor/ppo_kl"] == pytest.approx(-ratios.log().mean().item())
+
+
+def test_dynamic_clip_multiplies_rollout_weights_in():
+    batch = random_batch()
+    weighted, _ = loss_of("dynamic_clip", batch, weights=torch.full_like(batch[0], 2.0))
+    torch.testing.assert_close(weighted, 2 * loss_of("dynamic_clip", batch)[0])
+
+
+def test_high_entropy_tokens_by_hand():
+    """A fifth of ten tokens are the two of entropies 10 and 9; a token that is not valid is none of the ten."""
+    entropys = row(3.0, 10.0, 1.0, 8.0, 5.0, 7.0, 9.0, 2.0, 4.0, 6.0, 50.0)
+    log_prob = torch.full((1, 11), -1.0)
+    batch = (torch.ones(1, 11), entropys, log_prob, log_prob, entropys < 50)
+    found = token_gradients("high_entropy_tokens", batch)
+    torch.testing.assert_close(found, ((entropys == 9) | (entropys == 10)).float())
+    loss, metrics = loss_of("high_entropy_tokens", batch)
+    assert loss.item() == pytest.approx(-0.2)  # averaged over all ten
+    assert metrics["actor/high_entropy_share"] == pytest.approx(0.2)
+    assert metrics["actor/high_entropy_threshold"] == 9
+    assert (token_gradients("high_entropy_tokens", batch, high_entropy_share=1.0) != 0).sum() == 10
+
+
+@pytest.mark.parametrize("place, quadrant", list(enumerate(QUADRANTS)))
+def test_quadrants_by_hand(quadrant, place):
+    """H = ln 2: likely is from exp(-H) = 0.5 on. One token in each quadrant, one without advantage."""
+    batch = on_policy((1.0, 1.0, -1.0, -1.0, 0.0), (0.6, 0.4, 0.6, 0.4, 0.6), (math.log(2.0),) * 5)
+    expected = row(1.0, 1.0, -1.0, -1.0, 0.0)
+    expected[0, place] *= 0.3
+    found = token_gradients("quadrant", batch, quadrant=quadrant, quadrant_weight=0.3)
+    torch.testing.assert_close(found, expected)
+    _, metrics = loss_of("quadrant", batch, quadrant=quadrant)
+    assert metrics["actor/quadrant_share"] == pytest.approx(0.2)
+
+
+def test_a_fixed_probability_bounds_the_quadrants():
+    inside = in_quadrant("positive_likely", torch.ones(1, 3), row(0.69, 0.7001, 0.9).log(), torch.zeros(1, 3), 0.7)
+    assert inside.tolist() == [[False, True, True]]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000))
+def test_each_token_with_an_advantage_is_in_one_quadrant(seed):
+    advantages, entropys, _, log_prob, _ = random_batch(seed=seed)
+    counts = sum(in_quadrant(name, advantages, log_prob, entropys).int() for name in QUADRANTS)
+    assert torch.equal(counts, (advantages != 0).int())
+
+
+def test_adaptive_entropy_by_hand():
+    """PPO's loss minus 0.01 times the mean entropy, which has a gradient."""
+    advantages, entropys, old_log_prob, log_prob, mask = batch = random_batch()
+    config = actor_config()
+    vanilla, _ = compute_policy_loss_vanilla(old_log_prob, log_prob, advantages, mask, "token-mean", config)
+    found, _ = loss_of("adaptive_entropy", batch)
+    torch.testing.assert_close(found, vanilla - 0.01 * entropys[mask].mean())
+    leaf = entropys.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(loss_of("adaptive_entropy", (advantages, leaf, *batch[2:]))[0], leaf)
+    torch.testing.assert_close(slope, -0.01 * mask / mask.sum())
+
+
+def test_adaptive_entropy_names_what_is_missing():
+    advantages, entropys, old_log_prob, log_prob, mask = random_batch()
+    loss_fn = get_policy_loss_fn("adaptive_entropy")
+    with pytest.raises(ValueError, match="entropy_coeff=None: loss_mode=adaptive_entropy expects a number"):
+        loss_fn(old_log_prob, log_prob, advantages, mask, "token-mean", actor_config(), None, entropys, None)
+
+
+def test_the_adaptive_coefficient_by_hand(tmp_path):
+    """Below the target of 0.2 it rises by 1 a step up to 3; above it falls, not below 0, and the bonus is off."""
+    controller = AdaptiveEntropyCoefficient(target=0.2, increment=1.0, maximum=3.0)
+    below = [controller.step(0.1) for _ in range(5)]
+    assert below == [0.0, 1.0, 2.0, 3.0, 3.0]
+    assert [controller.step(0.5), controller.step(0.1)] == [0.0, 2.0]
+    controller.save(tmp_path)
+    resumed = AdaptiveEntropyCoefficient(target=0.2, increment=1.0, maximum=3.0)
+    resumed.load(tmp_path)
+    assert resumed.value == controller.value == 3.0
+    assert [controller.step(0.5) for _ in range(9)] == [0.0] * 9 and controller.value == 0.0
+
+
+# The losses' properties.
+
+
+@pytest.mark.parametrize("mode", LOSSES)
+@pytest.mark.parametrize("agg", ["token-mean", "seq-mean-token-mean"])
+def test_losses_do_not_depend_on_padding_or_garbage(mode, agg):
+    advantages, entropys, old_log_prob, log_prob, mask = random_batch()
+    mask = torch.arange(mask.shape[1]) < torch.tensor([[33], [7], [1], [20], [12], [3]])
+    clean, clean_metrics = loss_of(mode, (advantages, entropys, old_log_prob, log_prob, mask), agg)
+    dirty = [tensor.masked_fill(~mask, 7.0) for tensor in (advantages, entropys)]
+    dirty += [tensor.masked_fill(~mask, -9.0) for tensor in (old_log_prob, log_prob)]
+    padded = [torch.nn.functional.pad(tensor, (0, 5), value=-2.0) for tensor in dirty]
+    found, metrics = loss_of(mode, (*padded, torch.nn.functional.pad(mask, (0, 5))), agg)
+    torch.testing.assert_close(found, clean)
+    torch.testing.assert_close(metrics, clean_metrics)
+
+
+@pytest.mark.parametrize("mode", LOSSES)
+def test_losses_have_no_gradient_where_nothing_is_valid_or_worth_anything(mode):
+    advantages, entropys, old_log_prob, log_prob, mask = random_batch()
+    for batch in (
+        (advantages, entropys, old_log_prob, log_prob, torch.zeros_like(mask)),
+        (torch.zeros_like(advantages), entropys, old_log_prob, log_prob, mask),
+    ):
+        found = token_gradients(mode, batch)
+        assert found.isfinite().all() and not found.any()
+
+
+@pytest.mark.parametrize("mode", LOSSES)
+def test_losses_of_bf16_inputs_are_computed_in_float32(mode):
+    *tensors, mask = random_batch()
+    rounded = [tensor.bfloat16() for tensor in tensors]
+    found, _ = loss_of(mode, (*rounded, mask))
+    expected, _ = loss_of(mode, (*(tensor.float() for tensor in rounded), mask))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("mode", LOSSES)
+def test_losses_never_wait_for_the_device(mode):
+    advantages, entropys, old_log_prob, log_prob, mask = random_batch()
+    with NoHostSynchronisation():
+        loss, _ = loss_of(mode, (advantages, entropys, old_log_prob, log_prob.requires_grad_(), mask))
+        loss.backward()
+
+
+@pytest.mark.parametrize("mode", ["entropy_shaped_advantage", "high_entropy_tokens", "quadrant"])
+def test_missing_entropys_are_named(mode):
+    advantages, _, old_log_prob, log_prob, mask = random_batch()
+    with pytest.raises(ValueError, match=f"entropys=None: loss_mode={mode} expects"):
+        get_policy_loss_fn(mode)(old_log_prob, log_prob, advantages, mask, "token-mean", actor_config(mode))
+
+
+# The advantage estimators, by hand.
+
+
+def advantages_of(name, rewards, mask, index, config=None, **fields):
+    """An estimator on outcome rewards, which stand on the last column as verl's do."""
+    token_level_rewards = torch.zeros(mask.shape)
+    token_level_rewards[:, -1] = torch.tensor(rewards)
+    with old_policy(fields):
+        advantages, returns = get_adv_estimator_fn(name)(
+            token_level_rewards=token_level_rewards,
+            response_mask=mask,
+            index=np.array(index, dtype=object),
+            config=config,
+        )
+    assert torch.equal(advantages, returns) and advantages.shape == mask.shape
+    return advantages
+
+
+@pytest.mark.parametrize(
+    "name, config, right, wrong",
+    [
+        ("psr", None, 1.0, 0.0),
+        ("nsr", None, 0.0, -1.0),
+        ("w_reinforce", None, 0.1, -1.0),
+        ("w_reinforce", {"positive_weight": 0.5}, 0.5, -1.0),
+    ],
+)
+@pytest.mark.parametrize("reward_of_wrong", [-1.0, 0.0])
+def test_positive_and_negative_reinforcement_by_hand(name, config, right, wrong, reward_of_wrong):
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    found = advantages_of(name, [1.0, reward_of_wrong], mask, ["a", "a"], config)
+    torch.testing.assert_close(found, torch.tensor([[right, right, 0.0], [wrong, 0.0, 0.0]]))
+
+
+def test_unlikeliness_by_hand():
+    """Log-probs -1, -3 and -2 of three right answers, -9 of a wrong one: ranks 0, 2, 1 of 4, beta 0.5.
+
+    The rewards become 1 - 0.5 * 4/4 = 0.5, 1 - 0.5 * 2/4 = 0.75, 1 - 0.5 * 3/4 = 0.625 and -1.
+    """
+    log_prob = torch.tensor([[-0.5, -0.5], [-3.0, 5.0], [-1.0, -1.0], [-4.0, -5.0]])
+    mask = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 1]])
+    config = {"unlikeliness_beta": 0.5, "norm_adv_by_std_in_grpo": False}
+    found = advantages_of("unlikeliness", [1.0, 1.0, 1.0, -1.0], mask, ["a"] * 4, config, old_log_probs=log_prob)
+    expected = torch.tensor([0.5, 0.75, 0.625, -1.0])
+    expected = (expected - expected.mean())[:, None] * mask
+    torch.testing.assert_close(found, expected)
+
+
+def test_unlikeliness_ranks_within_a_prompt_and_never_twice():
+    """Two prompts of two right answers each: the likelier gets 1 - 1/4 * 2/2, the other 1 - 1/4 * 1/2.
+
+    Of two that are equally likely the first counts as the likelier.
+    """
+    log_prob = torch.tensor([[-1.0], [-5.0], [-2.0], [-5.0]])
+    config = {"norm_adv_by_std_in_grpo": False}
+    found = advantages_of(
+        "unlikeliness", [1.0] * 4, torch.ones(4, 1), ["a", "b", "a", "b"], config, old_log_probs=log_prob
+    )
+    torch.testing.assert_close(found, torch.tensor([[-0.0625], [-0.0625], [0.0625], [0.0625]]))
+
+
+def test_unlikeliness_does_not_count_padding():
+    """verl fills a batch up with responses without a valid token: they rank nowhere, and their log-prob is 0."""
+    log_prob, mask = torch.tensor([[-1.0], [0.0], [-2.0]]), torch.tensor([[1], [0], [1]])
+    config = {"norm_adv_by_std_in_grpo": False, "unlikeliness_beta": 0.5}
+    found = advantages_of("unlikeliness", [1.0, 0.0, 1.0], mask, ["a"] * 3, config, old_log_probs=log_prob)
+    # 1 - 0.5 * 2/2 and 1 - 0.5 * 1/2, above the group's mean with the padding's 0, as in upstream's GRPO.
+    torch.testing.assert_close(found, torch.tensor([[0.5 - 1.25 / 3], [0.0], [0.75 - 1.25 / 3]]))
+
+
+#: Two right answers of two and one tokens, two wrong ones of two and one tokens.
+ENTROPYS = torch.tensor([[1.0, 2.0], [3.0, 9.0], [1.0, 4.0], [4.0, 9.0]])
+MASK = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 0]])
+REWARDS = [1.0, 1.0, -1.0, -1.0]
+
+
+def test_entropy_weighted_rewards_by_hand():
+    """Share 0.2. First place: right ones 0.8 + 0.2 * 2 * (1/4, 3/4), wrong ones 0.8 + 0.2 * 2 * (1, 1/4) / (5/4).
+
+    At the second place one of each is left and gets the whole share: 1 and -1.
+    """
+    found = entropy_weighted_rewards(
+        ENTROPYS, MASK.bool(), torch.tensor([True, True, False, False]), ["a"] * 4, {"entropy_reward_share": 0.2}
+    )
+    torch.testing.assert_close(found, torch.tensor([[0.9, 1.0], [1.1, 0.0], [-1.12, -1.0], [-0.88, 0.0]]))
+
+
+def test_gtpo_by_hand():
+    """The rewards above minus their mean over the six tokens, 0, by their standard deviation over them."""
+    found = advantages_of("gtpo", REWARDS, MASK, ["a"] * 4, {"entropy_reward_share": 0.2}, entropy=ENTROPYS)
+    rewards = torch.tensor([[0.9, 1.0], [1.1, 0.0], [-1.12, -1.0], [-0.88, 0.0]])
+    spread = math.sqrt((0.81 + 1 + 1.21 + 1.2544 + 1 + 0.7744) / 6)
+    torch.testing.assert_close(found, rewards / spread)
+
+
+def test_grpo_s_by_hand():
+    """Mean entropies 1.5, 3, 2.5, 4. Right: 0.8 + 0.4 * (1.5, 3) / 4.5; wrong: 0.8 + 0.4 * (4, 2.5) / 6.5 negated."""
+    config = {"entropy_reward_share": 0.2, "norm_adv_by_std_in_grpo": False}
+    found = advantages_of("grpo_s", REWARDS, MASK, ["a"] * 4, config, entropy=ENTROPYS)
+    rewards = torch.tensor([0.9333333, 1.0666667, -1.0461538, -0.9538462])
+    torch.testing.assert_close(found, (rewards - rewards.mean())[:, None] * MASK)
+    normed = advantages_of("grpo_s", REWARDS, MASK, ["a"] * 4, {"entropy_reward_share": 0.2}, entropy=ENTROPYS)
+    torch.testing.assert_close(normed, ((rewards - rewards.mean()) / rewards.std())[:, None] * MASK)
+
+
+# The estimators' properties.
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 6), st.integers(0, 10_000))
+def test_shared_out_rewards_sum_to_the_rewards(prompts, responses, width, seed):
+    """At each place the right answers to a prompt get 1 each between them, the wrong ones -1."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = prompts * responses
+    entropys = 3 * torch.rand(batch, width, generator=generator)
+    valid = torch.rand(batch, width, generator=generator) < 0.7
+    right = torch.rand(batch, generator=generator) < 0.5
+    index = np.arange(batch) % prompts
+    found = entropy_weighted_rewards(entropys, valid, right, index, {"entropy_reward_share": 0.6})
+    assert not found[~valid].any()
+    for prompt in range(prompts):
+        for outcome, sign in ((right, 1), (~right, -1)):
+            chosen = torch.tensor(index == prompt) & outcome
+            torch.testing.assert_close(found[chosen].sum(0), sign * valid[chosen].sum(0).float())
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_estimators_do_not_depend_on_order_padding_or_other_prompts(name):
+    generator = torch.Generator().manual_seed(0)
+    entropy, old_log_probs = torch.rand(12, 6, generator=generator), -torch.rand(12, 6, generator=generator)
+    mask = (torch.arange(6) < torch.randint(1, 7, (12, 1), generator=generator)).int()
+    rewards = torch.where(torch.rand(12, generator=generator) < 0.5, 1.0, -1.0).tolist()
+    index = [f"prompt {i % 3}" for i in range(12)]
+
+    def estimate(rows, extra=0):
+        pad = partial(torch.nn.functional.pad, pad=(0, extra))
+        fields = {"entropy": pad(entropy[rows]), "old_log_probs": pad(old_log_probs[rows], value=-7.0)}
+        found = advantages_of(name, [rewards[i] for i in rows], pad(mask[rows]), [index[i] for i in rows], **fields)
+        assert not found[pad(mask[rows]) == 0].any()
+        return found
+
+    whole = estimate(list(range(12)))
+    assert whole.any()
+    order = torch.randperm(12, generator=generator).tolist()
+    torch.testing.assert_close(estimate(order), whole[order])
+    torch.testing.assert_close(estimate(list(range(12)), extra=3)[:, :6], whole)
+    one_prompt = list(range(0, 12, 3))
+    torch.testing.assert_close(estimate(one_prompt), whole[one_prompt])
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_estimators_survive_empty_and_certain_responses(name):
+    """No valid token in one response, no entropy anywhere."""
+    mask = torch.tensor([[1, 1], [0, 0], [1, 0]])
+    fields = {"entropy": torch.zeros(3, 2), "old_log_probs": torch.zeros(3, 2)}
+    found = advantages_of(name, [1.0, -1.0, 1.0], mask, ["a", "a", "a"], **fields)
+    assert found.isfinite().all() and not found[mask == 0].any()
+
+
+@pytest.mark.parametrize("name", OLD_POLICY_FIELDS)
+def test_estimators_name_what_the_trainer_must_give(name):
+    with pytest.raises(
+        ValueError, match=f"adv_estimator={name}: the batch has no .*; expected trainer.v1.trainer_mode"
+    ):
+        advantages_of(name, [1.0], torch.ones(1, 2), ["a"])
+
+
+def test_options_by_hand():
+    assert (
+        AdvantageOptions.of(None) == AdvantageOptions.of({"positive_weight": None}) == AdvantageOptions(0.1, 0.25, 0.1)
+    )
+    for bad in (-0.1, 1.5, "much", True):
+        with pytest.raises(ValueError, match="algorithm.unlikeliness_beta=.*: expected a number from 0 to 1"):
+            AdvantageOptions.of({"unlikeliness_beta": bad})
+
+
+# The trainer's part.
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    """The steer trainer without Ray: upstream's methods return what they were called with."""
+    from verl.trainer.ppo.v1 import trainer_steer
+
+    seen = {}
+
+    def upstream_compute_advantage(self, batch, metrics):
+        with torch.no_grad():
+            seen["advantages"] = advantages_without_context("gtpo")
+        return batch
+
+    monkeypatch.setattr(trainer_steer.PPOTrainerSync, "_update_actor", lambda self, batch, metrics: batch)
+    monkeypatch.setattr(trainer_steer.PPOTrainerSync, "_compute_advantage", upstream_compute_advantage)
+
+    def fetch(keys, partition_id, select_fields):
+        nested = torch.nested.as_nested_tensor(
+            [row[m.bool()] for row, m in zip(ENTROPYS, MASK, strict=True)], layout=torch.jagged
+        )
+        seen["fetched"] = (keys, partition_id, select_fields)
+        return TensorDict({"entropy": nested}, batch_size=4)
+
+    monkeypatch.setattr(trainer_steer.tq, "kv_batch_get", fetch)
+    built = trainer_steer.SteerTrainer.__new__(trainer_steer.SteerTrainer)
+    built.entropy_coefficient = None
+    built.config = OmegaConf.create(
+        {
+            "algorithm": {"adv_estimator": "gtpo"},
+            "actor_rollout_ref": {"actor": {"calculate_sum_pi_squared": True}},
+        }
+    )
+    built.seen = seen
+    return built
+
+
+def advantages_without_context(name):
+    """As verl calls an estimator: what it reads of the old policy is there only if the trainer has put it there."""
+    token_level_rewards = torch.zeros(MASK.shape)
+    token_level_rewards[:, -1] = torch.tensor(REWARDS)
+    index = np.array(["a"] * 4, dtype=object)
+    return get_adv_estimator_fn(name)(token_level_rewards=token_level_rewards, response_mask=MASK, index=index)[0]
+
+
+def test_the_trainer_gives_an_estimator_the_old_policys_entropies(trainer):
+    batch = SimpleNamespace(keys=["a_0_0"], partition_id="train", extra_info={})
+    assert trainer._compute_advantage(batch, {}) is batch
+    assert trainer.seen["fetched"] == (["a_0_0"], "train", ["entropy"])
+    expected = advantages_of("gtpo", REWARDS, MASK, ["a"] * 4, entropy=ENTROPYS)
+    torch.testing.assert_close(trainer.seen["advantages"], expected)
+    trainer.config.algorithm.adv_estimator = "grpo"
+    with pytest.raises(ValueError, match="the batch has no entropy"):
+        trainer._compute_advantage(batch, {})
+
+
+def test_the_trainer_sends_the_flag_of_the_sums_and_the_coefficient(trainer):
+    batch, metrics = SimpleNamespace(extra_info={}), {"actor/entropy": 0.1}
+    trainer._update_actor(batch, metrics)
+    assert batch.extra_info == {"calculate_sum_pi_squared": True} and "actor/entropy_coeff" not in metrics
+    trainer.entropy_coefficient = AdaptiveEntropyCoefficient(target=0.2, increment=1.0, maximum=3.0, value=2.0)
+    trainer._update_actor(batch, metrics)
+    assert batch.extra_info["entropy_coeff"] == metrics["actor/entropy_coeff"] == 2.0
+    assert trainer.entropy_coefficient.value == 3.0
+
+
+def test_the_coefficient_is_there_only_with_its_loss():
+    policy_loss = OmegaConf.create({"_target_": "verl.workers.config.PolicyLossConfig", "loss_mode": "vanilla"})
+    assert AdaptiveEntropyCoefficient.of(policy_loss) is None
+    policy_loss.loss_mode, policy_loss.target_entropy = "adaptive_entropy", 0.5
+    assert AdaptiveEntropyCoefficient.of(policy_loss) == AdaptiveEntropyCoefficient(0.5, 1e-4, 5e-3)

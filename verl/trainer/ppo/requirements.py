@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a policy loss or an advantage estimator needs that not every run computes: switched on or refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, open_dict
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.trainer.ppo.entropy_advantages import OLD_POLICY_FIELDS
+from verl.workers.utils.losses import statistics_taken
+
+#: Engines that return the current policy's entropies from the update's forward pass.
+ENTROPY_STRATEGIES = ("fsdp", "fsdp2", "megatron", "veomni", "torchtitan", "automodel")
+
+#: Strategies of this fork's own engine, which has sums over the vocabulary and the range of a whole mini-batch.
+FSDP_STRATEGIES = ("fsdp", "fsdp2")
+
+#: Losses with a coefficient that this fork's trainer sets step by step.
+LOSSES_OF_THE_TRAINER = ("adaptive_entropy",)
+
+#: Averages by which the trainer's `actor/entropy` is a mean over tokens.
+MEANS = ("token-mean", "seq-mean-token-mean")
+
+
+@dataclass
+class Requirements:
+    """What a run's loss and estimator need.
+
+    Args:
+        sums: the sums over the vocabulary that the estimator `exact` reads.
+        range: the range of a whole mini-batch, for STEER's normalizers.
+        current_entropy: the current policy's entropies.
+        coefficient: one that the trainer sets by the entropy that it measures.
+        old_fields: fields of the old policy that the trainer hands to the advantage estimator.
+    """
+
+    sums: bool
+    range: bool
+    current_entropy: bool
+    coefficient: bool
+    old_fields: tuple[str, ...]
+
+
+def has_old_entropy(config: DictConfig) -> bool:
+    """Whether the trainer computes the old policy's entropies and keeps them in the batch."""
+    rollout_correction = config.algorithm.get("rollout_correction") or {}
+    return config.trainer.use_v1 and not rollout_correction.get("bypass_mode", False)
+
+
+def requirements_of(config: DictConfig, policy_loss: Any) -> Requirements:
+    """From the configuration and its `policy_loss` as a dataclass.
+
+    Raises:
+        ValueError: if there is no policy loss of that name.
+    """
+    taken = statistics_taken(get_policy_loss_fn(policy_loss.loss_mode))
+    steer = policy_loss.loss_mode == "entropy_control"
+    exact = steer and policy_loss.entropy_change_estimator == "exact"
+    instead_of_old = "entropys" in taken and not has_old_entropy(config)
+    return Requirements(
+        sums=exact,
+        range=steer and policy_loss.token_weight_normalizer != "micro_batch",
+        current_entropy=exact or instead_of_old or ("current_entropys" in taken and not steer),
+        coefficient=policy_loss.loss_mode in LOSSES_OF_THE_TRAINER,
+        old_fields=OLD_POLICY_FIELDS.get(config.algorithm.adv_estimator, ()),
+    )
+
+
+def provide(config: DictConfig, policy_loss: Any) -> None:
+    """Switch on `actor`'s keys that the loss needs.
+
+    Args:
+        config: the resolved configuration; `actor.calculate_entropy`, `actor.calculate_sum_pi_squared` and
+            `actor.fsdp_config.one_pass_reductions` are set.
+        policy_loss: its `actor.policy_loss` as a dataclass.
+
+    Raises:
+        ValueError: if what is needed can't be had.
+    """
+    needed = requirements_of(config, policy_loss)
+    _check_engine(config, policy_loss, needed)
+    _check_trainer(config, policy_loss, needed)
+    actor = config.actor_rollout_ref.actor
+    with open_dict(actor):
+        actor.calculate_entropy = actor.calculate_entropy or needed.current_entropy
+        if needed.sums:
+            actor.calculate_sum_pi_squared = actor.fsdp_config.one_pass_reductions = True
+
+
+def _check_engine(config: DictConfig, policy_loss: Any, needed: Requirements) -> None:
+    strategy = config.actor_rollout_ref.actor.strategy
+
+    def expect_strategy(strategies: tuple[str, ...], reason: str) -> None:
+        if strategy not in strategies:
+            raise ValueError(f"actor.strategy={strategy}: expected one of {', '.join(strategies)}: {reason}")
+
+    if needed.current_entropy:
+        expect_strategy(
+            ENTROPY_STRATEGIES,
+            f"loss_mode={policy_loss.loss_mode} needs the current policy's entropies, which others do not return",
+        )
+    if needed.sums:
+        expect_strategy(FSDP_STRATEGIES, "entropy_change_estimator=exact needs sums over the vocabulary")
+        if config.actor_rollout_ref.model.use_fused_kernels:
+            raise ValueError(
+                "model.use_fused_kernels=true: expected false with entropy_change_estimator=exact, which reads logits"
+            )
+    if needed.range:
+        expect_strategy(FSDP_STRATEGIES, f"token_weight_normalizer={policy_loss.token_weight_normalizer}")
+
+
+def _check_trainer(config: DictConfig, policy_loss: Any, needed: Requirements) -> None:
+    actor, trainer = config.actor_rollout_ref.actor, config.trainer
+    normalizer = f"policy_loss.token_weight_normalizer={policy_loss.token_weight_normalizer}"
+    loss_mode = f"policy_loss.loss_mode={policy_loss.loss_mode}"
+    adv_estimator = f"algorithm.adv_estimator={config.algorithm.adv_estimator}"
+    if not has_old_entropy(config):
+        for needs, key, expected in (
+            (needed.range, normalizer, "micro_batch"),
+            (needed.coefficient, loss_mode, "another"),
+            ("entropy" in needed.old_fields, adv_estimator, "another"),
+        ):
+            if needs:
+                raise ValueError(
+                    f"{key}: expected {expected} where the trainer computes no entropies of the old policy, as in "
+                    "bypass mode"
+                )
+    if needed.coefficient and actor.loss_agg_mode not in MEANS:
+        raise ValueError(
+            f"actor.loss_agg_mode={actor.loss_agg_mode}: expected one of {', '.join(MEANS)} with {loss_mode}, which "
+            "needs a mean entropy"
+        )
+    of_this_trainer = loss_mode if needed.coefficient else adv_estimator if needed.old_fields else None
+    if of_this_trainer and not (trainer.use_v1 and trainer.v1.trainer_mode == "steer"):
+        raise ValueError(
+            f"trainer.v1.trainer_mode={trainer.v1.trainer_mode}: expected steer, and trainer.use_v1=true, with "
+            f"{of_this_trainer}"
+        )

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The range of a whole mini-batch's estimated entropy changes, for `policy_loss.token_weight_normalizer`.
+
+STEER measures a token's estimated entropy change by the smallest and largest among some set of tokens. In the authors'
+release that set is a micro-batch on one rank, so that the weights depend on how a mini-batch is split. An engine takes
+micro-batch after micro-batch, and when it takes the first backward it doesn't know yet what the current policy says
+about the last. So the range of a whole mini-batch is that of the estimate at the old policy, at a ratio of 1: it is
+known before the first micro-batch, from fields of the batch alone. Tokens that the current policy has moved beyond it
+get the weight of its nearer end.
+
+    global    the range of the mini-batch, over all data-parallel ranks
+    ema       a running mean of these ranges over mini-batches, part of the checkpoint
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from tensordict import TensorDict
+from verl.trainer.ppo.core_algos import EntropyChangeRange, entropy_change_range, estimate_entropy_change
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id
+
+#: File of the running range in an actor's checkpoint.
+RANGE_FILE = "token_weight_range.json"
+
+
+#: The range where no token is valid: no weight depends on it.
+NOTHING_VALID = EntropyChangeRange(0.0, 0.0, 0.0)
+
+
+class TokenWeightNormalizer:
+    """Stands before an engine among a class's bases: gives each mini-batch its range, if the loss asks for one."""
+
+    running_range: EntropyChangeRange | None = None
+
+    def forward_backward_batch(
+        self, data: TensorDict, loss_function: Callable | None, forward_only: bool = False
+    ) -> dict[str, Any]:
+        """The engine's, with `entropy_change_range` among the mini-batch's non-tensor data."""
+        # verl binds the actor's configuration to its loss function; other engines' losses have no policy loss.
+        config: Any = getattr(loss_function, "keywords", {}).get("config")
+        if not forward_only and hasattr(config, "policy_loss"):
+            self._measure(data, config.policy_loss)
+        return super().forward_backward_batch(data, loss_function, forward_only=forward_only)  # type: ignore[misc]
+
+    def _measure(self, data: TensorDict, options: Any) -> None:
+        """Give the mini-batch its range, unless each micro-batch is measured by its own."""
+        if options.loss_mode != "entropy_control" or options.token_weight_normalizer == "micro_batch":
+            return
+        change_range = old_policy_range(data, options, self.get_data_parallel_group())
+        if options.token_weight_normalizer == "ema":
+            change_range = mean_range(self.running_range, change_range, options.token_weight_ema_decay)
+            self.running_range = None if change_range is NOTHING_VALID else change_range
+        tu.assign_non_tensor(data, entropy_change_range=change_range)
+
+    def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        """The engine's, and the running range beside its files."""
+        super().save_checkpoint(local_path, *args, **kwargs)  # type: ignore[misc]
+        if self.running_range is not None:
+            # Every rank writes the same, whether ranks share the folder or not; a file is there whole or not at all.
+            part = Path(local_path, f"{RANGE_FILE}.{torch.distributed.get_rank()}")
+            part.write_text(json.dumps(self.running_range._asdict()))
+            os.replace(part, Path(local_path, RANGE_FILE))
+
+    def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        """The engine's, and the running range, if the checkpoint has one."""
+        # Before the engine's, which may delete the files it has read.
+        file = Path(local_path or "", RANGE_FILE)
+        if file.is_file():
+            self.running_range = EntropyChangeRange(**json.loads(file.read_text()))
+        super().load_checkpoint(local_path, *args, **kwargs)  # type: ignore[misc]
+
+
+@torch.no_grad()
+def old_policy_range(data: TensorDict, options: Any, group: Any) -> EntropyChangeRange:
+    """Range of the estimated entropy change at the old policy over a mini-batch and all ranks of a group.
+
+    Args:
+        data: this rank's part of the mini-batch: nested advantages, old_log_probs, entropy and response_mask.
+        options: `policy_loss` of the actor's configuration.
+        group: the data-parallel process group.
+
+    Returns:
+        Numbers, the same on every rank; zeros where no token is valid.
+
+    Raises:
+        ValueError: if the batch has no entropies of the old policy, as in bypass mode.
+    """
+    if "entropy" not in data:
+        raise ValueError(
+            f"policy_loss.token_weight_normalizer={options.token_weight_normalizer}: expected micro_batch where the "
+            "batch has no entropies of the old policy"
+        )
+    batch = data.select("advantages", "old_log_probs", "entropy", "response_mask").to_padded_tensor()
+    old_log_prob, valid = batch["old_log_probs"], batch["response_mask"].bool()
+    change = estimate_entropy_change(
+        batch["advantages"], batch["entropy"], old_log_prob, old_log_prob, options.entropy_change_estimator
+    )
+    changes = gather(change[valid], group)
+    if not len(changes):
+        return NOTHING_VALID
+    quantile = options.token_weight_quantile if options.token_weight_map == "threshold" else None
+    found = entropy_change_range(changes, torch.ones_like(changes), quantile)
+    return EntropyChangeRange(*(None if bound is None else float(bound) for bound in found))
+
+
+def gather(values: torch.Tensor, group: Any) -> torch.Tensor:
+    """The values, (n,) with an n of its own on each rank and none NaN, of all ranks of a process group: (sum of n,)."""
+    values = values.to(get_device_id())
+    longest = torch.tensor(len(values), device=values.device)
+    torch.distributed.all_reduce(longest, op=torch.distributed.ReduceOp.MAX, group=group)
+    padded = values.new_full((int(longest),), math.nan)
+    padded[: len(values)] = values
+    parts = [torch.empty_like(padded) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(parts, padded, group=group)
+    gathered = torch.cat(parts)
+    return gathered[~gathered.isnan()]
+
+
+def mean_range(past: EntropyChangeRange | None, present: EntropyChangeRange, decay: float) -> EntropyChangeRange:
+    """decay * past + (1 - decay) * present, bound by bound; the one that there is without the other."""
+    if past is None or present is NOTHING_VALID:
+        return past or present
+
+    def mean(old: Any, new: Any) -> float | None:
+        return None if new is None else decay * (new if old is None else old) + (1 - decay) * new
+
+    return EntropyChangeRange(*map(mean, past, present))
