@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder for the page and its figures")
     parser.add_argument("--estimator", default="released", help="estimate that colours tokens (released)")
     parser.add_argument("--probability-bound", type=float, default=0.5, help="what parts the quadrants (0.5)")
-    parser.add_argument("--responses", type=int, default=8, help="responses shown for each method (8)")
+    parser.add_argument("--responses", type=int, default=4, help="responses shown for each method (4)")
     args = parser.parse_args()
     try:
         options = ReportOptions(args.estimator, args.probability_bound, args.responses)

@@ -181,6 +181,7 @@ def weight_maps(groups: Groups, estimator: str) -> Drawing | None:
     if not told:
         return None
     axis.set_xscale("symlog", linthresh=ENTROPY_CHANGE_FLOOR)
+    axis.set_xlim(left=0)
     axis.set(xlabel="estimated entropy change of the token (nats per unit step)", ylabel="token weight")
     legend(figure, axis)
     return Drawing(figure, "; ".join(told))
@@ -248,22 +249,20 @@ def estimator_truth(groups: Groups) -> Drawing | None:
     if not audits:
         return None
     names = list(dict.fromkeys(name for audit in audits.values() for name in estimators(audit)))
-    columns = min(3, len(names))
-    per_method = -(-len(names) // columns)
-    figure, axes = canvas(per_method * len(audits), columns, height=2.4)
-    for axis in axes.flat:
-        axis.set_visible(False)
+    figure, axes = canvas(len(audits), len(names), height=2.0)
     told = []
     for index, (method, audit) in enumerate(audits.items()):
         scores = estimator_scores(audit)
-        for place, name in enumerate(names):
+        for axis, name in zip(axes[index], names, strict=True):
+            axis.set_title(name if index == 0 else "", fontsize="medium")
+            axis.set_visible(name in scores.index)
             if name not in scores.index:
                 continue
-            axis = axes[index * per_method + place // columns, place % columns]
+            axis.sharey(axes[index, names.index(scores.index[0])])
+            axis.label_outer()
             _truth_panel(axis, audit, name, index)
-            # Where only one method is there, its name in each panel says nothing.
-            axis.set_title(name if len(audits) == 1 else f"{name}, {label(method)}")
             told.append(f"{method}, {name}: Spearman correlation {scores.loc[name, 'spearman']:.2f}")
+        axes[index, 0].set_ylabel(label(method) if len(audits) > 1 else "")
     figure.supxlabel("size of the estimate", fontsize="medium")
     figure.supylabel("size of the true change (nats)", fontsize="medium")
     return Drawing(figure, "; ".join(told))
@@ -286,7 +285,6 @@ def _truth_panel(axis: Any, audit: pd.DataFrame, name: str, index: int) -> None:
     bins = pairs.groupby(pd.qcut(pairs["told"].rank(method="first"), min(20, len(pairs)), labels=False))
     axis.plot(bins["told"].median(), bins["truth"].median(), "-", color=INK, label="median of a bin")
     axis.set(xscale="log", yscale="log")
-    axis.set_visible(True)
 
 
 def clip_counts(groups: Groups) -> Drawing | None:
@@ -321,7 +319,9 @@ def clip_counts(groups: Groups) -> Drawing | None:
 
 
 def quadrant_shares(audit: pd.DataFrame, estimator: str, bound: float) -> pd.DataFrame:
-    """Shares of tokens, of estimated and of true change (sizes) in the four quadrants; they sum to 1.
+    """Shares of tokens, of estimated and of true change in the four quadrants, and the net true change there.
+
+    Shares are of sizes and sum to 1; `net`, in nats, is the sum with signs.
 
     Args:
         audit: audited tokens; those without advantage are in no quadrant.
@@ -329,8 +329,8 @@ def quadrant_shares(audit: pd.DataFrame, estimator: str, bound: float) -> pd.Dat
         bound: a token is likely if its probability is above this.
     """
     tokens = audit[audit["advantage"] != 0]
-    sign = np.where(tokens["advantage"] > 0, "A > 0", "A < 0")
-    side = np.where(tokens["prob"] > bound, f"π > {bound:g}", f"π ≤ {bound:g}")
+    names = [f"A {sign} 0, π {side} {bound:g}" for sign in "><" for side in ">≤"]
+    place = 2 * (tokens["advantage"] < 0) + (tokens["prob"] <= bound)
     sizes = pd.DataFrame(
         {
             "tokens": 1.0,
@@ -339,10 +339,10 @@ def quadrant_shares(audit: pd.DataFrame, estimator: str, bound: float) -> pd.Dat
         },
         index=tokens.index,
     )
-    names = [f"{sign}, π {side} {bound:g}" for sign in ("A > 0", "A < 0") for side in (">", "≤")]
-    quadrant = pd.Series(sign, tokens.index) + ", " + side
-    sums = sizes.groupby(quadrant).sum().reindex(names, fill_value=0.0)
-    return sums / sums.sum().where(sums.sum() > 0, 1.0)
+    sums = sizes.groupby(place).sum().reindex(range(4), fill_value=0.0).set_axis(names)
+    shares = sums / sums.sum().where(sums.sum() > 0, 1.0)
+    net = tokens["true_change"].groupby(place).sum().reindex(range(4), fill_value=0.0).set_axis(names)
+    return shares.assign(net=net)
 
 
 def quadrants(groups: Groups, estimator: str, bound: float) -> Drawing | None:
@@ -354,7 +354,7 @@ def quadrants(groups: Groups, estimator: str, bound: float) -> Drawing | None:
     told = []
     for axis, (name, audit) in zip(axes[:, 0], audits.items(), strict=True):
         shares = quadrant_shares(audit, estimator, bound)
-        for place, measure in enumerate(shares):
+        for place, measure in enumerate(shares.columns.drop("net")):
             axis.barh(
                 np.arange(4) + 0.27 * (place - 1),
                 shares[measure],
@@ -365,18 +365,15 @@ def quadrants(groups: Groups, estimator: str, bound: float) -> Drawing | None:
                 label=f"share of {measure}",
             )
         for quadrant, row in shares.iterrows():
-            told.append(f"{name}, {quadrant}: " + ", ".join(f"{value:.0%} of {key}" for key, value in row.items()))
-        axis.set_yticks(range(4), [f"{name}\n{_DIRECTION[place]}" for place, name in enumerate(shares.index)])
+            parts = ", ".join(f"{row[key]:.0%} of {key}" for key in row.index.drop("net"))
+            told.append(f"{name}, {quadrant}: {parts}")
+        axis.set_yticks(range(4), [f"{quadrant}\nnet {net:+.2g} nats" for quadrant, net in shares["net"].items()])
         axis.invert_yaxis()
         axis.grid(axis="y", visible=False)
         axis.xaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1))
         axis.set_title(label(name) if len(audits) > 1 else "")
     legend(figure, axes[0, 0])
     return Drawing(figure, "; ".join(told))
-
-
-#: Which way the update of a token in each quadrant moves the entropy, as a rule.
-_DIRECTION = ("entropy falls", "entropy rises", "entropy rises", "entropy falls")
 
 
 def _logged(runs: Sequence[Run], metric: str) -> np.ndarray:

@@ -44,7 +44,7 @@ class ReportOptions:
 
     estimator: str = "released"
     probability_bound: float = 0.5
-    responses: int = 8
+    responses: int = 4
 
     def __post_init__(self) -> None:
         if not 0 < self.probability_bound < 1:
@@ -90,7 +90,7 @@ def sections(options: ReportOptions) -> list[Section]:
         Section(
             "weight_against_entropy",
             "Mean token weight and the entropy's change",
-            "One point a step: the mean weight of its tokens, and the policy entropy of the next step minus this one's.",
+            "One point a step: the mean weight of its tokens, and the next step's policy entropy minus this one's.",
             f"token weights: {_NEEDS_STEER}",
             figures.weight_against_entropy,
         ),
@@ -115,7 +115,7 @@ def sections(options: ReportOptions) -> list[Section]:
             "Quadrants of advantage and probability",
             f"Tokens by the sign of their advantage A and by whether their probability π is above {bound:g}: each "
             f"quadrant's share of all tokens, of the estimated change ({estimator}) and of the true one, in size. "
-            "Beside each quadrant, which way it moves the entropy as a rule. Tokens without advantage are left out.",
+            "Beside each quadrant the sum of its true changes. Tokens without advantage are left out.",
             f"advantages and probabilities of tokens: {_NEEDS_AUDIT}",
             lambda groups: figures.quadrants(groups, estimator, bound),
         ),
@@ -146,6 +146,7 @@ def write_report(runs: Sequence[Run], out: Path, options: ReportOptions) -> Path
         scores=list(score_rows(groups)),
         coloured=coloured_responses(groups, options),
         options=options,
+        quantiles=", ".join(f"{quantile:.0%}" for quantile in CHANGE_QUANTILES),
         lacks=_NEEDS_AUDIT,
     )
     file = out / "report.html"
@@ -158,9 +159,16 @@ def render(**values: Any) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["figure"] = lambda value: "–" if value is None or value != value else f"{value:.3g}"
+    environment.filters["figure"] = figure_text
     template = environment.from_string(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
     return template.render(values)
+
+
+def figure_text(value: float | None) -> str:
+    """A figure with three decimals, or in powers of ten where they would not tell it; a dash for None and NaN."""
+    if value is None or value != value:
+        return "–"
+    return f"{value:.3f}" if value == 0 or 1e-2 <= abs(value) < 1e4 else f"{value:.2e}"
 
 
 def save(figure: Any, folder: Path, name: str) -> str:
