@@ -62,10 +62,10 @@ class Drawing:
     description: str
 
 
-def canvas(rows: int, columns: int, width: float = 7.5, height: float = 2.9) -> tuple[Figure, np.ndarray]:
-    """A figure with (rows, columns) axes; `height` is one row's, in inches."""
-    figure = Figure(figsize=(width, height * rows), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False)
+def canvas(rows: int, columns: int, height: float = 2.9, **sharing: str) -> tuple[Figure, np.ndarray]:
+    """A figure with (rows, columns) axes; `height` is one row's, in inches, `sharing` as in matplotlib's subplots."""
+    figure = Figure(figsize=(7.5, height * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False, **sharing)
 
 
 def label(name: str) -> str:
@@ -249,7 +249,7 @@ def estimator_truth(groups: Groups) -> Drawing | None:
     if not audits:
         return None
     names = list(dict.fromkeys(name for audit in audits.values() for name in estimators(audit)))
-    figure, axes = canvas(len(audits), len(names), height=2.0)
+    figure, axes = canvas(len(audits), len(names), height=2.0, sharex="col", sharey="row")
     told = []
     for index, (method, audit) in enumerate(audits.items()):
         scores = estimator_scores(audit)
@@ -258,8 +258,6 @@ def estimator_truth(groups: Groups) -> Drawing | None:
             axis.set_visible(name in scores.index)
             if name not in scores.index:
                 continue
-            axis.sharey(axes[index, names.index(scores.index[0])])
-            axis.label_outer()
             _truth_panel(axis, audit, name, index)
             told.append(f"{method}, {name}: Spearman correlation {scores.loc[name, 'spearman']:.2f}")
         axes[index, 0].set_ylabel(label(method) if len(audits) > 1 else "")

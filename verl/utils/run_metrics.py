@@ -31,7 +31,7 @@ AUDIT_COLUMNS = (
 )
 
 _RESUMED = re.compile(r"_from_(\d+)$")
-_SEED = re.compile(r"[-_. ]?seed[-_=]?\d+", re.IGNORECASE)
+_SEED = re.compile(r"^seed[-_=]?\d+[-_. ]?|[-_. ]?seed[-_=]?\d+", re.IGNORECASE)
 
 
 @dataclass
