@@ -62,7 +62,7 @@ class Drawing:
     description: str
 
 
-def canvas(rows: int, columns: int, height: float = 2.9, **sharing: str) -> tuple[Figure, np.ndarray]:
+def canvas(rows: int, columns: int, height: float = 2.9, **sharing: Any) -> tuple[Figure, np.ndarray]:
     """A figure with (rows, columns) axes; `height` is one row's, in inches, `sharing` as in matplotlib's subplots."""
     figure = Figure(figsize=(7.5, height * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **sharing)
