@@ -300,6 +300,17 @@ def test_truth_has_a_panel_for_each_estimate_and_medians_over_all_tokens(audited
     assert slope == pytest.approx(1, abs=0.05)
 
 
+def test_an_audit_in_which_nothing_changed(tmp_path, recwarn):
+    """As of a run whose rewards are all the same: each figure is there, with nothing in it, and nothing fails."""
+    audit = audit_of(advantage=[0.0, 0.0], text=["a", "b"], omega_exact=[0.0, np.nan], omega_squared=[np.inf, 0.0])
+    run = run_with(audit)
+    run.steps = dict(steer_metrics())
+    page = write_report([run], tmp_path, ReportOptions()).read_text()
+    assert len(list((tmp_path / "figures").iterdir())) == 12
+    assert "Step 1, response 0: 2 tokens, advantage +0" in page
+    assert [str(warning.message) for warning in recwarn] == []
+
+
 def test_clip_counts_by_hand():
     audit = audit_of(
         prob=[0.05, 0.05, 0.05, 0.05, 0.95, 1.0],
@@ -499,15 +510,24 @@ def chromium():
         browser.close()
 
 
+def contrast(colours):
+    """WCAG's contrast ratio of two colours, `rgb(r, g, b) rgb(r, g, b)`."""
+    values = np.array(re.findall(r"\d+", colours), float).reshape(2, 3) / 255
+    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    dark, light = sorted(linear @ [0.2126, 0.7152, 0.0722])
+    return (light + 0.05) / (dark + 0.05)
+
+
 SHOWN = "(one => getComputedStyle(one).backgroundColor + ' ' + getComputedStyle(one).color)"
-#: Tokens whose colours are not those of their level on the measure's scale; all levels must differ.
-UNLIKE_THE_SCALE = f"""measure => {{
-  const scale = [...document.querySelectorAll(`.scale.${{measure}} span`)].map({SHOWN});
+#: Tokens whose background is not that of their level on the measure's scale; the six of a scale must differ.
+UNLIKE_THE_SCALE = """measure => {
+  const background = one => getComputedStyle(one).backgroundColor;
+  const scale = [...document.querySelectorAll(`.scale.${measure} span`)].map(background);
   if (new Set(scale).size !== 6) return ["scale", ...scale];
   const level = one => Number(one.className.match(new RegExp(measure[0] + "([0-5])"))[1]);
-  return [...document.querySelectorAll(".tokens span")].filter(
-    one => getComputedStyle(one).backgroundColor !== scale[level(one)].split(") ")[0] + ")").map(one => one.className);
-}}"""
+  return [...document.querySelectorAll(".tokens span")].filter(one => background(one) !== scale[level(one)])
+    .map(one => one.className);
+}"""
 
 
 def test_in_a_browser(chromium, hostile_report, tmp_path):
@@ -529,6 +549,10 @@ def test_in_a_browser(chromium, hostile_report, tmp_path):
             assert page.evaluate(UNLIKE_THE_SCALE, measure) == []
         colours[scheme] = page.evaluate(
             "[...document.querySelectorAll('body, .e5')].map(shown)".replace("shown", SHOWN)
+        )
+        assert (
+            min(map(contrast, page.evaluate(f"[...document.querySelectorAll('.scale .e5, .e4, .e3')].map({SHOWN})")))
+            > 4.5
         )
         page.locator(".tokens span").first.hover()
         shown = page.evaluate("getComputedStyle(document.querySelector('.tokens span:hover'), '::after').content")

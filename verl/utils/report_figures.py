@@ -155,7 +155,10 @@ def weight_maps(groups: Groups, estimator: str) -> Drawing | None:
         least, most = float(bounds[0].min()), float(bounds[1].max())
         colour = COLOURS[index % len(COLOURS)]
         changes = torch.cat([torch.zeros(1), torch.logspace(-4, float(np.log10(max(largest, 2e-4))), 300)])[None]
-        for mapping, line in (("exponential", "-"), ("linear", "--")):
+        # The exponential map holds back only: its weights are at most 1.
+        for mapping, line in (
+            {"exponential": "-", "linear": "--"}.items() if 0 < least < 1 else {"linear": "--"}.items()
+        ):
             most_here = most if mapping == "linear" else min(most, 1.0)
             weights = map_to_token_weights(
                 changes, torch.ones_like(changes), least, most_here, linear=mapping == "linear"
@@ -269,6 +272,9 @@ def estimator_truth(groups: Groups) -> Drawing | None:
 def _truth_panel(axis: Any, audit: pd.DataFrame, name: str, index: int) -> None:
     pairs = pd.DataFrame({"told": estimate(audit, name), "truth": audit["true_change"].abs()})
     pairs = pairs[(pairs > 0).all(axis=1) & np.isfinite(pairs).all(axis=1)]
+    if pairs.empty:
+        axis.text(0.5, 0.5, "nothing changed", transform=axis.transAxes, ha="center", va="center")
+        return
     shown = _sample(pairs)
     axis.plot(
         shown["told"],
@@ -280,7 +286,8 @@ def _truth_panel(axis: Any, audit: pd.DataFrame, name: str, index: int) -> None:
         color=COLOURS[index % len(COLOURS)],
         label="token",
     )
-    bins = pairs.groupby(pd.qcut(pairs["told"].rank(method="first"), min(20, len(pairs)), labels=False))
+    # Ranks cut into twenty, since many equal estimates would leave no edge between two bins.
+    bins = pairs.groupby((pairs["told"].rank(method="first", pct=True) * 20).apply(np.ceil))
     axis.plot(bins["told"].median(), bins["truth"].median(), "-", color=INK, label="median of a bin")
     axis.set(xscale="log", yscale="log")
 

@@ -45,7 +45,7 @@ class Run:
     def series(self, metric: str) -> dict[int, float]:
         """Step -> value wherever the metric was logged and finite (the logger writes NaN as null)."""
         found = ((step, data.get(metric)) for step, data in sorted(self.steps.items()))
-        return {step: value for step, value in found if value is not None and math.isfinite(value)}
+        return {step: value for step, value in found if isinstance(value, int | float) and math.isfinite(value)}
 
     @property
     def accuracy(self) -> dict[int, float]:
