@@ -369,6 +369,7 @@ def test_nothing_from_a_model_or_a_name_becomes_markup(report, hostile_report, h
     assert not any(name.startswith("on") for name, _ in page.attributes)
     for text in HOSTILE:
         assert visible(text) in page.text
+    assert "<!--" not in hostile_report.read_text()
     assert f"Entropy report: {hostile_run.name}" in page.text
 
 
