@@ -7,8 +7,10 @@ read in black and white.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -85,7 +87,7 @@ def line_style(index: int) -> dict[str, Any]:
 def legend(figure: Figure, axis: Any) -> None:
     """One legend above all panels, as wide as the names allow."""
     handles, names = axis.get_legend_handles_labels()
-    columns = max(1, min(len(names), 90 // (max(map(len, names), default=0) + 8)))
+    columns = max(1, min(len(names), 100 // (max(map(len, names), default=0) + 8)))
     figure.legend(handles, names, loc="outside upper left", ncols=columns)
 
 
@@ -147,40 +149,15 @@ def weight_maps(groups: Groups, estimator: str) -> Drawing | None:
     figure, axes = canvas(1, 1, height=3.3)
     axis, told = axes[0, 0], []
     for index, (name, runs) in enumerate(groups.items()):
-        logged = {key: _logged(runs, f"actor/{key}") for key in ("entropy_change_max", "entropy_change_mean")}
-        bounds = _logged(runs, "actor/token_weights_min"), _logged(runs, "actor/token_weights_max")
-        if any(not len(values) for values in (*logged.values(), *bounds)):
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        range_told = _draw_maps(axis, name, colour, runs)
+        if range_told is None:
             continue
-        largest, mean = (float(values.mean()) for values in logged.values())
-        least, most = float(bounds[0].min()), float(bounds[1].max())
-        colour = COLOURS[index % len(COLOURS)]
-        changes = torch.cat([torch.zeros(1), torch.logspace(-4, float(np.log10(max(largest, 2e-4))), 300)])[None]
-        # The exponential map holds back only: its weights are at most 1.
-        for mapping, line in (
-            {"exponential": "-", "linear": "--"}.items() if 0 < least < 1 else {"linear": "--"}.items()
-        ):
-            most_here = most if mapping == "linear" else min(most, 1.0)
-            weights = map_to_token_weights(
-                changes, torch.ones_like(changes), least, most_here, linear=mapping == "linear"
-            )
-            axis.plot(changes[0], weights[0], line, color=colour, label=f"{label(name)}: {mapping} map")
-        axis.axvline(mean, color=colour, linestyle=":", linewidth=1.2, label=f"{label(name)}: mean change")
-        told.append(
-            f"{name}: weights from {least:.3g} to {most:.3g}, estimated change {mean:.3g} on average, largest of a "
-            f"step {largest:.3g}"
-        )
+        told.append(f"{name}: {range_told}")
         if name in audits:
             tokens = _sample(audits[name])
-            axis.plot(
-                estimate(tokens, estimator),
-                tokens["weight"],
-                linestyle="",
-                marker=MARKERS[index % len(MARKERS)],
-                markersize=2.5,
-                color=colour,
-                alpha=0.5,
-                label=f"{label(name)}: tokens",
-            )
+            style = {"linestyle": "", "marker": marker, "markersize": 2.5, "color": colour, "alpha": 0.5}
+            axis.plot(estimate(tokens, estimator), tokens["weight"], label=f"{label(name)}: tokens", **style)
     if not told:
         return None
     axis.set_xscale("symlog", linthresh=ENTROPY_CHANGE_FLOOR)
@@ -188,6 +165,25 @@ def weight_maps(groups: Groups, estimator: str) -> Drawing | None:
     axis.set(xlabel="estimated entropy change of the token (nats per unit step)", ylabel="token weight")
     legend(figure, axis)
     return Drawing(figure, "; ".join(told))
+
+
+def _draw_maps(axis: Any, name: str, colour: str, runs: Sequence[Run]) -> str | None:
+    """The maps over a method's logged range; returns that range in words, None where nothing was logged."""
+    names = ("entropy_change_mean", "entropy_change_max", "token_weights_min", "token_weights_max")
+    logged = [[value for run in runs for value in run.series(f"actor/{name}").values()] for name in names]
+    if not all(logged):
+        return None
+    mean, largest, least, most = fmean(logged[0]), fmean(logged[1]), min(logged[2]), max(logged[3])
+    changes = torch.cat([torch.zeros(1), torch.logspace(-4, math.log10(max(largest, 2e-4)), 300)])[None]
+    maps = [("linear", "--", most)]
+    if 0 < least < 1:  # the exponential map only holds back
+        maps.insert(0, ("exponential", "-", min(most, 1.0)))
+    for mapping, line, upper in maps:
+        weights = map_to_token_weights(changes, torch.ones_like(changes), least, upper, linear=mapping == "linear")
+        axis.plot(changes[0], weights[0], line, color=colour, label=f"{label(name)}: {mapping} map")
+    axis.axvline(mean, color=colour, linestyle=":", linewidth=1.2, label=f"{label(name)}: mean change")
+    told = f"weights from {least:.3g} to {most:.3g}, estimated change {mean:.3g} on average"
+    return f"{told}, largest of a step {largest:.3g}"
 
 
 def weight_against_entropy(groups: Groups) -> Drawing | None:
@@ -379,10 +375,6 @@ def quadrants(groups: Groups, estimator: str, bound: float) -> Drawing | None:
         axis.set_title(label(name) if len(audits) > 1 else "")
     legend(figure, axes[0, 0])
     return Drawing(figure, "; ".join(told))
-
-
-def _logged(runs: Sequence[Run], metric: str) -> np.ndarray:
-    return np.array([value for run in runs for value in run.series(metric).values()])
 
 
 def _sample(tokens: pd.DataFrame) -> pd.DataFrame:
