@@ -399,6 +399,8 @@ def test_ids_are_unique_and_every_reference_has_its_target(report):
 
 def test_the_page_tells_what_is_missing_and_what_gives_it(tmp_path):
     run = read_run(write_metrics(tmp_path / "grpo", [(step, {"actor/entropy": 1 / step}) for step in (1, 2, 3)]))
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures/quadrants.png").touch()  # of an earlier report
     page = html.unescape(write_report([run], tmp_path, ReportOptions()).read_text())
     assert sorted(file.name for file in (tmp_path / "figures").iterdir()) == ["training.png", "training.svg"]
     assert page.count('class="lacks"') == 6

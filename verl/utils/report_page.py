@@ -125,6 +125,8 @@ def sections(options: ReportOptions) -> list[Section]:
 def write_report(runs: Sequence[Run], out: Path, options: ReportOptions) -> Path:
     """Write `out/report.html` and `out/figures/*.png|svg`; the same runs give the same bytes.
 
+    Figures of an earlier report in the folder go.
+
     Returns:
         The page.
 
@@ -135,6 +137,8 @@ def write_report(runs: Sequence[Run], out: Path, options: ReportOptions) -> Path
     (out / "figures").mkdir(parents=True, exist_ok=True)
     shown = []
     for section in sections(options):
+        for earlier in (out / "figures").glob(f"{section.name}.*"):
+            earlier.unlink()
         with matplotlib.rc_context({**figures.STYLE, "svg.hashsalt": section.name}):
             drawing = section.draw(groups)
             svg = save(drawing.figure, out / "figures", section.name) if drawing else ""
