@@ -136,6 +136,11 @@ def test_a_resumed_run_goes_on_where_its_last_file_starts(tmp_path):
     assert run.series("b") == {3: 1, 4: 2}
 
 
+def test_only_finite_numbers_are_values():
+    values = [1, None, float("nan"), float("inf"), "text", [1.0], 0.5]
+    assert Run("a", None, {step: {"a": value} for step, value in enumerate(values)}).series("a") == {0: 1, 6: 0.5}
+
+
 def test_a_copy_without_times_is_read_by_the_steps_in_its_names(tmp_path):
     for start in (0, 5, 10):
         name = f"metrics_from_{start}.jsonl" if start else "metrics.jsonl"
