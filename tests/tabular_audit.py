@@ -4,7 +4,6 @@
 import pandas as pd
 import torch
 from verl.trainer.ppo.core_algos import (
-    ENTROPY_CHANGE_ESTIMATORS,
     compute_token_weights,
     estimate_entropy_change,
     ppo_clipped,
@@ -43,7 +42,8 @@ def tabular_audit(steps=(1, 2), mini_batches=2, responses=6, length=30, linear=F
                 scored = (advantages, entropy, old_log_prob, log_prob)
                 clipped = torch.logical_or(*ppo_clipped(advantages, old_log_prob, log_prob, *CLIP))
                 estimates = {
-                    f"omega_{name}": estimate_entropy_change(*scored, name, *CLIP) for name in ENTROPY_CHANGE_ESTIMATORS
+                    f"omega_{name}": estimate_entropy_change(*scored, name, *CLIP)
+                    for name in ("released", "clip_aware", "squared")
                 }
                 weights = compute_token_weights(*scored, mask, 0.8, 1.2 if linear else 1.0, linear)
             (gradient,) = torch.autograd.grad(

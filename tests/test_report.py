@@ -96,7 +96,7 @@ def report(audited_run, tmp_path_factory):
 @pytest.fixture(scope="module")
 def hostile_run(tmp_path_factory):
     """A run whose name and whose responses would break a page that did not escape them."""
-    folder = tmp_path_factory.mktemp("runs") / "<img src=x onerror=alert(1)>$^{ --><b>"
+    folder = tmp_path_factory.mktemp("runs") / "<img src=x onerror=alert(1)>$^{ --><b>$"
     write_metrics(folder, steer_metrics())
     (folder / "audit").mkdir()
     tabular_audit(steps=(1,), mini_batches=1, words=HOSTILE).to_parquet(folder / "audit/a.parquet")
