@@ -110,8 +110,8 @@ def test_batched_rollouts_are_those_of_verls_agent_loops(quickstart, command, ro
     out, *_ = quickstart
     result = command(
         "bash", root / "run/run_grpo.sh", "task=arithmetic", "hardware=cpu", *SMALL, *GREEDY, "trainer.test_freq=2",
-        "trainer.save_freq=2", "trainer.total_training_steps=2",
-        "data.seed=42", "actor_rollout_ref.rollout.agent.agent_loop_manager_class=null", OUTPUT_DIR=str(tmp_path), TASK_DIR=str(task),
+        "trainer.save_freq=2", "trainer.total_training_steps=2", "data.seed=42",
+        "actor_rollout_ref.rollout.agent.agent_loop_manager_class=null", OUTPUT_DIR=str(tmp_path), TASK_DIR=str(task),
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     ours, theirs = out / "grpo", tmp_path / "grpo"

@@ -181,6 +181,7 @@ class EntropyChangeRange(NamedTuple):
     at_quantile: torch.Tensor | float | None = None
 
 
+@torch.no_grad()
 def entropy_change_range(
     entropy_change: torch.Tensor, response_mask: torch.Tensor, quantile: float | None = None
 ) -> EntropyChangeRange:
@@ -446,10 +447,6 @@ def compute_policy_loss_with_entropy(
         entropys = current_entropys
     if entropys is None:
         raise ValueError("entropys=None: loss_mode=entropy_control expects the entropy of each response token")
-    options, clip = config.policy_loss, _clip_ratios(config)
-    old_log_prob, log_prob, advantages = old_log_prob.float(), log_prob.float(), advantages.float()
-    # verl's masks are int64, which every product with a float32 tensor would convert.
-    response_mask = response_mask.float()
     if options.token_weight_normalizer != "micro_batch" and change_range is None:
         raise ValueError(
             f"change_range=None: token_weight_normalizer={options.token_weight_normalizer} expects the engine to "
