@@ -15,6 +15,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import verl_steer
+
 pytestmark = pytest.mark.e2e
 
 # Four prompts of eight rollouts a step, in two updates; micro-batches that divide one rank's share of either.
@@ -207,6 +209,29 @@ def test_evaluation_of_the_best_checkpoint(trained, command, root, task, tmp_pat
     assert len(responses) == 72 and {"input", "output", "gts", "score", "acc", "pred", "benchmark"} <= set(responses)
     again = command(*arguments, **environment)
     assert again.returncode == 0 and "average" in again.stdout and "ray" not in again.stdout.lower()
+
+
+# Every method: a configuration that composes a whole run. Those of the extreme clip range differ in numbers only.
+METHODS = sorted(
+    file.stem
+    for file in (verl_steer.OVERLAY / "trainer/config").glob("*.yaml")
+    if file.stem not in ("steer", "eval") and not file.stem.endswith("_extreme")
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains(method, command, root, task, tmp_path):
+    """One step, in two updates."""
+    result = command(
+        "bash", root / "run/launch.sh", method, "task=arithmetic", "hardware=cpu", *SMALL, "trainer.save_freq=-1",
+        "trainer.total_training_steps=1", "trainer.val_before_train=false", "trainer.test_freq=-1",
+        OUTPUT_DIR=str(tmp_path), TASK_DIR=str(task),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    data = metrics(tmp_path / method)[1]
+    assert math.isfinite(data["actor/pg_loss"]) and math.isfinite(data["actor/grad_norm"])
+    assert ("actor/token_weights_mean" in data) == method.startswith("steer")
 
 
 def kill_when(ready, words, environment, log):
