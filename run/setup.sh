@@ -22,7 +22,9 @@ done
 echo "setup.sh: making $venv ($kind) with $("$python" --version)" >&2
 "$python" -m venv "$venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv
-install() { "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" "$@"; }
+# A run imports the same packages in half a dozen processes: they are compiled once, here, also where the environment
+# has PYTHONDONTWRITEBYTECODE.
+install() { "$venv/bin/uv" pip install --quiet --compile-bytecode --python "$venv/bin/python" "$@"; }
 
 if [ "$kind" = cpu ]; then
   # A CPU build of torch: where pip knows of none, uv knows where PyTorch keeps them.
