@@ -1,0 +1,431 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The entropy audit: its mathematics, and a real FSDP2 engine with a tiny Qwen2 model, audited and not."""
+
+import math
+import runpy
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.distributed
+from scipy.stats import pearsonr, spearmanr
+from tensordict import TensorDict
+from test_entropy_truth import STEP, entropy, gradient, policies
+from test_policy_loss import actor_config
+from verl.trainer.config import CheckpointConfig
+from verl.trainer.ppo.core_algos import compute_token_weights, ppo_clipped, signed_entropy_change
+from verl.trainer.ppo.v1 import step_entropy_audit, trainer_steer
+from verl.utils import tensordict_utils as tu
+from verl.utils.dataset.dataset_utils import DatasetPadMode
+from verl.utils.entropy_audit import (
+    AUDITED_ESTIMATORS,
+    AuditOptions,
+    AuditRequest,
+    covariance_estimate,
+    sampled_lengths,
+    score_estimates,
+    signed_estimates,
+    write_tokens,
+)
+from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+from verl.workers.engine.base import EngineRegistry
+from verl.workers.utils.losses import ppo_loss
+
+COLUMNS = (
+    "step mini_batch token_id text response position prob entropy advantage ratio clipped omega_released "
+    "omega_clip_aware omega_squared omega_exact omega_covariance weight true_change"
+).split()
+
+
+def test_options():
+    assert AuditOptions.of({}) == AuditOptions.of({"entropy_audit": {"freq": None, "tokens": None}}) == AuditOptions()
+    assert not any(AuditOptions().due(step) for step in range(10))
+    every_third = AuditOptions.of({"entropy_audit": {"freq": 3, "tokens": 100}})
+    assert [step for step in range(1, 10) if every_third.due(step)] == [3, 6, 9] and every_third.tokens == 100
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "often", True])
+def test_a_bad_option_gives_one_line(value):
+    with pytest.raises(ValueError, match=r"^trainer.entropy_audit.freq=.*: expected an integer of at least 0$"):
+        AuditOptions.of({"entropy_audit": {"freq": value}})
+
+
+def test_an_unknown_option_is_named():
+    with pytest.raises(ValueError, match=r"^trainer.entropy_audit.frequency: unknown; expected one of freq, tokens$"):
+        AuditOptions.of({"entropy_audit": {"frequency": 1}})
+
+
+def test_the_covariance_by_hand():
+    """Means -2 and 1, so the products of the deviations are 1 * 2, -1 * 0 and 0 * -2, with the sign turned."""
+    log_prob, advantages = torch.tensor([-1.0, -3.0, -2.0]), torch.tensor([3.0, 1.0, -1.0])
+    estimate = covariance_estimate(log_prob, advantages, log_prob.mean(), advantages.mean())
+    assert estimate.tolist() == [-2.0, 0.0, 0.0]
+    covariance = np.cov(log_prob.numpy(), advantages.numpy(), bias=True)[0, 1]
+    assert estimate.mean().item() == pytest.approx(-covariance)
+
+
+def test_the_scores_by_hand():
+    """Estimate (1, 2, -1) against (2, 2, -4): the factor is 10 / 6, the rest 1/9, 16/9, 49/9 of a nat squared."""
+    scores = score_estimates({"x": torch.tensor([1.0, 2.0, -1.0])}, torch.tensor([2.0, 2.0, -4.0]))
+    assert scores["tokens"] == 3 and scores["entropy_change"] == 0.0
+    assert scores["x/mse"] == pytest.approx((1 / 9 + 16 / 9 + 49 / 9) / 3)
+    # Magnitudes (1, 2, 1) against (2, 2, 4): the factor is 10 / 6 again.
+    assert scores["x/mse_magnitude"] == pytest.approx((1 / 9 + 16 / 9 + 49 / 9) / 3)
+    assert scores["x/pearson_magnitude"] == pytest.approx(-0.5)
+
+
+def test_the_correlations_are_scipys():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randn(500, generator=generator).round(decimals=1)
+    told = (truth + torch.randn(500, generator=generator)).round(decimals=1)
+    scores = score_estimates({"x": told}, truth)
+    told, truth = told.double().numpy(), truth.double().numpy()
+    for suffix, size in (("", np.asarray), ("_magnitude", np.abs)):
+        assert scores[f"x/pearson{suffix}"] == pytest.approx(pearsonr(size(told), size(truth)).statistic)
+        assert scores[f"x/spearman{suffix}"] == pytest.approx(spearmanr(size(told), size(truth)).statistic)
+
+
+def test_no_score_depends_on_the_size_of_the_step():
+    truth, told = torch.randn(2, 100, generator=torch.Generator().manual_seed(1)).double()
+    once, often = score_estimates({"x": told}, truth), score_estimates({"x": 1e6 * told}, truth)
+    assert once == pytest.approx(often)
+
+
+@pytest.mark.parametrize("told", [[], [0.0, 0.0], [3.0, 3.0]], ids=["empty", "zero", "constant"])
+def test_scores_of_an_estimate_that_tells_nothing_are_finite(told):
+    scores = score_estimates({"x": torch.tensor(told)}, torch.arange(len(told)).float())
+    assert all(math.isfinite(score) for score in scores.values())
+    assert scores["x/pearson"] == scores["x/spearman"] == 0.0
+
+
+def tabular(spread=1.5, off_policy=0.3):
+    """Estimates of one step of a tabular softmax policy, (states,), and the exact change per unit step."""
+    old_logits, logits, actions, advantages = policies(spread, off_policy)
+    step, old_log_prob, log_prob = gradient(old_logits, logits, actions, advantages)
+    pi, log_pi = logits.softmax(-1), logits.log_softmax(-1)
+    sums = pi.square().sum(-1), (pi.square() * log_pi).sum(-1)
+    estimates = signed_estimates(
+        advantages, entropy(old_logits), entropy(logits), old_log_prob, log_prob, *sums, clip=(0.2, 0.28, 10.0)
+    )
+    estimates["covariance"] = covariance_estimate(log_prob, advantages, log_prob.mean(), advantages.mean())
+    return estimates, entropy(logits + STEP * step) - entropy(logits)
+
+
+def test_scores_on_a_tabular_policy_where_truth_is_exact():
+    estimates, truth = tabular()
+    scores = score_estimates(estimates, truth)
+    print({name: round(score, 3) for name, score in scores.items() if "mse" not in name})
+    assert tuple(estimates) == AUDITED_ESTIMATORS
+    assert scores["exact/pearson"] > 0.999 and scores["exact/spearman"] > 0.99
+    others = [name for name in AUDITED_ESTIMATORS if name != "exact"]
+    assert scores["exact/mse"] < 1e-3 * min(scores[f"{name}/mse"] for name in others)
+    # All have the right sign: they rise with the truth.
+    assert all(scores[f"{name}/spearman"] > 0.3 for name in others)
+    assert scores["clip_aware/spearman"] > scores["released/spearman"] > scores["covariance/spearman"]
+
+
+def test_sampled_lengths_by_hand():
+    assert sampled_lengths([3, 4, 2], 9, 100) == [3, 4, 2]
+    # The second doesn't fit; the third would, but a sample that skips long responses is one of short ones.
+    assert sampled_lengths([3, 4, 2], 6, 100) == [3, 0, 0]
+    assert sampled_lengths([9, 1], 5, 5) == [5, 0] and sampled_lengths([9], 4, 5) == [0]
+    assert sampled_lengths([1, 1], 0, 0) == [0, 0]
+
+
+def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
+    request, tokens = AuditRequest(7, str(tmp_path / "audit"), 10, 1), pd.DataFrame({"a": [1]})
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_tokens(tokens, request, 3)
+    assert not list((tmp_path / "audit").glob("*.parquet"))
+    monkeypatch.undo()
+    write_tokens(tokens, request, 3)
+    assert pd.read_parquet(tmp_path / "audit/step_7_rank_3.parquet").equals(tokens)
+
+
+# A real engine
+
+
+@pytest.fixture(scope="module")
+def model_folder(root, tmp_path_factory):
+    """A tiny Qwen2 model with random weights, and its tokenizer."""
+    task = runpy.run_path(str(root / "scripts/make_laptop_task.py"))
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    tokenizer = task["make_tokenizer"]()
+    model = task["make_model"](tokenizer)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_rank(tmp_path_factory):
+    store = tmp_path_factory.mktemp("store") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def make_engine(model_folder):
+    model = HFModelConfig(
+        path=str(model_folder),
+        use_remove_padding=False,
+        enable_gradient_checkpointing=False,
+        override_config={"attn_implementation": "sdpa"},
+    )
+    precision = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+    engine = EngineRegistry.new(
+        model_type="language_model",
+        backend="fsdp2",
+        model_config=model,
+        engine_config=FSDPEngineConfig(
+            strategy="fsdp2", use_torch_compile=False, mixed_precision=precision, one_pass_reductions=True
+        ),
+        optimizer_config=FSDPOptimizerConfig(lr=1e-3, total_training_steps=10, lr_warmup_steps=0),
+        checkpoint_config=CheckpointConfig(),
+    )
+    engine.initialize()
+    return engine
+
+
+LENGTHS, MINI_BATCHES = [5, 9, 1, 12], 2
+
+
+def mini_batches(dynamic=False, seed=0, **flags):
+    """Two mini-batches of four responses, some off policy, the last token of each second response not valid."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for _ in range(MINI_BATCHES):
+        rows = {name: [] for name in ("prompts", "responses", "input_ids", "position_ids", "response_mask")}
+        rows |= {name: [] for name in ("loss_mask", "old_log_probs", "advantages", "entropy")}
+        for index, length in enumerate(LENGTHS):
+            prompt, response = torch.randint(256, (3 + length,), generator=generator).split([3, length])
+            mask = torch.ones(length, dtype=torch.long)
+            mask[-1] = index % 2 == 0
+            rows["prompts"].append(prompt)
+            rows["responses"].append(response)
+            rows["input_ids"].append(torch.cat((prompt, response)))
+            rows["position_ids"].append(torch.arange(3 + length))
+            rows["response_mask"].append(mask)
+            rows["loss_mask"].append(mask)
+            rows["old_log_probs"].append(-5.6 + 0.3 * torch.randn(length, generator=generator))
+            rows["advantages"].append(torch.randn(1, generator=generator).expand(length).clone())
+            rows["entropy"].append(5 + 0.3 * torch.rand(length, generator=generator))
+        nested = {name: torch.nested.as_nested_tensor(values, layout=torch.jagged) for name, values in rows.items()}
+        batch = TensorDict(nested, batch_size=len(LENGTHS))
+        tu.assign_non_tensor(
+            batch,
+            use_remove_padding=False,
+            pad_mode=DatasetPadMode.NO_PADDING,
+            temperature=1.0,
+            use_dynamic_bsz=dynamic,
+            max_token_len_per_gpu=20,
+            micro_batch_size_per_gpu=2,
+            use_fused_kernels=False,
+            calculate_entropy=False,
+            global_batch_size=len(LENGTHS),
+            **flags,
+        )
+        found.append(batch)
+    return found
+
+
+def train(model_folder, request=None, loss=None, dynamic=False, dropout=0.0, **options):
+    """Two updates of a fresh engine.
+
+    Returns:
+        The engine, its parameters, gradients and optimiser state, metrics of both updates, random state afterwards.
+    """
+    engine = make_engine(model_folder)
+    for layer in engine.module.model.layers:
+        layer.self_attn.attention_dropout = dropout
+    torch.manual_seed(3)
+    loss = loss or partial(ppo_loss, config=actor_config(**options))
+    flags = {} if request is None else {"entropy_audit": request}
+    metrics = []
+    with engine.train_mode(zero_grad_on_exit=False):
+        for batch in mini_batches(dynamic, **flags):
+            metrics.append(engine.train_batch(batch, loss)["metrics"])
+            assert engine.mode == "train" and all(module.training for module in engine.module.modules())
+        engine.lr_scheduler_step()
+    state = {
+        f"{name} {kind}": value.full_tensor().clone()
+        for name, parameter in engine.module.named_parameters()
+        for kind, value in (
+            ("parameter", parameter.detach()),
+            ("gradient", parameter.grad),
+            ("first moment", engine.optimizer.state[parameter]["exp_avg"]),
+        )
+    }
+    return engine, state, metrics, torch.get_rng_state()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("options", [{}, {"token_weight_normalizer": "ema"}, {"loss_mode": "vanilla"}])
+def test_training_is_the_same_bit_for_bit_with_and_without_the_audit(model_folder, tmp_path, options, dropout):
+    request = AuditRequest(1, str(tmp_path), 1000, MINI_BATCHES)
+    _, plain, plain_metrics, plain_random = train(model_folder, dropout=dropout, **options)
+    _, audited, metrics, random = train(model_folder, request, dropout=dropout, **options)
+    assert plain.keys() == audited.keys() and len(plain) > 20
+    different = [name for name in plain if not torch.equal(plain[name], audited[name])]
+    assert not different
+    assert torch.equal(plain_random, random)
+    for before, after in zip(plain_metrics, metrics, strict=True):
+        added = after.keys() - before.keys()
+        assert added and all(name.startswith("entropy_audit/") for name in added)
+        assert before.keys() <= after.keys()
+
+
+@pytest.fixture(scope="module")
+def audit(model_folder, tmp_path_factory):
+    """An audited step of STEER over fixed micro-batches: its file, its metrics, and the engine's view of the policy."""
+    folder = tmp_path_factory.mktemp("audit")
+    _, _, metrics, _ = train(model_folder, AuditRequest(4, str(folder), 1000, MINI_BATCHES))
+    return pd.read_parquet(folder / "step_4_rank_0.parquet"), metrics
+
+
+def test_the_file_has_its_columns_and_every_valid_token(audit):
+    tokens, _ = audit
+    assert sorted(tokens.columns) == sorted(COLUMNS)
+    batches = mini_batches()
+    valid = torch.cat([batch["response_mask"].values() for batch in batches]).bool()
+    expected = torch.cat([batch["responses"].values() for batch in batches])[valid]
+    assert tokens["token_id"].tolist() == expected.tolist()
+    lengths = [length - index % 2 for index, length in enumerate(LENGTHS)] * MINI_BATCHES
+    assert tokens.groupby("response").size().tolist() == lengths
+    assert tokens["position"].tolist() == [place for length in lengths for place in range(length)]
+    assert set(tokens["step"]) == {4} and tokens.groupby("mini_batch").size().tolist() == [sum(lengths) // 2] * 2
+    assert tokens["text"].map(type).eq(str).all() and tokens["clipped"].dtype == bool and tokens["clipped"].any()
+
+
+def entropies_of(engine, batch):
+    """Entropies and log-probs of the response tokens by Hugging Face's forward pass, packed."""
+    entropies, log_probs = [], []
+    for ids, prompt in zip(batch["input_ids"].unbind(), batch["prompts"].unbind(), strict=True):
+        logits = engine.module(input_ids=ids[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
+        entropies.append(torch.distributions.Categorical(logits=logits).entropy())
+        log_probs.append(logits.log_softmax(-1).gather(-1, ids[len(prompt) :, None])[:, 0])
+    return torch.cat(entropies), torch.cat(log_probs)
+
+
+def test_the_true_change_is_the_models_own(model_folder, audit):
+    """The model run by itself before and after each update, token by token."""
+    tokens, _ = audit
+    engine, loss = make_engine(model_folder), partial(ppo_loss, config=actor_config())
+    found = []
+    for batch in mini_batches():
+        valid = batch["response_mask"].values().bool()
+        with engine.eval_mode(), torch.no_grad():
+            before, log_prob = entropies_of(engine, batch)
+            engine.module.reshard()
+        with engine.train_mode():
+            engine.train_batch(batch, loss)
+        with engine.eval_mode(), torch.no_grad():
+            after, _ = entropies_of(engine, batch)
+            engine.module.reshard()
+        found.append(torch.stack([before, log_prob.exp(), after - before])[:, valid])
+    entropy_before, prob, change = torch.cat(found, 1)
+    truth = tokens[["entropy", "prob", "true_change"]].to_numpy().T
+    assert np.allclose(truth[0], entropy_before, atol=2e-5) and np.allclose(truth[1], prob, rtol=1e-4)
+    assert np.allclose(truth[2], change, atol=2e-5) and change.abs().max() > 0.01
+
+
+def columns(tokens, *names):
+    return [torch.tensor(tokens[name].to_numpy()) for name in names]
+
+
+def test_the_estimates_and_the_weights_are_core_algos(audit):
+    tokens, _ = audit
+    batches = mini_batches()
+    valid = torch.cat([batch["response_mask"].values() for batch in batches]).bool()
+    old_log_prob, old_entropy, advantages = (
+        torch.cat([batch[name].values() for batch in batches])[valid]
+        for name in ("old_log_probs", "entropy", "advantages")
+    )
+    log_prob = torch.tensor(tokens["prob"].to_numpy()).log()
+    scored, clip = (advantages, old_entropy, old_log_prob, log_prob), (0.2, 0.28, 10.0)
+    for name in ("released", "clip_aware", "squared"):
+        told = torch.tensor(tokens[f"omega_{name}"].to_numpy())
+        torch.testing.assert_close(told, signed_entropy_change(*scored, name, *clip), rtol=1e-4, atol=1e-7)
+    assert np.array_equal(tokens["clipped"], torch.logical_or(*ppo_clipped(advantages, old_log_prob, log_prob, *clip)))
+    torch.testing.assert_close(torch.tensor(tokens["ratio"].to_numpy()), (log_prob - old_log_prob).exp())
+    for mini_batch, rows in tokens.groupby("mini_batch"):
+        told, log, advantage = columns(rows, "omega_covariance", "prob", "advantage")
+        expected = -(log.log() - log.log().mean()) * (advantage - advantage.mean())
+        torch.testing.assert_close(told, expected, rtol=1e-3, atol=1e-5)
+        # Micro-batches of two responses, each measured by its own range.
+        for half in range(2):
+            first = mini_batch * 4 + 2 * half
+            part = (tokens["response"].between(first, first + 1)).to_numpy()
+            weights = compute_token_weights(*(values[part][None] for values in scored), torch.ones(1, part.sum()))
+            torch.testing.assert_close(torch.tensor(tokens["weight"].to_numpy())[part], weights[0])
+
+
+def test_the_metrics_are_the_scores_of_each_updates_tokens(audit):
+    tokens, metrics = audit
+    for mini_batch, rows in tokens.groupby("mini_batch"):
+        estimates = dict(zip(AUDITED_ESTIMATORS, columns(rows, *(f"omega_{n}" for n in AUDITED_ESTIMATORS))))  # noqa: B905
+        expected = score_estimates(estimates, *columns(rows, "true_change"))
+        logged = {
+            name.removeprefix("entropy_audit/"): metric.aggregate()
+            for name, metric in metrics[mini_batch].items()
+            if name.startswith("entropy_audit/")
+        }
+        assert logged == pytest.approx(expected, rel=1e-6)
+        assert logged["tokens"] == len(rows) and logged["entropy_change"] != 0
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"token_weight_normalizer": "global"},
+        {"token_weight_normalizer": "ema"},
+        {"token_weight_map": "threshold"},
+        {"entropy_change_estimator": "exact"},
+    ],
+)
+def test_the_weights_are_those_that_the_loss_gave(model_folder, tmp_path, monkeypatch, options, dynamic):
+    """However the mini-batch is split: the losses' own weights, as many and the same ones."""
+    from verl.trainer.ppo import core_algos
+
+    given, inner = [], core_algos.reweighted_policy_loss
+
+    def spy(base_loss, token_weights, *args, **kwargs):
+        given.extend(token_weights[token_weights > 0].tolist())
+        return inner(base_loss, token_weights, *args, **kwargs)
+
+    monkeypatch.setattr(core_algos, "reweighted_policy_loss", spy)
+    batches = mini_batches(dynamic, entropy_audit=AuditRequest(1, str(tmp_path), 1000, MINI_BATCHES))
+    engine, flags = make_engine(model_folder), {"calculate_entropy": True, "calculate_sum_pi_squared": True}
+    with engine.train_mode():
+        for batch in batches:
+            tu.assign_non_tensor(batch, **flags)
+            engine.train_batch(batch, partial(ppo_loss, config=actor_config(**options)))
+    saved = pd.read_parquet(tmp_path / "step_1_rank_0.parquet")["weight"]
+    assert np.allclose(sorted(saved), sorted(given), atol=1e-6) and saved.nunique() > 1
+
+
+def test_the_sample_has_whole_responses_and_keeps_to_its_budget(model_folder, tmp_path):
+    budget = 20
+    train(model_folder, AuditRequest(1, str(tmp_path), budget, MINI_BATCHES), loss_mode="vanilla")
+    tokens = pd.read_parquet(tmp_path / "step_1_rank_0.parquet")
+    # Of 5, 8, 1 and 11 valid tokens: 5 of the first ten, then 5, 8 and 1 of the fifteen left.
+    assert tokens.groupby("response").size().to_dict() == {0: 5, 4: 5, 5: 8, 6: 1}
+    assert (tokens["weight"] == 1).all()
+
+
+def test_a_new_step_begins_a_new_file(model_folder, tmp_path):
+    engine = make_engine(model_folder)
+    with engine.train_mode():
+        for step in (1, 2):
+            for batch in mini_batches(entropy_audit=AuditRequest(step, str(tmp_path), 1000, MINI_BATCHES)):
+                engine.train_batch(batch, partial(ppo_loss, config=actor_config()))
+    for step in (1, 2):
+        tokens = pd.read_parquet(tmp_path / f"step_{step}_rank_0.parquet")
+        assert set(tokens["step"]) == {step} and set(tokens["mini_batch"]) == {0, 1}
