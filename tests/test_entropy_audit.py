@@ -11,10 +11,12 @@ import pandas as pd
 import pytest
 import torch
 import torch.distributed
+from omegaconf import OmegaConf
 from scipy.stats import pearsonr, spearmanr
 from tensordict import TensorDict
 from test_entropy_truth import STEP, entropy, gradient, policies
 from test_policy_loss import actor_config
+from transfer_queue import KVBatchMeta
 from verl.trainer.config import CheckpointConfig
 from verl.trainer.ppo.core_algos import compute_token_weights, ppo_clipped, signed_entropy_change
 from verl.trainer.ppo.v1 import step_entropy_audit, trainer_steer
@@ -264,8 +266,9 @@ def train(model_folder, request=None, loss=None, dynamic=False, dropout=0.0, **o
     return engine, state, metrics, torch.get_rng_state()
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("options", [{}, {"token_weight_normalizer": "ema"}, {"loss_mode": "vanilla"}])
+@pytest.mark.parametrize(
+    "options, dropout", [({}, 0.0), ({"token_weight_normalizer": "ema"}, 0.5), ({"loss_mode": "vanilla"}, 0.5)]
+)
 def test_training_is_the_same_bit_for_bit_with_and_without_the_audit(model_folder, tmp_path, options, dropout):
     request = AuditRequest(1, str(tmp_path), 1000, MINI_BATCHES)
     _, plain, plain_metrics, plain_random = train(model_folder, dropout=dropout, **options)
@@ -379,15 +382,13 @@ def test_the_metrics_are_the_scores_of_each_updates_tokens(audit):
         assert logged["tokens"] == len(rows) and logged["entropy_change"] != 0
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(
-    "options",
+    "options, dynamic",
     [
-        {},
-        {"token_weight_normalizer": "global"},
-        {"token_weight_normalizer": "ema"},
-        {"token_weight_map": "threshold"},
-        {"entropy_change_estimator": "exact"},
+        ({}, True),
+        ({"token_weight_normalizer": "ema"}, False),
+        ({"token_weight_map": "threshold"}, True),
+        ({"entropy_change_estimator": "exact"}, False),
     ],
 )
 def test_the_weights_are_those_that_the_loss_gave(model_folder, tmp_path, monkeypatch, options, dynamic):
@@ -429,3 +430,145 @@ def test_a_new_step_begins_a_new_file(model_folder, tmp_path):
     for step in (1, 2):
         tokens = pd.read_parquet(tmp_path / f"step_{step}_rank_0.parquet")
         assert set(tokens["step"]) == {step} and set(tokens["mini_batch"]) == {0, 1}
+
+
+# The trainer
+
+
+class Queue:
+    """The TransferQueue's fields of one batch, and the workers that write into it."""
+
+    def __init__(self, after):
+        generator = torch.Generator().manual_seed(4)
+        old_logits, logits, actions, advantages = policies(1.5, 0.0)
+        self.tokens = 200
+        log_prob = logits.log_softmax(-1)
+        pi = log_prob.exp()
+        full = {
+            "entropy": entropy(logits),
+            "sum_pi_squared": pi.square().sum(-1),
+            "sum_pi_squared_log_pi": (pi.square() * log_prob).sum(-1),
+            "new": entropy(after(old_logits, logits, actions, advantages)),
+        }
+        lengths = torch.randint(1, 9, (50,), generator=generator).tolist()
+        self.fields, self.prompt = {}, 2
+        response = {
+            "advantages": advantages,
+            "old_log_probs": log_prob.gather(-1, actions)[:, 0],
+            "entropy": full.pop("entropy"),
+            "response_mask": torch.rand(len(advantages), generator=generator) < 0.9,
+        }
+        self.valid = response["response_mask"][: sum(lengths)]
+        for name, values in response.items():
+            parts = values[: sum(lengths)].split(lengths)
+            self.fields[name] = torch.nested.as_nested_tensor(list(parts), layout=torch.jagged)
+        # As a model's outputs: of prompt and response, a token's at the place before it.
+        pad = torch.full((self.prompt - 1,), torch.nan), torch.full((1,), torch.nan)
+        for name, values in full.items():
+            parts = [torch.cat((pad[0], part, pad[1])) for part in values[: sum(lengths)].split(lengths)]
+            self.fields[name] = torch.nested.as_nested_tensor(parts, layout=torch.jagged)
+        self.calls = []
+
+    def kv_batch_get(self, keys, partition_id, select_fields):
+        return TensorDict({name: self.fields[name] for name in select_fields}, batch_size=50)
+
+    def kv_batch_put(self, keys, partition_id, fields):
+        self.fields |= dict(fields.items())
+
+    def compute_log_prob(self, batch):
+        self.calls.append(dict(batch.extra_info))
+        self.fields["entropy"] = self.fields["new"]
+
+
+def one_small_step(old_logits, logits, actions, advantages):
+    return logits + STEP * gradient(logits, logits, actions, advantages)[0]
+
+
+def test_the_audit_of_a_step_holds_the_old_policy_against_the_new_one(monkeypatch):
+    queue = Queue(one_small_step)
+    monkeypatch.setattr(step_entropy_audit, "tq", queue)
+    old_entropy = queue.fields["entropy"]
+    batch = KVBatchMeta(partition_id="train", keys=["a"], tags=[{}], extra_info={"mini_batch_size": 3})
+    scores = step_entropy_audit.audit_step(batch, queue, 0.7, (0.2, 0.28, 10.0))
+    assert queue.calls == [{"calculate_entropy": True, "compute_loss": False, "temperature": 0.7}]
+    # What others read of the batch is as it was.
+    assert queue.fields["entropy"] is old_entropy and batch.extra_info == {"mini_batch_size": 3}
+    assert all(name.startswith("entropy_audit/step/") for name in scores)
+    assert scores["entropy_audit/step/tokens"] == queue.valid.sum()
+    assert scores["entropy_audit/step/exact/pearson"] > 0.999
+    # Nothing is clipped at the old policy.
+    released, clip_aware = (scores[f"entropy_audit/step/{name}/spearman"] for name in ("released", "clip_aware"))
+    assert 0.3 < released == clip_aware < 0.9
+
+
+@pytest.fixture
+def trainer(monkeypatch, tmp_path):
+    """The steer trainer without Ray, auditing every second step."""
+    built = trainer_steer.SteerTrainer.__new__(trainer_steer.SteerTrainer)
+    built.config = OmegaConf.create(
+        {
+            "actor_rollout_ref": {
+                "actor": {
+                    "calculate_sum_pi_squared": False,
+                    "policy_loss": {"loss_mode": "vanilla"},
+                    "ppo_mini_batch_size": 2,
+                    "ppo_epochs": 3,
+                    "clip_ratio_low": 0.2,
+                    "clip_ratio_high": 0.28,
+                },
+                "rollout": {"n": 4, "temperature": 0.7},
+            }
+        }
+    )
+    built.entropy_coefficient, built.last_entropy = None, None
+    built.entropy_audit, built.folder, built.actor_rollout_wg = AuditOptions(2, 77), tmp_path, "workers"
+    built.sent, entropies = [], iter([0.5, 0.3, 0.4])
+
+    def old_log_prob(self, batch, metrics):
+        built.sent.append(dict(batch.extra_info))
+        metrics["actor/entropy"] = next(entropies)
+        return batch
+
+    def update(self, batch, metrics):
+        built.sent.append(dict(batch.extra_info))
+        metrics |= {"actor/entropy_audit/tokens": 3.0, "actor/pg_loss": 1.0}
+        return batch
+
+    monkeypatch.setattr(trainer_steer.PPOTrainerSync, "_compute_old_log_prob", old_log_prob)
+    monkeypatch.setattr(trainer_steer.PPOTrainerSync, "_update_actor", update)
+    monkeypatch.setattr(trainer_steer, "audit_step", lambda *arguments: {"entropy_audit/step/x": arguments[1:]})
+    return built
+
+
+def test_the_trainer_asks_for_an_audit_at_audited_steps_only(trainer, tmp_path):
+    def step(number):
+        trainer.global_steps, metrics = number, {}
+        for method in (trainer._compute_old_log_prob, trainer._update_actor):
+            batch = KVBatchMeta(partition_id="train", keys=list("abcdefghijklmnop"), tags=[{}] * 16)
+            method(batch, metrics)
+        return metrics
+
+    plain, audited = step(1), step(2)
+    flags = {"calculate_sum_pi_squared": False, "token_metrics": True}
+    request = AuditRequest(2, str(tmp_path / "audit"), 77, mini_batches=6)
+    assert trainer.sent == [{}, flags, {"calculate_sum_pi_squared": True}, flags | {"entropy_audit": request}]
+    assert "entropy_audit/step/x" not in plain
+    assert audited["entropy_audit/step/x"] == ("workers", 0.7, (0.2, 0.28, 3.0))
+    assert audited["entropy_audit/tokens"] == 3.0 and "actor/entropy_audit/tokens" not in audited
+    assert audited["actor/pg_loss"] == 1.0
+
+
+def test_the_entropys_change_from_step_to_step(trainer):
+    changes = []
+    for trainer.global_steps in (1, 2, 3):
+        metrics = {}
+        trainer._compute_old_log_prob(SimpleNamespace(extra_info={}), metrics)
+        changes.append(metrics.get("actor/entropy_change_per_step"))
+    assert changes == [None, pytest.approx(-0.2), pytest.approx(0.1)]
+
+
+def test_a_request_travels_with_verls_mini_batches(tmp_path):
+    request = AuditRequest(1, str(tmp_path), 10, 2)
+    batch = mini_batches(entropy_audit=request)[0]
+    for part in tu.make_iterator(batch, mini_batch_size=2, epochs=1):
+        assert tu.get_non_tensor_data(part, "entropy_audit", None) == request
