@@ -40,20 +40,15 @@ def audit_step(
         KVBatchMeta(partition_id=batch.partition_id, keys=batch.keys, tags=batch.tags, extra_info=flags)
     )
     # The workers write what they compute over the old policy's.
-    new_entropy = response_from_nested(fetch("entropy")["entropy"], old["response_mask"]).values()
+    new_entropy = response_from_nested(fetch("entropy")["entropy"], old["response_mask"])
     tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=old.select("entropy"))
-    sums = [response_from_nested(old[name], old["response_mask"]).values() for name in SUMS]
+    for name in SUMS:
+        old[name] = response_from_nested(old[name], old["response_mask"])
     valid = old["response_mask"].values().bool()
-    entropy, advantages, log_prob, change, *sums = (
-        values[valid].float()
-        for values in (
-            old["entropy"].values(),
-            old["advantages"].values(),
-            old["old_log_probs"].values(),
-            new_entropy - old["entropy"].values(),
-            *sums,
-        )
-    )
-    estimates = signed_estimates(advantages, entropy, entropy, log_prob, log_prob, *sums, clip=clip)
+    tokens = {name: values.values()[valid].float() for name, values in old.items() if name != "response_mask"}
+    advantages, log_prob, entropy = tokens["advantages"], tokens["old_log_probs"], tokens["entropy"]
+    sums = {name: tokens[name] for name in SUMS}
+    estimates = signed_estimates(advantages, entropy, entropy, log_prob, log_prob, clip=clip, **sums)
     estimates["covariance"] = covariance_estimate(log_prob, advantages, log_prob.mean(), advantages.mean())
-    return {f"entropy_audit/step/{name}": score for name, score in score_estimates(estimates, change).items()}
+    scores = score_estimates(estimates, new_entropy.values()[valid].float() - entropy)
+    return {f"entropy_audit/step/{name}": score for name, score in scores.items()}
