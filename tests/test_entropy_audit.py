@@ -236,8 +236,8 @@ def mini_batches(dynamic=False, seed=0, **flags):
     return found
 
 
-def train(model_folder, request=None, loss=None, dynamic=False, dropout=0.0, **options):
-    """Two updates of a fresh engine.
+def train(model_folder, request=None, half=None, dropout=0.0, **options):
+    """Two updates of a fresh engine; of each mini-batch all is trained on, or this half.
 
     Returns:
         The engine, its parameters, gradients and optimiser state, metrics of both updates, random state afterwards.
@@ -246,11 +246,12 @@ def train(model_folder, request=None, loss=None, dynamic=False, dropout=0.0, **o
     for layer in engine.module.model.layers:
         layer.self_attn.attention_dropout = dropout
     torch.manual_seed(3)
-    loss = loss or partial(ppo_loss, config=actor_config(**options))
+    loss = partial(ppo_loss, config=actor_config(**options))
     flags = {} if request is None else {"entropy_audit": request}
     metrics = []
     with engine.train_mode(zero_grad_on_exit=False):
-        for batch in mini_batches(dynamic, **flags):
+        for batch in mini_batches(**flags):
+            batch = batch if half is None else tu.chunk_tensordict(batch, 2)[half]
             metrics.append(engine.train_batch(batch, loss)["metrics"])
             assert engine.mode == "train" and all(module.training for module in engine.module.modules())
         engine.lr_scheduler_step()
@@ -410,6 +411,38 @@ def test_the_weights_are_those_that_the_loss_gave(model_folder, tmp_path, monkey
             engine.train_batch(batch, partial(ppo_loss, config=actor_config(**options)))
     saved = pd.read_parquet(tmp_path / "step_1_rank_0.parquet")["weight"]
     assert np.allclose(sorted(saved), sorted(given), atol=1e-6) and saved.nunique() > 1
+
+
+def one_of_two_ranks(rank, model_folder, folder):
+    """One rank's half of each mini-batch: its parameters and gradients with and without the audit, and the scores."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    _, plain, _, _ = train(model_folder, half=rank)
+    _, audited, metrics, _ = train(model_folder, AuditRequest(1, str(folder), 1000, MINI_BATCHES), half=rank)
+    assert not [name for name in plain if not torch.equal(plain[name], audited[name])]
+    scores = [
+        {n: float(m.aggregate()) for n, m in update.items() if n.startswith("entropy_audit/")} for update in metrics
+    ]
+    torch.save(scores, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_tell_what_one_does(model_folder, audit, tmp_path):
+    """Tokens of both are scored together, and each rank saves its own."""
+    torch.multiprocessing.spawn(one_of_two_ranks, (str(model_folder), str(tmp_path)), nprocs=2)
+    tokens, metrics = audit
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for update, other, alone in zip(first, second, metrics, strict=True):
+        assert update == other
+        assert update == pytest.approx({name: alone[name].aggregate() for name in update}, rel=1e-2, abs=1e-4)
+    saved = [pd.read_parquet(tmp_path / f"step_1_rank_{rank}.parquet") for rank in range(2)]
+    assert not set(saved[0]["response"]) & set(saved[1]["response"])
+    saved = pd.concat(saved).sort_values(["mini_batch", "response", "position"], ignore_index=True)
+    for name in COLUMNS[1:]:
+        if saved[name].dtype.kind == "f":
+            assert np.allclose(saved[name], tokens[name], rtol=1e-3, atol=1e-4), name
+        else:
+            assert saved[name].tolist() == tokens[name].tolist(), name
 
 
 def test_the_sample_has_whole_responses_and_keeps_to_its_budget(model_folder, tmp_path):
