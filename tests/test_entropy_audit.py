@@ -393,14 +393,15 @@ def test_the_metrics_are_the_scores_of_each_updates_tokens(audit):
     ],
 )
 def test_the_weights_are_those_that_the_loss_gave(model_folder, tmp_path, monkeypatch, options, dynamic):
-    """However the mini-batch is split: the losses' own weights, as many and the same ones."""
+    """However the mini-batch is split: each token has the weight that its loss was multiplied by."""
     from verl.trainer.ppo import core_algos
 
     given, inner = [], core_algos.reweighted_policy_loss
 
-    def spy(base_loss, token_weights, *args, **kwargs):
-        given.extend(token_weights[token_weights > 0].tolist())
-        return inner(base_loss, token_weights, *args, **kwargs)
+    def spy(base_loss, token_weights, old_log_prob, *args, **kwargs):
+        valid = token_weights > 0
+        given.extend(zip(old_log_prob[valid].tolist(), token_weights[valid].tolist(), strict=True))
+        return inner(base_loss, token_weights, old_log_prob, *args, **kwargs)
 
     monkeypatch.setattr(core_algos, "reweighted_policy_loss", spy)
     batches = mini_batches(dynamic, entropy_audit=AuditRequest(1, str(tmp_path), 1000, MINI_BATCHES))
@@ -409,8 +410,10 @@ def test_the_weights_are_those_that_the_loss_gave(model_folder, tmp_path, monkey
         for batch in batches:
             tu.assign_non_tensor(batch, **flags)
             engine.train_batch(batch, partial(ppo_loss, config=actor_config(**options)))
-    saved = pd.read_parquet(tmp_path / "step_1_rank_0.parquet")["weight"]
-    assert np.allclose(sorted(saved), sorted(given), atol=1e-6) and saved.nunique() > 1
+    tokens = pd.read_parquet(tmp_path / "step_1_rank_0.parquet")
+    # A token's old log-prob is its own.
+    saved = zip(np.log(tokens["prob"] / tokens["ratio"]), tokens["weight"], strict=True)
+    assert np.allclose(sorted(saved), sorted(given), atol=1e-5) and tokens["weight"].nunique() > 1
 
 
 def one_of_two_ranks(rank, model_folder, folder):
