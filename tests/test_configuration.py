@@ -14,6 +14,7 @@ from verl.trainer import main_ppo
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
 from verl.trainer.ppo.entropy_advantages import AdvantageOptions
 from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.entropy_audit import AuditOptions
 from verl.workers.config import PolicyLossConfig
 
 import verl_steer
@@ -307,6 +308,44 @@ def test_bad_value_ends_a_launcher_in_one_line(command, root):
 def test_runs_that_cannot_work_are_refused(overrides, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         main_ppo.prepare(resolved("steer_exp", "hardware=cpu", *overrides))
+
+
+@pytest.mark.parametrize("plus", ["", "+"])
+def test_the_entropy_audit_is_off_unless_it_is_asked_for(plus):
+    config, _ = validated("steer_exp")
+    assert AuditOptions.of(config.trainer) == AuditOptions(freq=0)
+    config, _ = validated("steer_exp", f"{plus}trainer.entropy_audit.freq=5", f"{plus}trainer.entropy_audit.tokens=100")
+    assert AuditOptions.of(config.trainer) == AuditOptions(freq=5, tokens=100)
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("trainer.entropy_audit.freq=-1", "trainer.entropy_audit.freq=-1: expected an integer of at least 0"),
+        ("trainer.entropy_audit.freq=often", "trainer.entropy_audit.freq='often': expected an integer of at least 0"),
+        ("+trainer.entropy_audit.every=2", "trainer.entropy_audit.every: unknown; expected one of freq, tokens"),
+        ("trainer.v1.trainer_mode=sync", "trainer.v1.trainer_mode=sync: expected steer with trainer.entropy_audit"),
+        ("actor_rollout_ref.actor.strategy=megatron", "actor.strategy=megatron: expected fsdp or fsdp2 with trainer."),
+        (
+            "actor_rollout_ref.actor.fsdp_config.one_pass_reductions=false",
+            "actor.fsdp_config.one_pass_reductions=False: expected true with trainer.entropy_audit.freq=2",
+        ),
+        (
+            "actor_rollout_ref.model.use_fused_kernels=true",
+            "model.use_fused_kernels=True: expected false with trainer.entropy_audit.freq=2",
+        ),
+        (
+            "++algorithm.rollout_correction.bypass_mode=true",
+            "algorithm.rollout_correction.bypass_mode=True: expected false with trainer.entropy_audit.freq=2",
+        ),
+    ],
+)
+def test_an_audit_that_cannot_be_made_is_refused(override, message):
+    overrides = [override] if "freq" in override else ["trainer.entropy_audit.freq=2", override]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        main_ppo.prepare(resolved("grpo", "hardware=cpu", *overrides))
+    if "entropy_audit" not in override:
+        main_ppo.prepare(resolved("grpo", "hardware=cpu", override))
 
 
 def test_bypass_mode_asks_for_the_current_entropy():

@@ -23,6 +23,7 @@ from verl.trainer.ppo.entropy_advantages import (
 )
 from verl.trainer.ppo.entropy_interventions import QUADRANTS, dynamic_clip_bounds, in_quadrant
 from verl.trainer.ppo.v1.adaptive_entropy import AdaptiveEntropyCoefficient
+from verl.utils.entropy_audit import AuditOptions
 from verl.workers.utils.losses import statistics_taken
 
 LOSSES = ("adaptive_entropy", "entropy_shaped_advantage", "dynamic_clip", "high_entropy_tokens", "quadrant")
@@ -449,9 +450,12 @@ def trainer(monkeypatch):
     built.config = OmegaConf.create(
         {
             "algorithm": {"adv_estimator": "gtpo"},
-            "actor_rollout_ref": {"actor": {"calculate_sum_pi_squared": True}},
+            "actor_rollout_ref": {
+                "actor": {"calculate_sum_pi_squared": True, "policy_loss": {"loss_mode": "entropy_control"}}
+            },
         }
     )
+    built.entropy_audit, built.global_steps = AuditOptions(), 1
     built.seen = seen
     return built
 
@@ -478,7 +482,8 @@ def test_the_trainer_gives_an_estimator_the_old_policys_entropies(trainer):
 def test_the_trainer_sends_the_flag_of_the_sums_and_the_coefficient(trainer):
     batch, metrics = SimpleNamespace(extra_info={}), {"actor/entropy": 0.1}
     trainer._update_actor(batch, metrics)
-    assert batch.extra_info == {"calculate_sum_pi_squared": True} and "actor/entropy_coeff" not in metrics
+    assert batch.extra_info == {"calculate_sum_pi_squared": True, "token_metrics": False}
+    assert "actor/entropy_coeff" not in metrics
     trainer.entropy_coefficient = AdaptiveEntropyCoefficient(target=0.2, increment=1.0, maximum=3.0, value=2.0)
     trainer._update_actor(batch, metrics)
     assert batch.extra_info["entropy_coeff"] == metrics["actor/entropy_coeff"] == 2.0

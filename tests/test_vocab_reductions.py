@@ -468,3 +468,13 @@ def test_triton_forward_compiles_for_hopper(dtype, squares):
     assert compiled.asm["ptx"].count("v4.b32") >= 2 * kernels.TILE_DEPTH
     loop = compiled.asm["ttgir"].split("scf.for")[1].split("scf.yield")[0]
     assert "convert_layout" not in loop and "tt.reduce" not in loop
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_asking_for_the_squares_changes_no_bit_of_the_rest(dtype):
+    """The entropy audit asks for them where a run without it does not, and must leave the training as it is."""
+    logits = 3 * torch.randn(50, 997, generator=torch.Generator().manual_seed(0)).to(dtype)
+    labels = torch.arange(50)
+    without, with_squares = (vocab_reductions(logits, labels, 0.7, with_squares=squares) for squares in (False, True))
+    assert torch.equal(without.log_prob, with_squares.log_prob)
+    assert torch.equal(without.entropy, with_squares.entropy)

@@ -56,6 +56,7 @@ def prepare(config: DictConfig) -> None:
         raise ValueError(str(error.__cause__)) from error
     AdvantageOptions.of(config.algorithm)
     requirements.provide(config, policy_loss)
+    requirements.check_entropy_audit(config)
 
 
 def _check_log_prob_micro_batches(config: DictConfig) -> None:

@@ -6,10 +6,11 @@ that change from four factors (PPO's clipping, the advantage, the token's probab
 multiplies the token's loss by a weight that falls as the estimate grows, so that no update collapses the entropy or
 blows it up.
 
-    estimate_entropy_change             how much does the update change the entropy at each token?
+    signed_entropy_change               by how much does the update raise or lower the entropy at each token?
+    estimate_entropy_change             its magnitude, which is what the weights follow
     entropy_change_range                what is small and what is large among these estimates?
     map_to_token_weights                from that estimate to a weight for each token
-    compute_token_weights               the three together
+    compute_token_weights               these together
     compute_policy_loss_with_entropy    the policy loss `entropy_control`: one of upstream's losses, each token weighted
 
 Notation, for a token a sampled in a state s: prob = pi(a|s) under the policy being updated, old_prob = pi_old(a|s)
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
+from verl.utils.token_metrics import token_metrics
 
 from verl_steer import upstream
 
@@ -73,7 +75,7 @@ def ppo_clipped(
 
 
 @torch.no_grad()
-def estimate_entropy_change(
+def signed_entropy_change(
     advantages: torch.Tensor,
     entropys: torch.Tensor,
     old_log_prob: torch.Tensor,
@@ -86,12 +88,12 @@ def estimate_entropy_change(
     sum_pi_squared: torch.Tensor | None = None,
     sum_pi_squared_log_pi: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """How much the update of each token changes the entropy of its state: |omega| of arXiv 2510.10150, per unit step.
+    """Change of each state's entropy by the update of its token: omega of arXiv 2510.10150, per unit step.
 
-    `released`: |A / old_prob * prob (1 - prob) (ln prob + H)|, the numerics of the authors' release.
+    `released`: -A / old_prob * prob (1 - prob) (ln prob + H), the numerics of the authors' release.
     `clip_aware`: the same, and 0 where PPO's clip takes the gradient away (the paper's text, version 4).
     `squared`: (1 - prob)^2 in place of (1 - prob) (the paper's first version).
-    `exact`: the magnitude of `exact_entropy_change`.
+    `exact`: `exact_entropy_change`.
 
     Args:
         advantages, old_log_prob, log_prob: (batch, response_length).
@@ -102,8 +104,8 @@ def estimate_entropy_change(
         sum_pi_squared, sum_pi_squared_log_pi: as in `exact_entropy_change`, which alone reads them.
 
     Returns:
-        The estimate, at least 0 and finite, float32 (batch, response_length). Where an input is not finite, so that
-        the formula has no finite value, it is 0.
+        The estimate, finite, float32 (batch, response_length): above 0 where the entropy rises. Where an input is not
+        finite, so that the formula has no finite value, it is 0.
 
     Raises:
         ValueError: if the estimator is unknown, or is `exact` and a sum over the vocabulary is missing.
@@ -117,20 +119,25 @@ def estimate_entropy_change(
         change = exact_entropy_change(
             advantages, entropys, old_log_prob, log_prob, sum_pi_squared, sum_pi_squared_log_pi, *clip
         )
-        return change.abs().nan_to_num(nan=0.0, posinf=0.0)
+        return change.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     log_prob = log_prob.float()
     # In place wherever the memory is this function's own: on a CPU fresh memory costs more than the arithmetic.
     prob = log_prob.exp().clamp_(PROBABILITY_MARGIN, 1 - PROBABILITY_MARGIN)
     # 1 - prob by way of expm1: float32 has no number between 1 - 6e-8 and 1, where certain tokens are.
-    other_prob = torch.expm1(log_prob).clamp_(PROBABILITY_MARGIN - 1, -PROBABILITY_MARGIN).neg_()
+    minus_other_prob = torch.expm1(log_prob).clamp_(PROBABILITY_MARGIN - 1, -PROBABILITY_MARGIN)
     old_prob = old_log_prob.float().exp().clamp_(PROBABILITY_MARGIN, 1.0)
-    change = (advantages.float() / old_prob).mul_(prob).mul_(other_prob).mul_(log_prob + entropys.float())
+    change = (advantages.float() / old_prob).mul_(prob).mul_(minus_other_prob).mul_(log_prob + entropys.float())
     if estimator == "squared":
-        change.mul_(other_prob)
+        change.mul_(minus_other_prob.neg_())
     if estimator == "clip_aware":
         above, below = ppo_clipped(advantages, old_log_prob, log_prob, *clip)
         change.masked_fill_(above | below, 0.0)
-    return change.abs_().nan_to_num_(nan=0.0, posinf=0.0)
+    return change.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def estimate_entropy_change(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """Magnitude of `signed_entropy_change`, whose arguments it takes: |omega|, at least 0, float32 of their shape."""
+    return signed_entropy_change(*args, **kwargs).abs_()
 
 
 @torch.no_grad()
@@ -442,7 +449,7 @@ def compute_policy_loss_with_entropy(
     Raises:
         ValueError: if what the estimator needs is missing, or the range that the normalizer needs.
     """
-    options, clip = config.policy_loss, _clip_ratios(config)
+    options, clip = config.policy_loss, clip_ratios(config)
     if options.entropy_change_estimator == "exact":
         entropys = current_entropys
     if entropys is None:
@@ -474,6 +481,7 @@ def compute_policy_loss_with_entropy(
         )
         clipped = ppo_clipped(advantages, old_log_prob, log_prob, *clip)
         steer_metrics = token_weight_metrics(token_weights, entropy_change, *clipped, response_mask)
+        steer_metrics |= token_metrics(advantages, old_log_prob, *clipped, response_mask, entropy_change, token_weights)
     loss, metrics = reweighted_policy_loss(
         options.base_loss,
         token_weights,
@@ -488,7 +496,7 @@ def compute_policy_loss_with_entropy(
     return loss, metrics | steer_metrics
 
 
-def _clip_ratios(config: Any) -> tuple[float, float, float]:
+def clip_ratios(config: Any) -> tuple[float, float, float]:
     """(clip_ratio_low, clip_ratio_high, clip_ratio_c) as upstream's vanilla loss resolves them."""
     low, high = config.clip_ratio_low, config.clip_ratio_high
     return (

@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, open_dict
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.trainer.ppo.entropy_advantages import OLD_POLICY_FIELDS
+from verl.utils.entropy_audit import AuditOptions
 from verl.workers.utils.losses import statistics_taken
 
 #: Engines that return the current policy's entropies from the update's forward pass.
@@ -138,3 +139,21 @@ def _check_trainer(config: DictConfig, policy_loss: Any, needed: Requirements) -
             f"trainer.v1.trainer_mode={trainer.v1.trainer_mode}: expected steer, and trainer.use_v1=true, with "
             f"{of_this_trainer}"
         )
+
+
+def check_entropy_audit(config: DictConfig) -> None:
+    """An audit measures what this fork's own engine computes, at the request of this fork's own trainer."""
+    options, trainer, actor = AuditOptions.of(config.trainer), config.trainer, config.actor_rollout_ref.actor
+    bypass = (config.algorithm.get("rollout_correction") or {}).get("bypass_mode", False)
+    needs = [
+        ("trainer.use_v1", trainer.use_v1, (True,)),
+        ("trainer.v1.trainer_mode", trainer.v1.trainer_mode, ("steer",)),
+        ("actor.strategy", actor.strategy, FSDP_STRATEGIES),
+        ("actor.fsdp_config.one_pass_reductions", actor.fsdp_config.get("one_pass_reductions"), (True,)),
+        ("model.use_fused_kernels", config.actor_rollout_ref.model.use_fused_kernels, (False,)),
+        ("algorithm.rollout_correction.bypass_mode", bypass, (False,)),
+    ]
+    for key, value, taken in needs:
+        if options.freq and value not in taken:
+            expected = " or ".join(str(one).lower() for one in taken)
+            raise ValueError(f"{key}={value}: expected {expected} with trainer.entropy_audit.freq={options.freq}")

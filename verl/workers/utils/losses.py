@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
-from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.trainer.ppo.core_algos import clip_ratios, estimate_entropy_change, get_policy_loss_fn, ppo_clipped
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType, Metric
+from verl.utils.token_metrics import token_metrics
 from verl.workers.config import ActorConfig
 from verl.workers.utils.padding import no_padding_2_padding
 
@@ -85,7 +86,8 @@ def ppo_loss(
         config: the actor's configuration.
         model_output: nested tensors of the forward pass: `log_probs` and, if asked for, `entropy`, `sum_pi_squared`
             and `sum_pi_squared_log_pi`.
-        data: one micro-batch of nested tensors.
+        data: one micro-batch of nested tensors; its flag `token_metrics` asks for those of `verl.utils.token_metrics`,
+            which STEER's loss has anyway.
         dp_group: the data-parallel process group.
 
     Returns:
@@ -93,14 +95,28 @@ def ppo_loss(
         micro-batches and ranks by minimum and maximum.
     """
     taken = statistics_taken(get_policy_loss_fn(config.policy_loss.loss_mode))
-    if not taken:
-        return _upstream.ppo_loss(config, model_output, data, dp_group)
     token = _statistics.set({name: STATISTICS[name](model_output, data) for name in taken})
     try:
         loss, metrics = _upstream.ppo_loss(config, model_output, data, dp_group)
     finally:
         _statistics.reset(token)
-    for name, metric in metrics.items():
-        if isinstance(metric, Metric) and name.endswith(("_min", "_max")):
-            metric.aggregation = AggregationType(name[-3:])
+    if taken:
+        for name, metric in metrics.items():
+            if isinstance(metric, Metric) and name.endswith(("_min", "_max")):
+                metric.aggregation = AggregationType(name[-3:])
+    if tu.get_non_tensor_data(data, "token_metrics", False):
+        metrics |= Metric.from_dict(_token_metrics(config, model_output, data), AggregationType.MEAN)
     return loss, metrics
+
+
+@torch.no_grad()
+def _token_metrics(config: ActorConfig, model_output: dict[str, Any], data: TensorDict) -> dict[str, torch.Tensor]:
+    """Those of a loss other than STEER's: no weights, and the change as the `released` estimator has it."""
+    log_prob = no_padding_2_padding(model_output["log_probs"], data)
+    batch = data.select("advantages", "old_log_probs", "response_mask").to_padded_tensor()
+    advantages, old_log_prob, clip = batch["advantages"], batch["old_log_probs"], clip_ratios(config)
+    entropys, change = _old_entropys(model_output, data), None
+    if entropys is not None:
+        change = estimate_entropy_change(advantages, entropys, old_log_prob, log_prob, "released", *clip)
+    clipped = ppo_clipped(advantages, old_log_prob, log_prob, *clip)
+    return token_metrics(advantages, old_log_prob, *clipped, batch["response_mask"], change)

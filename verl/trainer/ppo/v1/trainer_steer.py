@@ -7,6 +7,7 @@ Keys below `trainer`, beside upstream's:
     save_best_only              a checkpoint only where the validation's metric is the best so far
     delete_old_best_checkpoint  the best checkpoint's predecessor goes once the new one is whole
     best_metric_key             the metric; null: the only val-core/.../acc/mean@N
+    entropy_audit               every so many steps estimated entropy changes are held against the true ones
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from omegaconf import DictConfig, open_dict
 from torch.utils.data import DataLoader
 from transfer_queue import KVBatchMeta
 from verl.experimental.agent_loop import AgentLoopManager
+from verl.trainer.ppo.core_algos import clip_ratios
 from verl.trainer.ppo.entropy_advantages import OLD_POLICY_FIELDS, old_policy
 from verl.trainer.ppo.utils import create_rl_dataset
 from verl.trainer.ppo.v1.adaptive_entropy import AdaptiveEntropyCoefficient
 from verl.trainer.ppo.v1.checkpoint_ledger import CheckpointLedger, metric_of
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.trainer.ppo.v1.step_entropy_audit import audit_step
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.dataset.rl_dataset import collate_fn
+from verl.utils.entropy_audit import AuditOptions, AuditRequest
 from verl.workers.rollout.llm_server import LLMServerClient
 
 BATCHED_MANAGER = "verl.trainer.ppo.v1.agent_loop_batched.BatchedAgentLoopManager"
@@ -47,6 +51,8 @@ class SteerTrainer(PPOTrainerSync):
         self.folder = Path(config.trainer.default_local_dir).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         self.entropy_coefficient = AdaptiveEntropyCoefficient.of(config.actor_rollout_ref.actor.policy_loss)
+        self.entropy_audit = AuditOptions.of(config.trainer)
+        self.last_entropy: float | None = None
         self.batched = config.actor_rollout_ref.rollout.agent.get("agent_loop_manager_class") == BATCHED_MANAGER
         if self.batched:
             from verl.workers.rollout.vllm_rollout import vllm_batched
@@ -85,6 +91,17 @@ class SteerTrainer(PPOTrainerSync):
             )
             self.entropy_coefficient.load(Path(resumed))
 
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """Upstream's, with the sums over the vocabulary for an audit, and the entropy's change since the last step."""
+        if self.entropy_audit.due(self.global_steps):
+            batch.extra_info["calculate_sum_pi_squared"] = True
+        batch = super()._compute_old_log_prob(batch, metrics)
+        entropy = metrics.get("actor/entropy")
+        if entropy is not None and self.last_entropy is not None:
+            metrics["actor/entropy_change_per_step"] = entropy - self.last_entropy
+        self.last_entropy = entropy
+        return batch
+
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Upstream's, with what the estimator reads of the old policy at hand."""
         fields = OLD_POLICY_FIELDS.get(self.config.algorithm.adv_estimator)
@@ -96,12 +113,33 @@ class SteerTrainer(PPOTrainerSync):
             return super()._compute_advantage(batch, metrics)
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """Upstream's, which sends the workers neither the flag of the sums over the vocabulary nor a coefficient."""
-        batch.extra_info["calculate_sum_pi_squared"] = self.config.actor_rollout_ref.actor.calculate_sum_pi_squared
+        """Upstream's, with what the workers need for this fork's losses and metrics, and the entropy audit."""
+        actor = self.config.actor_rollout_ref.actor
+        batch.extra_info["calculate_sum_pi_squared"] = actor.calculate_sum_pi_squared
+        batch.extra_info["token_metrics"] = actor.policy_loss.loss_mode != "entropy_control"
         if self.entropy_coefficient:
             coefficient = self.entropy_coefficient.step(metrics["actor/entropy"])
             batch.extra_info["entropy_coeff"] = metrics["actor/entropy_coeff"] = coefficient
-        return super()._update_actor(batch, metrics)
+        if not self.entropy_audit.due(self.global_steps):
+            return super()._update_actor(batch, metrics)
+        batch.extra_info["entropy_audit"] = self._audit_request(len(batch))
+        batch = super()._update_actor(batch, metrics)
+        # Upstream puts `actor/` before the workers' metrics.
+        for name in [name for name in metrics if name.startswith("actor/entropy_audit/")]:
+            metrics[name.removeprefix("actor/")] = metrics.pop(name)
+        temperature = self.config.actor_rollout_ref.rollout.temperature
+        metrics |= audit_step(batch, self.actor_rollout_wg, temperature, clip_ratios(actor))
+        return batch
+
+    def _audit_request(self, rollouts: int) -> AuditRequest:
+        actor = self.config.actor_rollout_ref.actor
+        mini_batches = rollouts // (actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n)
+        return AuditRequest(
+            step=self.global_steps,
+            folder=str(self.folder / "audit"),
+            tokens=self.entropy_audit.tokens,
+            mini_batches=mini_batches * actor.ppo_epochs,
+        )
 
     def _save_checkpoint(self) -> None:
         """Upstream calls this every `trainer.save_freq` steps and at the last one."""

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from verl.utils import tensordict_utils as tu
 from verl.utils.kernel.vocab_reductions import vocab_reductions
 from verl.workers.engine.base import EngineRegistry
+from verl.workers.engine.fsdp.entropy_audit import EntropyAudit
 from verl.workers.engine.fsdp.token_weight_normalizer import TokenWeightNormalizer
 
 from verl_steer import upstream
@@ -26,13 +27,14 @@ UPSTREAM_ONLY = ("use_fused_kernels", "distillation_use_topk", "distillation_onl
 # FSDP2 shards on the CPU over gloo; FSDP1 wants an accelerator, and verl says so when it is asked for.
 @EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cpu")
 @EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cuda", vendor="nvidia")
-class SteerFSDPEngineWithLMHead(TokenWeightNormalizer, _upstream.FSDPEngineWithLMHead):
+class SteerFSDPEngineWithLMHead(EntropyAudit, TokenWeightNormalizer, _upstream.FSDPEngineWithLMHead):
     """Upstream's engine; with `fsdp_config.one_pass_reductions` it reduces the logits in one reading.
 
     Upstream's separate functions for log-prob, entropy and Σπ² read the logits once or more each and hold copies of
     them. `vocab_reductions` does without either.
 
-    `TokenWeightNormalizer` measures a mini-batch's estimated entropy changes where STEER is asked to.
+    `TokenWeightNormalizer` measures a mini-batch's estimated entropy changes where STEER is asked to, `EntropyAudit`
+    the true ones where the trainer asks for an audit.
     """
 
     def prepare_model_outputs(
