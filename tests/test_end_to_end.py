@@ -171,6 +171,7 @@ def trained(tmp_path_factory, command, root, task):
         "bash", root / "run/run_exp.sh", "task=arithmetic", "hardware=cpu", *SMALL, "trainer.total_training_steps=6",
         "trainer.test_freq=1", "trainer.save_freq=1", "trainer.save_best_only=true", "trainer.save_after=2",
         "trainer.delete_old_best_checkpoint=true", "trainer.logger=[console,file,tensorboard,wandb]",
+        "trainer.entropy_audit.freq=3",
         OUTPUT_DIR=str(out), TASK_DIR=str(task), WANDB_MODE="offline", WANDB_DIR=str(out),
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
@@ -184,6 +185,18 @@ def test_only_the_best_checkpoint_stays(trained):
     assert [path.name for path in trained.glob("global_step_*")] == [f"global_step_{best}"]
     assert steps[6]["training/best_metric"] == max(accuracy.values())
     assert list((trained / "tensorboard").iterdir()) and list((trained.parent / "wandb").glob("offline-run-*"))
+
+
+def test_audited_steps_and_their_report(trained, command, root, tmp_path):
+    steps = metrics(trained)
+    for step, data in steps.items():
+        assert ("entropy_audit/exact/pearson" in data) == (step in (3, 6))
+        assert step == 0 or 0 <= data["actor/quadrant/positive_likely/tokens"] <= 1
+    tokens = pd.concat(map(pd.read_parquet, (trained / "audit").glob("*.parquet")))
+    assert set(tokens["step"]) == {3, 6} and tokens["weight"].between(0.8 - 1e-6, 1.0).all()
+    result = command(sys.executable, root / "scripts/report.py", trained, "--out", tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "covariance" in (tmp_path / "report.html").read_text() and len(list(tmp_path.rglob("*.svg"))) >= 5
 
 
 def test_evaluation_of_the_best_checkpoint(trained, command, root, task, tmp_path):

@@ -28,7 +28,7 @@ LEVELS = 6
 CHANGE_QUANTILES = (0.5, 0.75, 0.9, 0.97, 0.99)
 
 _NEEDS_STEER = "a run with actor_rollout_ref.actor.policy_loss.loss_mode=entropy_control logs them"
-_NEEDS_AUDIT = "a run with the entropy audit writes them to audit/*.parquet in its folder"
+_NEEDS_AUDIT = "a run with trainer.entropy_audit.freq writes them to audit/*.parquet in its folder"
 _NEEDS_LOGGER = "a run with `file` among trainer.logger has them, accuracy from trainer.test_freq"
 
 
