@@ -48,7 +48,8 @@ def main() -> None:
             sys.exit("compare_runs: no entropy and no accuracy in the metrics; expected runs of verl's trainer")
         args.out.parent.mkdir(parents=True, exist_ok=True)
         drawing.figure.savefig(args.out, dpi=150)
-    console = Console()
+    # A log has no width to keep to.
+    console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(table(methods))
     console.print(f"picture: {args.out}", highlight=False, soft_wrap=True)
 
