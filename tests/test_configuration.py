@@ -223,8 +223,8 @@ def test_every_hardware_goes_with_every_task(hardware, task, monkeypatch):
             "policy_loss.token_weight_normalizer='global': expected micro_batch with entropy_change_estimator=exact",
         ),
         (
-            {"base_loss": "geo_mean"},
-            "policy_loss.base_loss='geo_mean': expected one of vanilla, gspo, cispo, sapo, gpg",
+            {"base_loss": "bypass_mode"},
+            "policy_loss.base_loss='bypass_mode': expected one of vanilla, gspo, cispo, sapo, geo_mean, gpg",
         ),
         ({"advantage_entropy_alpha": -1}, "policy_loss.advantage_entropy_alpha=-1: expected a number of at least 0"),
         ({"advantage_entropy_kappa": 1.0}, "policy_loss.advantage_entropy_kappa=1.0: expected a number above 1"),

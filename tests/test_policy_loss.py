@@ -86,21 +86,17 @@ def test_every_base_loss_has_each_tokens_gradient_multiplied_by_its_weight(base_
     steer = gradient(lambda x: seeded(steer_loss)((advantages, entropys, old_log_prob, x, mask), config), log_prob)
     plain = gradient(lambda x: seeded(base)(old_log_prob, x, advantages, mask, "token-mean", config), log_prob)
     assert (plain != 0).sum() > 50 and weights[mask].std() > 0.01
+    if base_loss == "geo_mean":
+        # One loss for a whole response has one weight.
+        weights = torch.exp((weights.clamp_min(1e-10).log() * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True))
     torch.testing.assert_close(steer, weights * plain, rtol=1e-4, atol=1e-7)
 
 
-def test_base_losses_are_all_that_upstream_weights_token_by_token():
-    """What upstream registers beside them: no per-token weights, and this fork's own."""
+def test_base_losses_are_all_that_upstream_weights():
+    """What is registered beside them: upstream's that leaves weights out, and this fork's own."""
     ours = {"entropy_control", "adaptive_entropy", "entropy_shaped_advantage"}
     ours |= {"dynamic_clip", "high_entropy_tokens", "quadrant"}
-    assert POLICY_LOSS_REGISTRY.keys() == {*BASE_LOSSES, "geo_mean", "bypass_mode", *ours}
-    advantages, _, old_log_prob, log_prob, mask = random_batch()
-    weights, config = torch.where(mask, torch.rand(mask.shape) + 0.5, 0.0), actor_config()
-    geo_mean = get_policy_loss_fn("geo_mean")
-    plain = gradient(lambda x: geo_mean(old_log_prob, x, advantages, mask, "token-mean", config), log_prob)
-    weighted = gradient(lambda x: geo_mean(old_log_prob, x, advantages, mask, "token-mean", config, weights), log_prob)
-    ratio = (weighted / plain)[plain != 0]
-    assert ratio.std() > 0 and not torch.allclose(weighted, weights * plain, rtol=1e-2)
+    assert POLICY_LOSS_REGISTRY.keys() == {*BASE_LOSSES, "bypass_mode", *ours}
 
 
 def test_weights_of_one_give_the_vanilla_loss_bit_for_bit():

@@ -37,9 +37,9 @@ ENTROPY_CHANGE_ESTIMATORS = ("released", "clip_aware", "squared", "exact")
 TOKEN_WEIGHT_MAPS = ("linear", "exponential", "threshold")
 TOKEN_WEIGHT_NORMALIZERS = ("micro_batch", "global", "ema")
 
-#: Upstream's losses that multiply each token's loss by `rollout_is_weights`. Of the others `geo_mean` takes one mean
-#: weight for a whole sequence, and `bypass_mode` none.
-BASE_LOSSES = ("vanilla", "gspo", "cispo", "sapo", "gpg", "dppo_tv", "dppo_kl", "clip_cov", "kl_cov", "dro")
+#: Upstream's losses that multiply each token's loss by `rollout_is_weights`; `geo_mean`, which has one loss for a whole
+#: response, multiplies that by the geometric mean of the weights. Only `bypass_mode` leaves them out.
+BASE_LOSSES = ("vanilla", "gspo", "cispo", "sapo", "geo_mean", "gpg", "dppo_tv", "dppo_kl", "clip_cov", "kl_cov", "dro")
 
 #: Probabilities stay this far from 0 and 1, as in the authors' release.
 PROBABILITY_MARGIN = 1e-8
