@@ -8,8 +8,10 @@ import torch
 from tensordict import TensorDict
 from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.dataset_utils import DatasetPadMode
+from verl.utils.device import get_device_name
 from verl.workers.config import FSDPEngineConfig
 from verl.workers.engine.base import EngineRegistry
+from verl.workers.engine.fsdp import transformer_impl
 from verl.workers.engine.fsdp.transformer_impl import SteerFSDPEngineWithLMHead
 
 LENGTHS, VOCABULARY = [5, 1, 7, 3], 33
@@ -111,3 +113,9 @@ def test_the_engine_is_the_one_verl_picks(backend, device, vendor, monkeypatch):
 
 def test_without_the_option_the_engine_is_upstreams():
     assert FSDPEngineConfig().one_pass_reductions is False
+
+
+def test_a_reference_model_on_a_cpu_is_not_offloaded_to_pinned_memory():
+    if get_device_name() != "cpu":
+        pytest.skip("a platform with an accelerator")
+    assert transformer_impl._upstream.CPUOffloadPolicy(pin_memory=True).pin_memory is False

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_name
 from verl.utils.kernel.vocab_reductions import vocab_reductions
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.entropy_audit import EntropyAudit
@@ -19,6 +21,11 @@ from verl.workers.engine.fsdp.token_weight_normalizer import TokenWeightNormaliz
 from verl_steer import upstream
 
 _upstream = upstream(globals())
+
+if get_device_name() == "cpu":
+    # `_upstream` is this overlay's own copy of the module, which offloads a reference model to pinned memory. Only an
+    # accelerator has that.
+    _upstream.CPUOffloadPolicy = lambda pin_memory: CPUOffloadPolicy(pin_memory=False)
 
 #: Flags of a micro-batch under which upstream reduces something else than whole logits, or more than reductions.
 UPSTREAM_ONLY = ("use_fused_kernels", "distillation_use_topk", "distillation_only")
