@@ -51,24 +51,29 @@ def token_metrics(
         quadrant, so that the quadrants' shares of the tokens may add up to less than 1.
     """
     valid = response_mask.bool()
-    count = valid.sum().clamp_min(1)
+    count = torch.count_nonzero(valid).clamp_min(1)
     old_log_prob = old_log_prob.float()
+
+    def share(selected: torch.Tensor) -> torch.Tensor:
+        return torch.count_nonzero(selected & valid) / count
+
     metrics: dict[str, torch.Tensor] = {}
     # Written so that each token, NaN too, is in one bin.
     above = [old_log_prob >= math.log(bound) for bound in PROBABILITY_BOUNDS]
-    in_bin = torch.stack([~above[0], above[0] & ~above[1], above[1] & ~above[2], above[2]])
+    in_bin = (~above[0], above[0] & ~above[1], above[1] & ~above[2], above[2])
     for name, clipped in (("high", clipped_above), ("low", clipped_below)):
-        shares = (in_bin & (clipped & valid)).sum((1, 2)) / count
-        metrics |= {f"actor/pg_clipfrac_{name}/prob_{bin}": shares[i] for i, bin in enumerate(PROBABILITY_BINS)}
-    likely, positive, negative = old_log_prob >= math.log(LIKELY), (advantages > 0) & valid, (advantages < 0) & valid
-    in_quadrant = torch.stack([positive & likely, positive & ~likely, negative & likely, negative & ~likely])
-    shares = in_quadrant.sum((1, 2)) / count
-    metrics |= {f"actor/quadrant/{name}/tokens": shares[i] for i, name in enumerate(QUADRANTS)}
+        for bin_name, inside in zip(PROBABILITY_BINS, in_bin, strict=True):
+            metrics[f"actor/pg_clipfrac_{name}/prob_{bin_name}"] = share(clipped & inside)
+    likely, positive, negative = old_log_prob >= math.log(LIKELY), advantages > 0, advantages < 0
+    in_quadrant = (positive & likely, positive & ~likely, negative & likely, negative & ~likely)
+    for name, inside in zip(QUADRANTS, in_quadrant, strict=True):
+        metrics[f"actor/quadrant/{name}/tokens"] = share(inside)
     if entropy_change is not None:
-        change = torch.where(in_quadrant, entropy_change, 0.0).sum((1, 2))
+        flat = entropy_change.flatten()
+        change = torch.stack([torch.dot((inside & valid).flatten().to(flat.dtype), flat) for inside in in_quadrant])
         # Without an advantage nothing changes, so the quadrants hold it all.
         shares = change / change.sum().clamp_min(torch.finfo(change.dtype).tiny)
         metrics |= {f"actor/quadrant/{name}/change": shares[i] for i, name in enumerate(QUADRANTS)}
     if token_weights is not None:
-        metrics[f"actor/token_weights_below_{HELD_BACK:g}"] = ((token_weights < HELD_BACK) & valid).sum() / count
+        metrics[f"actor/token_weights_below_{HELD_BACK:g}"] = share(token_weights < HELD_BACK)
     return metrics

@@ -209,8 +209,8 @@ def entropy_change_range(
         values = torch.where(valid, entropy_change, torch.nan).flatten()
         at_quantile = torch.nanquantile(values, quantile, interpolation="lower")
     return EntropyChangeRange(
-        smallest=torch.where(valid, entropy_change, torch.inf).amin(),
-        largest=torch.where(valid, entropy_change, 0.0).amax(),
+        smallest=entropy_change.masked_fill(~valid, torch.inf).amin(),
+        largest=entropy_change.masked_fill(~valid, 0.0).amax(),
         at_quantile=at_quantile,
     )
 
@@ -401,17 +401,16 @@ def token_weight_metrics(
         infinite and the maxima are 0, so that they leave a reduction over micro-batches alone.
     """
     valid = response_mask.bool()
-    count = valid.sum().clamp_min(1)
-    valid_weights = torch.where(valid, token_weights, 0.0)
-    valid_change = torch.where(valid, entropy_change, 0.0)
+    count = torch.count_nonzero(valid).clamp_min(1)
+    invalid, as_float = ~valid, valid.flatten().float()
     return {
-        "actor/token_weights_mean": valid_weights.sum() / count,
-        "actor/token_weights_min": torch.where(valid, token_weights, torch.inf).amin(),
-        "actor/token_weights_max": valid_weights.amax(),
-        "actor/entropy_change_mean": valid_change.sum() / count,
-        "actor/entropy_change_max": valid_change.amax(),
-        "actor/pg_clipfrac_high": (clipped_above & valid).sum() / count,
-        "actor/pg_clipfrac_low": (clipped_below & valid).sum() / count,
+        "actor/token_weights_mean": torch.dot(token_weights.flatten(), as_float) / count,
+        "actor/token_weights_min": token_weights.masked_fill(invalid, torch.inf).amin(),
+        "actor/token_weights_max": token_weights.masked_fill(invalid, 0.0).amax(),
+        "actor/entropy_change_mean": torch.dot(entropy_change.flatten(), as_float) / count,
+        "actor/entropy_change_max": entropy_change.masked_fill(invalid, 0.0).amax(),
+        "actor/pg_clipfrac_high": torch.count_nonzero(clipped_above & valid) / count,
+        "actor/pg_clipfrac_low": torch.count_nonzero(clipped_below & valid) / count,
     }
 
 
