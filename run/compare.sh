@@ -34,28 +34,8 @@ for seed in ${SEEDS:-42 43 44}; do
   for method in $methods; do
     run=$OUTPUT_DIR/seed$seed/$method
     runs+=("$run")
-    overrides=(
-      task="$task" hardware="$hardware" "trainer.logger=[console,file]"
+    bash "$root/run/train_once.sh" "$run" "$method" task="$task" hardware="$hardware" "trainer.logger=[console,file]" \
       data.seed="$seed" actor_rollout_ref.rollout.seed="$seed" actor_rollout_ref.actor.data_loader_seed="$seed" "$@"
-      trainer.experiment_name="$method" trainer.default_local_dir="$run" trainer.resume_mode=auto
-    )
-    settings="$run/settings"
-    if [ -f "$settings" ] && [ "$(cat "$settings")" != "${overrides[*]}" ]; then
-      echo "compare.sh: $run was trained with other settings ($settings): delete it or choose another OUTPUT_DIR" >&2
-      exit 1
-    fi
-    if [ -f "$run/finished" ]; then
-      echo "seed $seed, $method: trained already; delete $run to train it again"
-      continue
-    fi
-    mkdir -p "$run"
-    echo "${overrides[*]}" >"$settings"
-    # Without a checkpoint a run begins again, and so do its metrics.
-    [ -f "$run/latest_checkpointed_iteration.txt" ] || rm -f "$run"/metrics*.jsonl
-    bash "$root/run/launch.sh" "$method" "${overrides[@]}" --cfg job --resolve >"$run/config.yaml"
-    "$PYTHON" "$root/scripts/watch.py" --title "$method/$seed" --log "$run/train.log" --metrics "$run" -- \
-      bash "$root/run/launch.sh" "$method" "${overrides[@]}"
-    touch "$run/finished"
   done
 done
 "$PYTHON" "$root/scripts/compare_runs.py" "${runs[@]}" --out "$OUTPUT_DIR/comparison.png"

@@ -1,0 +1,77 @@
+#!/usr/bin/env bash
+# The questions of the paper (arXiv 2510.10150) at the size of a laptop: trains what a part compares, over three seeds,
+# one run after another, and ends with the part's table, picture and page. docs/study.md has what came out. What is
+# trained already is not trained again, and parts share their runs; further arguments are Hydra overrides for all runs:
+#   bash run/study.sh
+#   PARTS="quadrants maps" SEEDS="1 2 3" bash run/study.sh trainer.total_training_steps=60
+#   PARTS       fidelity     estimated against true changes of the entropy
+#               methods      GRPO, clip-higher, Clip-Cov, KL-Cov, an entropy bonus, STEER with either map
+#               lambda_min   the least token weight from 0.5 to 0.8
+#               extreme      the clip all but taken away, with and without STEER
+#               quadrants    tokens of either sign of the advantage, likely or not, raised and lowered
+#               maps         exponential, linear, threshold
+#               normalizers  micro_batch, global, ema
+#               lora         full fine-tuning and LoRA: does the estimate hold?
+#               (the first four)
+#   SEEDS       seeds of the data order and the rollouts ("42 43 44")
+#   OUTPUT_DIR  where results go (outputs/study in the repository): runs as seed42/steer_exp, results as methods.md,
+#               methods.png and methods/report.html
+#   TASK_DIR    what scripts/make_laptop_task.py made (made in outputs/laptop_task)
+#   PYTHON      interpreter (the environment that setup.sh makes)
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+export OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs/study}
+if [ -z "${PYTHON:-}" ]; then
+  bash "$root/run/setup.sh"
+  export PYTHON=${STEER_VENV:-$root/.venv}/bin/python
+fi
+if [ -z "${TASK_DIR:-}" ]; then
+  export TASK_DIR=$root/outputs/laptop_task
+  "$PYTHON" "$root/scripts/make_laptop_task.py" --out "$TASK_DIR"
+fi
+
+# The runs that a part compares.
+members() {
+  case $1 in
+    fidelity) echo grpo_symmetric steer_exp steer_exp_extreme ;;
+    methods) echo grpo_symmetric clip_higher clip_cov kl_cov entropy_bonus steer_exp steer_linear ;;
+    lambda_min) echo clip_higher steer_exp_0.5 steer_exp_0.6 steer_exp_0.7 steer_exp ;;
+    extreme) echo clip_higher steer_exp grpo_extreme steer_exp_extreme steer_linear_extreme ;;
+    quadrants) echo clip_higher {positive,negative}_{likely,unlikely}_{0.5,1.5} ;;
+    maps) echo clip_higher steer_exp steer_linear steer_threshold ;;
+    normalizers) echo clip_higher steer_exp steer_global steer_ema ;;
+    lora) echo steer_exp steer_exp_lora ;;
+    *) echo "study.sh: PARTS names $1; expected fidelity, methods, lambda_min, extreme, quadrants, maps, normalizers" \
+      "or lora" >&2; return 1 ;;
+  esac
+}
+
+# A run's configuration, and its overrides where it has any.
+definition() {
+  local actor=actor_rollout_ref.actor audit=trainer.entropy_audit.freq=3
+  local loss=$actor.policy_loss
+  case $1 in
+    grpo_symmetric | steer_exp | steer_exp_extreme) echo "$1 $audit" ;;
+    entropy_bonus) echo "$1 $actor.entropy_coeff=0.01" ;;
+    grpo_extreme) echo "grpo $actor.clip_ratio_low=0.99 $actor.clip_ratio_high=5.0" ;;
+    steer_exp_0.*) echo "steer_exp $loss.token_weight_min=${1#steer_exp_}" ;;
+    positive_* | negative_*) echo "quadrant $loss.quadrant=${1%_*} $loss.quadrant_weight=${1##*_}" ;;
+    steer_exp_lora) echo "steer_exp $audit actor_rollout_ref.model.lora_rank=8 actor_rollout_ref.model.lora_alpha=16" ;;
+    *) echo "$1" ;;
+  esac
+}
+
+parts=${PARTS:-fidelity methods lambda_min extreme}
+for part in $parts; do members "$part" >/dev/null; done
+for seed in ${SEEDS:-42 43 44}; do
+  for part in $parts; do
+    for name in $(members "$part"); do
+      read -ra words <<<"$(definition "$name")"
+      bash "$root/run/train_once.sh" "$OUTPUT_DIR/seed$seed/$name" "${words[0]}" task=arithmetic hardware=cpu \
+        data.seed="$seed" actor_rollout_ref.rollout.seed="$seed" actor_rollout_ref.actor.data_loader_seed="$seed" \
+        trainer.total_training_steps=30 trainer.test_freq=10 actor_rollout_ref.rollout.val_kwargs.n=4 \
+        "${words[@]:1}" "$@"
+    done
+  done
+done
