@@ -4,6 +4,7 @@
 # trained already is not trained again, and parts share their runs; further arguments are Hydra overrides for all runs:
 #   bash run/study.sh
 #   PARTS="quadrants maps" SEEDS="1 2 3" bash run/study.sh trainer.total_training_steps=60
+#   bash run/study.sh --list      # print each run's name, configuration and overrides, and train nothing
 #   PARTS       fidelity     estimated against true changes of the entropy
 #               methods      GRPO, clip-higher, Clip-Cov, KL-Cov, an entropy bonus, STEER with either map
 #               lambda_min   the least token weight from 0.5 to 0.8
@@ -14,22 +15,12 @@
 #               lora         full fine-tuning and LoRA: does the estimate hold?
 #               (the first four)
 #   SEEDS       seeds of the data order and the rollouts ("42 43 44")
-#   OUTPUT_DIR  where results go (outputs/study in the repository): runs as seed42/steer_exp, results as methods.md,
-#               methods.png and methods/report.html
+#   OUTPUT_DIR  where results go (outputs/study in the repository): runs as seed42/steer_exp, a part's results as
+#               methods.md, methods.png and methods/report.html
 #   TASK_DIR    what scripts/make_laptop_task.py made (made in outputs/laptop_task)
 #   PYTHON      interpreter (the environment that setup.sh makes)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-
-export OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs/study}
-if [ -z "${PYTHON:-}" ]; then
-  bash "$root/run/setup.sh"
-  export PYTHON=${STEER_VENV:-$root/.venv}/bin/python
-fi
-if [ -z "${TASK_DIR:-}" ]; then
-  export TASK_DIR=$root/outputs/laptop_task
-  "$PYTHON" "$root/scripts/make_laptop_task.py" --out "$TASK_DIR"
-fi
 
 # The runs that a part compares.
 members() {
@@ -62,16 +53,39 @@ definition() {
   esac
 }
 
-parts=${PARTS:-fidelity methods lambda_min extreme}
-for part in $parts; do members "$part" >/dev/null; done
-for seed in ${SEEDS:-42 43 44}; do
-  for part in $parts; do
-    for name in $(members "$part"); do
-      read -ra words <<<"$(definition "$name")"
-      bash "$root/run/train_once.sh" "$OUTPUT_DIR/seed$seed/$name" "${words[0]}" task=arithmetic hardware=cpu \
-        data.seed="$seed" actor_rollout_ref.rollout.seed="$seed" actor_rollout_ref.actor.data_loader_seed="$seed" \
-        trainer.total_training_steps=30 trainer.test_freq=10 actor_rollout_ref.rollout.val_kwargs.n=4 \
-        "${words[@]:1}" "$@"
-    done
+parts=${PARTS:-fidelity methods lambda_min extreme} seeds=${SEEDS:-42 43 44}
+names=$(for part in $parts; do members "$part" || exit 1; done)
+if [ "${1:-}" = --list ]; then
+  for name in $(tr ' ' '\n' <<<"$names" | awk '!seen[$0]++'); do echo "$name: $(definition "$name")"; done
+  exit 0
+fi
+
+export OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs/study}
+if [ -z "${PYTHON:-}" ]; then
+  bash "$root/run/setup.sh"
+  export PYTHON=${STEER_VENV:-$root/.venv}/bin/python
+fi
+if [ -z "${TASK_DIR:-}" ]; then
+  export TASK_DIR=$root/outputs/laptop_task
+  "$PYTHON" "$root/scripts/make_laptop_task.py" --out "$TASK_DIR"
+fi
+
+for seed in $seeds; do
+  for name in $names; do
+    read -ra words <<<"$(definition "$name")"
+    bash "$root/run/train_once.sh" "$OUTPUT_DIR/seed$seed/$name" "${words[0]}" task=arithmetic hardware=cpu \
+      data.seed="$seed" actor_rollout_ref.rollout.seed="$seed" actor_rollout_ref.actor.data_loader_seed="$seed" \
+      trainer.total_training_steps=30 trainer.test_freq=10 actor_rollout_ref.rollout.val_kwargs.n=4 \
+      "${words[@]:1}" "$@"
   done
+done
+
+for part in $parts; do
+  runs=()
+  for seed in $seeds; do
+    for name in $(members "$part"); do runs+=("$OUTPUT_DIR/seed$seed/$name"); done
+  done
+  echo "$part"
+  "$PYTHON" "$root/scripts/compare_runs.py" "${runs[@]}" --out "$OUTPUT_DIR/$part.png" --markdown "$OUTPUT_DIR/$part.md"
+  "$PYTHON" "$root/scripts/report.py" "${runs[@]}" --out "$OUTPUT_DIR/$part"
 done

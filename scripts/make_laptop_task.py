@@ -137,7 +137,7 @@ def pretrain(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, args: argparse.
     problems = training_problems(rng, args.difficulty)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98))
     schedule = OneCycleLR(optimizer, max_lr=PEAK_LR, total_steps=args.steps + 1, pct_start=0.1)
-    for _ in (bar := tqdm(range(args.steps), desc="pre-training", disable=args.quiet)):
+    for _ in (bar := tqdm(range(args.steps), desc="pre-training", disable=args.quiet or None)):
         batch = supervised_batch(tokenizer, [next(problems) for _ in range(BATCH_SIZE)], rng, args.slip)
         loss = model(**batch).loss
         loss.backward()

@@ -10,6 +10,7 @@ import time
 
 import pandas as pd
 import pytest
+from test_configuration import validated
 
 RUN = """
 import json, sys, time
@@ -98,8 +99,8 @@ def test_comparison_takes_means_and_intervals_over_seeds(command, root, tmp_path
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
     assert rows == [
         [
-            "grpo", "2", "0.100 ± 0.000", "0.400 ± 1.271", "0.400 ± 1.271", "1.000 ± 0.000", "0.400 ± 1.271",
-            "0.400 ± 1.271", "-", "75 ± 0",
+            "grpo", "2", "0.100 ± 0.000", "0.400 ± 1.271", "0.400 ± 1.271", "1.000 ± 0.000",
+            "0.700 ± 0.635", "0.400 ± 1.271", "-", "75 ± 0",
         ],
         ["steer", "1", "0.200", "0.600", "0.700", "1.000", "0.900", "0.800", "0.800", "100"],
     ]  # fmt: skip
@@ -138,8 +139,8 @@ elif not (arguments[0] == "-c" or arguments[:2] == ["-m", "verl_steer"]):
 
 
 @pytest.fixture
-def compare(command, root, tmp_path):
-    """run/compare.sh with an interpreter that trains nothing; and what it was asked to train."""
+def launched(command, root, tmp_path):
+    """A launcher of several runs with an interpreter that trains nothing; and what it was asked to train."""
     program, python = tmp_path / "interpreter.py", tmp_path / "python"
     program.write_text(INTERPRETER)
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{program}" "$@"\n')
@@ -147,37 +148,70 @@ def compare(command, root, tmp_path):
     environment = {"PYTHON": str(python), "REAL": sys.executable, "CALLS": str(tmp_path / "calls"), "COLUMNS": "250"}
     environment |= {"OUTPUT_DIR": str(tmp_path / "out"), "TASK_DIR": str(tmp_path)}
 
-    def run(*overrides, **more):
+    def run(launcher, *overrides, **more):
         (tmp_path / "calls").write_text("")
-        result = command("bash", root / "run/compare.sh", *overrides, cwd="/", **environment, **more)
+        result = command("bash", root / "run" / launcher, *overrides, cwd="/", **environment, **more)
         return result, (tmp_path / "calls").read_text().splitlines()
 
     return run
 
 
-def test_compare_trains_the_methods_over_the_seeds_once(compare, tmp_path):
-    result, trained = compare()
+def test_compare_trains_the_methods_over_the_seeds_once(launched, tmp_path):
+    result, trained = launched("compare.sh")
     assert result.returncode == 0, result.stdout + result.stderr
     methods = ["grpo_symmetric", "clip_higher", "clip_cov", "kl_cov", "steer_exp", "steer_linear"]
     assert trained == [f"{method} {seed} arithmetic cpu" for seed in (42, 43, 44) for method in methods]
     assert (tmp_path / "out/seed43/kl_cov/config.yaml").read_text() == "experiment: kl_cov\n"
     assert "clip_cov" in result.stdout and "0.500 ± 0.000" in result.stdout
-    result, trained = compare()
-    assert result.returncode == 0 and trained == [] and "seed 44, steer_exp: trained already" in result.stdout
+    result, trained = launched("compare.sh")
+    assert result.returncode == 0 and trained == [] and "seed44/steer_exp: trained already" in result.stdout
 
 
-def test_compare_goes_on_after_a_stop_and_refuses_other_settings(compare, tmp_path):
+def test_compare_goes_on_after_a_stop_and_refuses_other_settings(launched, tmp_path):
     choice = {"METHODS": "clip_cov steer_exact", "SEEDS": "1", "TASK": "dapo_math", "HARDWARE": "gpu1"}
-    result, trained = compare("data.max_response_length=9", STOP="steer_exact", **choice)
+    result, trained = launched("compare.sh", "data.max_response_length=9", STOP="steer_exact", **choice)
     assert result.returncode != 0 and trained == ["clip_cov 1 dapo_math gpu1", "steer_exact 1 dapo_math gpu1"]
-    result, trained = compare("data.max_response_length=9", STOP="steer_exact", **choice)
+    result, trained = launched("compare.sh", "data.max_response_length=9", STOP="steer_exact", **choice)
     assert result.returncode == 0 and trained == ["steer_exact 1 dapo_math gpu1"]
     # Entropy 1, 0.75, 0.5 and accuracy 0, 0.25, 0.5: the first steps' metrics are still there.
     cells = [line.split("│") for line in result.stdout.splitlines() if "steer_exact" in line and "│" in line][0]
-    assert [cell.strip() for cell in cells[3:9]] == ["0.000", "0.500", "0.500", "1.000", "0.500", "0.500"]
-    result, trained = compare("data.max_response_length=8", **choice)
+    assert [cell.strip() for cell in cells[3:9]] == ["0.000", "0.500", "0.500", "1.000", "0.750", "0.500"]
+    result, trained = launched("compare.sh", "data.max_response_length=8", **choice)
     assert result.returncode == 1 and trained == []
-    assert "compare.sh: " in result.stderr and "was trained with other settings" in result.stderr
+    assert "train_once.sh: " in result.stderr and "was trained with other settings" in result.stderr
+
+
+def test_study_shares_runs_and_ends_with_a_table_a_picture_and_a_page_for_each_part(launched, tmp_path):
+    choice = {"PARTS": "extreme", "SEEDS": "7"}
+    result, trained = launched("study.sh", **choice)
+    assert result.returncode == 0, result.stdout + result.stderr
+    names = ["clip_higher", "steer_exp", "grpo", "steer_exp_extreme", "steer_linear_extreme"]
+    assert trained == [f"{name} 7 arithmetic cpu" for name in names]
+    out = tmp_path / "out"
+    assert "grpo_extreme" in (out / "extreme.md").read_text() and (out / "extreme.png").exists()
+    assert "grpo_extreme" in (out / "extreme/report.html").read_text()
+    result, trained = launched("study.sh", **choice)
+    assert result.returncode == 0 and trained == []
+
+
+def test_every_run_of_the_study_passes_the_checks(command, root):
+    parts = "fidelity methods lambda_min extreme quadrants maps normalizers lora"
+    listed = command("bash", root / "run/study.sh", "--list", PARTS=parts)
+    assert listed.returncode == 0 and listed.stderr == ""
+    runs = dict(line.split(": ") for line in listed.stdout.splitlines())
+    assert len(runs) == len(listed.stdout.splitlines()) == 25
+    small = ("task=arithmetic", "hardware=cpu")
+    configs = {name: validated(words.split()[0], *small, *words.split()[1:]) for name, words in runs.items()}
+    assert configs["steer_exp_0.6"][1].token_weight_min == 0.6
+    quadrant = configs["negative_likely_1.5"][1]
+    assert (quadrant.quadrant, quadrant.quadrant_weight) == ("negative_likely", 1.5)
+    assert configs["grpo_extreme"][0].actor_rollout_ref.actor.clip_ratio_high == 5.0
+    assert configs["steer_exp_lora"][0].actor_rollout_ref.model.lora_rank == 8
+
+
+def test_study_names_its_parts(command, root):
+    refused = command("bash", root / "run/study.sh", PARTS="sizes maps")
+    assert refused.returncode == 1 and "PARTS names sizes; expected fidelity, " in refused.stderr
 
 
 def test_comparison_names_a_folder_without_metrics(command, root, tmp_path):

@@ -53,8 +53,16 @@ class Run:
     @property
     def accuracy(self) -> dict[int, float]:
         """Step -> mean accuracy on the validation data, averaged over its data sources."""
+        return self._validation(re.compile(r"/acc/mean@\d+$"))
+
+    @property
+    def pass_at_k(self) -> dict[int, float]:
+        """Step -> share of problems that one of k samples solves, k > 1 all that the validation draws of a problem."""
+        return self._validation(re.compile(r"/acc/best@\d+/mean$"))
+
+    def _validation(self, measure: re.Pattern[str]) -> dict[int, float]:
         names = {key for data in self.steps.values() for key in data}
-        sources = [self.series(name) for name in names if name.startswith("val-core/") and "/acc/mean@" in name]
+        sources = [self.series(name) for name in names if name.startswith("val-core/") and measure.search(name)]
         steps = sorted({step for source in sources for step in source})
         return {step: fmean(source[step] for source in sources if step in source) for step in steps}
 
@@ -95,7 +103,7 @@ def read_run(path: Path) -> Run:
     path = path.resolve()
     files = [path] if path.is_file() else sorted(path.glob("metrics*.jsonl"), key=_age)
     folder = path.parent if path.is_file() else path
-    run = Run(method_of(folder if path.stem.startswith("metrics") else path.with_suffix("")), folder)
+    run = Run(method_of(folder if files != [path] or path.stem.startswith("metrics") else path.with_suffix("")), folder)
     for file in files:
         records = list(_records(file))
         if records:
@@ -172,11 +180,22 @@ COLUMNS: tuple[tuple[str, Callable[[Run], float | None], int], ...] = (
     ("accuracy before", _reduced(lambda run: run.accuracy, itemgetter(0)), 3),
     ("final", _reduced(lambda run: run.accuracy, itemgetter(-1)), 3),
     ("best", _reduced(lambda run: run.accuracy, max), 3),
+    ("pass@k", _reduced(lambda run: run.pass_at_k, itemgetter(-1)), 3),
     ("entropy first", _reduced(lambda run: run.series(ENTROPY), itemgetter(0)), 3),
-    ("last", _reduced(lambda run: run.series(ENTROPY), itemgetter(-1)), 3),
+    ("last ten", _reduced(lambda run: run.series(ENTROPY), lambda values: fmean(values[-10:])), 3),
     ("least", _reduced(lambda run: run.series(ENTROPY), min), 3),
     ("mean token weight", _reduced(lambda run: run.series(WEIGHT), fmean), 3),
     ("tokens/s", tokens_per_second, 0),
+)
+
+
+#: Heading, metric behind NAME/ of an estimator, factor, decimals.
+AUDIT_FIGURES = (
+    ("MSE, 1e-4", "mse", 1e4, 3),
+    ("Pearson", "pearson", 1, 2),
+    ("Spearman", "spearman", 1, 2),
+    ("Pearson, sizes", "pearson_magnitude", 1, 2),
+    ("Spearman, sizes", "spearman_magnitude", 1, 2),
 )
 
 
@@ -197,4 +216,25 @@ def summary(runs: Sequence[Run]) -> dict[str, str]:
     return {
         heading: mean_and_interval([value for value in values[heading] if value is not None], decimals)
         for heading, _, decimals in COLUMNS
+    }
+
+
+def audit_summary(runs: Sequence[Run], of: str) -> dict[str, dict[str, str]]:
+    """By estimator what `AUDIT_FIGURES` names, and the tokens: means over the audited steps, then over the seeds.
+
+    Args:
+        runs: the seeds of a method.
+        of: `entropy_audit/` for the changes by updates, `entropy_audit/step/` for those by whole steps.
+    """
+    metrics = {key for run in runs for data in run.steps.values() for key in data}
+    names = [match[1] for key in metrics if (match := re.fullmatch(rf"{of}(\w+)/mse", key))]
+
+    def figure(metric: str, factor: float, decimals: int) -> str:
+        series = [run.series(of + metric).values() for run in runs]
+        return mean_and_interval([factor * fmean(values) for values in series if values], decimals)
+
+    tokens = {"tokens": figure("tokens", 1, 0)}
+    return {
+        name: tokens | {heading: figure(f"{name}/{metric}", *form) for heading, metric, *form in AUDIT_FIGURES}
+        for name in sorted(names)
     }
