@@ -17,7 +17,7 @@
 #   SEEDS       seeds of the data order and the rollouts ("42 43 44")
 #   OUTPUT_DIR  where results go (outputs/study in the repository): runs as seed42/steer_exp, a part's results as
 #               methods.md, methods.png and methods/report.html
-#   TASK_DIR    what scripts/make_laptop_task.py made (made in outputs/laptop_task)
+#   TASK_DIR    what scripts/make_laptop_task.py made (made in OUTPUT_DIR/task with 1,024 test problems)
 #   PYTHON      interpreter (the environment that setup.sh makes)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -66,8 +66,8 @@ if [ -z "${PYTHON:-}" ]; then
   export PYTHON=${STEER_VENV:-$root/.venv}/bin/python
 fi
 if [ -z "${TASK_DIR:-}" ]; then
-  export TASK_DIR=$root/outputs/laptop_task
-  "$PYTHON" "$root/scripts/make_laptop_task.py" --out "$TASK_DIR"
+  export TASK_DIR=$OUTPUT_DIR/task
+  "$PYTHON" "$root/scripts/make_laptop_task.py" --out "$TASK_DIR" --test-size 1024
 fi
 
 for seed in $seeds; do
@@ -75,8 +75,7 @@ for seed in $seeds; do
     read -ra words <<<"$(definition "$name")"
     bash "$root/run/train_once.sh" "$OUTPUT_DIR/seed$seed/$name" "${words[0]}" task=arithmetic hardware=cpu \
       data.seed="$seed" actor_rollout_ref.rollout.seed="$seed" actor_rollout_ref.actor.data_loader_seed="$seed" \
-      trainer.total_training_steps=30 trainer.test_freq=10 actor_rollout_ref.rollout.val_kwargs.n=4 \
-      "${words[@]:1}" "$@"
+      trainer.total_training_steps=30 "${words[@]:1}" "$@"
   done
 done
 

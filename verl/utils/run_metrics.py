@@ -53,16 +53,8 @@ class Run:
     @property
     def accuracy(self) -> dict[int, float]:
         """Step -> mean accuracy on the validation data, averaged over its data sources."""
-        return self._validation(re.compile(r"/acc/mean@\d+$"))
-
-    @property
-    def pass_at_k(self) -> dict[int, float]:
-        """Step -> share of problems that one of k samples solves, k > 1 all that the validation draws of a problem."""
-        return self._validation(re.compile(r"/acc/best@\d+/mean$"))
-
-    def _validation(self, measure: re.Pattern[str]) -> dict[int, float]:
         names = {key for data in self.steps.values() for key in data}
-        sources = [self.series(name) for name in names if name.startswith("val-core/") and measure.search(name)]
+        sources = [self.series(name) for name in names if name.startswith("val-core/") and "/acc/mean@" in name]
         steps = sorted({step for source in sources for step in source})
         return {step: fmean(source[step] for source in sources if step in source) for step in steps}
 
@@ -180,7 +172,6 @@ COLUMNS: tuple[tuple[str, Callable[[Run], float | None], int], ...] = (
     ("accuracy before", _reduced(lambda run: run.accuracy, itemgetter(0)), 3),
     ("final", _reduced(lambda run: run.accuracy, itemgetter(-1)), 3),
     ("best", _reduced(lambda run: run.accuracy, max), 3),
-    ("pass@k", _reduced(lambda run: run.pass_at_k, itemgetter(-1)), 3),
     ("entropy first", _reduced(lambda run: run.series(ENTROPY), itemgetter(0)), 3),
     ("last ten", _reduced(lambda run: run.series(ENTROPY), lambda values: fmean(values[-10:])), 3),
     ("least", _reduced(lambda run: run.series(ENTROPY), min), 3),
