@@ -5,9 +5,9 @@
 
 Each argument is a run's folder with the files of verl's `file` logger (`metrics*.jsonl`), or one such file. Runs whose
 names differ only by a seed, such as `seed0/grpo` and `seed1/grpo`, are seeds of one method: the table gives their mean
-and its 95 % interval by Student's t, and the picture a band from the least to the greatest. Of audited runs a second table
-has the errors and correlations of each estimate with the true change of the entropy (docs/entropy_audit.md).
-`scripts/report.py` makes a page of all that a run logged.
+and its 95 % interval by Student's t, and the picture a band from the least to the greatest. A second table has the
+errors and correlations of each estimate with the true change of the entropy, for runs with an entropy audit
+(docs/entropy_audit.md). `scripts/report.py` makes a page of all that a run logged.
 """
 
 from __future__ import annotations
