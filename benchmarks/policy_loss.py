@@ -8,6 +8,7 @@
 One row for each way, medians over interleaved rounds after a warm-up, forward and backward to the log-probs:
 
     vanilla            upstream's `compute_policy_loss_vanilla`
+    vanilla, logged    the same with the token metrics that every run of this fork logs, as `ppo_loss` adds them
     steer …            `compute_policy_loss_with_entropy`, the first with its default options
     boolean-indexed    the default options once more, on the valid tokens picked out by a boolean index and scattered
                        back: the same weights, which the program checks, then upstream's loss with them
@@ -34,10 +35,14 @@ from verl.trainer.ppo.core_algos import (
     ENTROPY_CHANGE_ESTIMATORS,
     ENTROPY_CHANGE_FLOOR,
     PROBABILITY_MARGIN,
+    clip_ratios,
     compute_policy_loss_vanilla,
     compute_policy_loss_with_entropy,
     compute_token_weights,
+    estimate_entropy_change,
+    ppo_clipped,
 )
+from verl.utils.token_metrics import token_metrics
 from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 
 LOSS, WEIGHTS = "loss, forward and backward", "token weights alone"
@@ -121,6 +126,14 @@ def vanilla_loss(config: FSDPActorConfig, batch: Batch) -> Tensor:
     return compute_policy_loss_vanilla(*arguments, "token-mean", config)[0]
 
 
+def logged_vanilla_loss(config: FSDPActorConfig, batch: Batch) -> Tensor:
+    old_log_prob, log_prob, advantages = batch["old_log_prob"], batch["log_prob"].detach(), batch["advantages"]
+    change = estimate_entropy_change(advantages, batch["entropys"], old_log_prob, log_prob)
+    clipped = ppo_clipped(advantages, old_log_prob, log_prob, *clip_ratios(config))
+    token_metrics(advantages, old_log_prob, *clipped, batch["response_mask"], change)
+    return vanilla_loss(config, batch)
+
+
 def steer_loss(config: FSDPActorConfig, batch: Batch) -> Tensor:
     # `exact` reads these besides; the time doesn't depend on the values.
     read_by_exact = dict.fromkeys(("current_entropys", "sum_pi_squared", "sum_pi_squared_log_pi"), batch["entropys"])
@@ -144,6 +157,7 @@ def losses() -> dict[str, Callable[[Batch], Tensor]]:
     """Every loss by its name in the table."""
     table = {
         "vanilla": partial(vanilla_loss, actor_config()),
+        "vanilla, logged": partial(logged_vanilla_loss, actor_config()),
         "steer": partial(steer_loss, actor_config()),
         "steer, exponential": partial(steer_loss, actor_config(linear=False)),
     }

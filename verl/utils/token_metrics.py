@@ -16,13 +16,12 @@ import math
 
 import torch
 
-#: Between the bins of probability.
+#: Between the bins of probability; the second parts likely tokens from unlikely ones.
 PROBABILITY_BOUNDS = (0.1, 0.5, 0.9)
 PROBABILITY_BINS = ("below_0.1", "0.1_to_0.5", "0.5_to_0.9", "above_0.9")
 
 #: Sign of the advantage, and whether the token is likely: those of entropy_interventions.QUADRANTS.
 QUADRANTS = ("positive_likely", "positive_unlikely", "negative_likely", "negative_unlikely")
-LIKELY = 0.5
 
 HELD_BACK = 0.9
 
@@ -64,13 +63,14 @@ def token_metrics(
     for name, clipped in (("high", clipped_above), ("low", clipped_below)):
         for bin_name, inside in zip(PROBABILITY_BINS, in_bin, strict=True):
             metrics[f"actor/pg_clipfrac_{name}/prob_{bin_name}"] = share(clipped & inside)
-    likely, positive, negative = old_log_prob >= math.log(LIKELY), advantages > 0, advantages < 0
+    likely, positive, negative = above[1], (advantages > 0) & valid, (advantages < 0) & valid
     in_quadrant = (positive & likely, positive & ~likely, negative & likely, negative & ~likely)
     for name, inside in zip(QUADRANTS, in_quadrant, strict=True):
-        metrics[f"actor/quadrant/{name}/tokens"] = share(inside)
+        metrics[f"actor/quadrant/{name}/tokens"] = torch.count_nonzero(inside) / count
     if entropy_change is not None:
-        flat = entropy_change.flatten()
-        change = torch.stack([torch.dot((inside & valid).flatten().to(flat.dtype), flat) for inside in in_quadrant])
+        # One piece of memory for all quadrants: on a CPU fresh memory costs more than the arithmetic.
+        flat, indicator = entropy_change.flatten(), torch.empty_like(entropy_change).flatten()
+        change = torch.stack([torch.dot(indicator.copy_(inside.flatten()), flat) for inside in in_quadrant])
         # Without an advantage nothing changes, so the quadrants hold it all.
         shares = change / change.sum().clamp_min(torch.finfo(change.dtype).tiny)
         metrics |= {f"actor/quadrant/{name}/change": shares[i] for i, name in enumerate(QUADRANTS)}

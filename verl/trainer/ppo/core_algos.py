@@ -68,9 +68,9 @@ def ppo_clipped(
     Returns:
         Clipped from above and clipped from below, both boolean (batch, response_length).
     """
-    ratio = (log_prob.float() - old_log_prob.float()).clamp_(-20.0, 20.0).exp_()
-    negative = advantages < 0
-    above = torch.where(negative, ratio > clip_ratio_c, (advantages > 0) & (ratio > 1 + clip_ratio_high))
+    ratio = (log_prob.float() - old_log_prob.float()).exp_()
+    positive, negative = advantages > 0, advantages < 0
+    above = (positive & (ratio > 1 + clip_ratio_high)) | (negative & (ratio > clip_ratio_c))
     return above, negative & (ratio < 1 - clip_ratio_low)
 
 
@@ -375,7 +375,8 @@ def reweighted_policy_loss(
             old_log_prob.float(),
             log_prob.float(),
             advantages.float(),
-            response_mask,
+            # upstream multiplies by it again and again: made of numbers once, not each time
+            response_mask.float(),
             loss_agg_mode,
             config,
             token_weights,
@@ -393,24 +394,24 @@ def token_weight_metrics(
     """Scalars over the valid tokens of one micro-batch, left on the device.
 
     Args:
-        token_weights, entropy_change, clipped_above, clipped_below, response_mask: (batch, response_length).
+        token_weights, entropy_change, clipped_above, clipped_below: (batch, response_length), 0 or False on tokens that
+            are not valid.
+        response_mask: boolean, (batch, response_length).
 
     Returns:
         Mean, minimum and maximum of the weights, mean and maximum of the estimated entropy change, and the shares of
         tokens clipped from above and from below. Without a valid token means and shares are 0, the minimum is
         infinite and the maxima are 0, so that they leave a reduction over micro-batches alone.
     """
-    valid = response_mask.bool()
-    count = torch.count_nonzero(valid).clamp_min(1)
-    invalid, as_float = ~valid, valid.flatten().float()
+    count = torch.count_nonzero(response_mask).clamp_min(1)
     return {
-        "actor/token_weights_mean": torch.dot(token_weights.flatten(), as_float) / count,
-        "actor/token_weights_min": token_weights.masked_fill(invalid, torch.inf).amin(),
-        "actor/token_weights_max": token_weights.masked_fill(invalid, 0.0).amax(),
-        "actor/entropy_change_mean": torch.dot(entropy_change.flatten(), as_float) / count,
-        "actor/entropy_change_max": entropy_change.masked_fill(invalid, 0.0).amax(),
-        "actor/pg_clipfrac_high": torch.count_nonzero(clipped_above & valid) / count,
-        "actor/pg_clipfrac_low": torch.count_nonzero(clipped_below & valid) / count,
+        "actor/token_weights_mean": token_weights.sum() / count,
+        "actor/token_weights_min": token_weights.masked_fill(~response_mask, torch.inf).amin(),
+        "actor/token_weights_max": token_weights.amax(),
+        "actor/entropy_change_mean": entropy_change.sum() / count,
+        "actor/entropy_change_max": entropy_change.amax(),
+        "actor/pg_clipfrac_high": torch.count_nonzero(clipped_above) / count,
+        "actor/pg_clipfrac_low": torch.count_nonzero(clipped_below) / count,
     }
 
 
@@ -478,9 +479,11 @@ def compute_policy_loss_with_entropy(
             quantile=options.token_weight_quantile,
             change_range=change_range,
         )
-        clipped = ppo_clipped(advantages, old_log_prob, log_prob, *clip)
-        steer_metrics = token_weight_metrics(token_weights, entropy_change, *clipped, response_mask)
-        steer_metrics |= token_metrics(advantages, old_log_prob, *clipped, response_mask, entropy_change, token_weights)
+        valid = response_mask.bool()
+        entropy_change.masked_fill_(~valid, 0.0)
+        clipped = [side & valid for side in ppo_clipped(advantages, old_log_prob, log_prob, *clip)]
+        steer_metrics = token_weight_metrics(token_weights, entropy_change, *clipped, valid)
+        steer_metrics |= token_metrics(advantages, old_log_prob, *clipped, valid, entropy_change, token_weights)
     loss, metrics = reweighted_policy_loss(
         options.base_loss,
         token_weights,
