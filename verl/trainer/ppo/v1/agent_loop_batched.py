@@ -83,12 +83,13 @@ class BatchedAgentLoopWorker(AgentLoopWorker):
         # One entry for each rollout from here on: its prompt, its number within the group, its request.
         rollouts: list[tuple[Prompt, int]] = []
         requests: list[dict[str, Any]] = []
-        for prompt in prompts:
+        for row, prompt in enumerate(prompts):
             sampling_params = self._sampling_params(validate, prompt.pop("__do_sample__", True))
             prompt_ids = await self.single_turn.ct_build_initial_tokens(list(prompt["raw_prompt"]))
             for session_id in range(self._rollouts_of(prompt, validate)):
                 rollouts.append((prompt, session_id))
-                requests.append({"prompt_ids": prompt_ids, "sampling_params": dict(sampling_params)})
+                seed = self._request_seed(int(validate), prompt["global_steps"], row, session_id)
+                requests.append({"prompt_ids": prompt_ids, "sampling_params": sampling_params | seed})
         timing: dict[str, float] = {}
         with simple_timer("generate_sequences", timing):
             tokens = await self.llm_client.generate_batch(requests)
@@ -125,6 +126,15 @@ class BatchedAgentLoopWorker(AgentLoopWorker):
         if not validate and not do_sample:
             apply_greedy_sampling_params(params)
         return params
+
+    def _request_seed(self, *place: int) -> dict[str, int]:
+        """A seed of its own for each rollout, so that a run repeats whatever vLLM batches together.
+
+        Upstream's servers give all requests one seed, and with it all rollouts of a prompt the same response.
+        """
+        if not self.rollout_config.full_determinism:
+            return {}
+        return {"seed": int(np.random.SeedSequence([self.rollout_config.seed, *place]).generate_state(1)[0])}
 
     def _agent_loop_output(
         self, prompt_ids: list[int], token: TokenOutput, timing: dict[str, float]
