@@ -58,6 +58,9 @@ class SteerTrainer(PPOTrainerSync):
             from verl.workers.rollout.vllm_rollout import vllm_batched
 
             vllm_batched.register()
+            if config.trainer.nnodes == 1:  # elsewhere Ray might start them on another node than their workers'
+                tensor_parallel = config.actor_rollout_ref.rollout.tensor_model_parallel_size
+                vllm_batched.start_servers(config.trainer.n_gpus_per_node // tensor_parallel)
 
     def get_llm_client(self) -> LLMServerClient:
         """The client that the agent loops generate by."""
