@@ -6,7 +6,8 @@
 A step is the old log-probs with their entropies, then one update of all rollouts in micro-batches: all that the methods
 differ in. Generation, which is the same in all, is left out, so that the ratios are upper bounds of those of a whole
 step. The methods take turns, on the same model and rollouts, and the order changes from round to round. Memory is the
-allocator's peak above what the model and its optimizer hold.
+allocator's peak above what the model and its optimizer hold, in a step of one micro-batch, since a further one takes no
+more.
 
     grpo, verl's reductions   upstream's loss, and its functions for log-prob and entropy
     grpo                      upstream's loss, the logits read once
@@ -90,10 +91,9 @@ def configuration(way: str, model: str, arguments: argparse.Namespace):
     return omega_conf_to_dataclass(config.actor_rollout_ref.actor), config
 
 
-def rollouts(arguments: argparse.Namespace) -> TensorDict:
+def rollouts(arguments: argparse.Namespace, count: int) -> TensorDict:
     """Prompts of 16 tokens and responses of random tokens, between a quarter of the length and all of it."""
     generator = torch.Generator().manual_seed(0)
-    count = arguments.responses
     lengths = torch.randint(arguments.length // 4, arguments.length + 1, (count,), generator=generator).tolist()
 
     def nested(rows: list[torch.Tensor]) -> torch.Tensor:
@@ -121,8 +121,8 @@ class Step:
 
     def __init__(self, way: str, model: str, arguments: argparse.Namespace) -> None:
         self.actor, config = configuration(way, model, arguments)
-        self.data = rollouts(arguments)
-        self.micro_batch = arguments.micro_batch
+        self.rollouts = rollouts(arguments, arguments.responses)
+        self.micro_batch = rollouts(arguments, arguments.micro_batch)
         model_config = omega_conf_to_dataclass(config.actor_rollout_ref.model)
         self.actor.engine.use_remove_padding = model_config.use_remove_padding
         self.engine = EngineRegistry.new(
@@ -137,23 +137,26 @@ class Step:
         self.flags = {
             "use_remove_padding": model_config.use_remove_padding,
             "use_dynamic_bsz": False,
-            "micro_batch_size_per_gpu": self.micro_batch,
+            "micro_batch_size_per_gpu": arguments.micro_batch,
             "temperature": 1.0,
             "global_batch_size": arguments.responses,
         }
 
     def __call__(self) -> None:
-        self.update(self.score())
+        self.update(self.score(self.rollouts))
 
-    def score(self) -> TensorDict:
+    def on_one_micro_batch(self) -> None:
+        self.update(self.score(self.micro_batch))
+
+    def score(self, data: TensorDict) -> TensorDict:
         """The rollouts with the old policy's log-probs and entropies."""
-        batch = self.data.clone()
+        batch = data.clone()
         tu.assign_non_tensor(batch, **self.flags, calculate_entropy=True, compute_loss=False)
         with self.engine.eval_mode():
             output = self.engine.infer_batch(batch)["model_output"]
-        scored = self.data.clone()
-        scored["old_log_probs"] = response_from_nested(output["log_probs"], self.data["response_mask"])
-        scored["entropy"] = response_from_nested(output["entropy"], self.data["response_mask"])
+        scored = data.clone()
+        scored["old_log_probs"] = response_from_nested(output["log_probs"], data["response_mask"])
+        scored["entropy"] = response_from_nested(output["entropy"], data["response_mask"])
         return scored
 
     def update(self, batch: TensorDict) -> None:
@@ -188,7 +191,7 @@ def main() -> None:
     memory = {}
     for way, step in steps.items():
         step()
-        memory[way] = peak_extra_bytes(step, DEVICE)
+        memory[way] = peak_extra_bytes(step.on_one_micro_batch, DEVICE)
     times: dict[str, list[float]] = {way: [] for way in steps}
     for number in range(arguments.rounds):
         for way in list(steps) if number % 2 else reversed(list(steps)):
