@@ -26,7 +26,7 @@ Groups = Mapping[str, Sequence[Run]]
 #: Foreground, grid and background: the page puts its own colours for them, and for `COLOURS`, into inline figures.
 INK, GRID, PAPER = "#1a1a1a", "#d9d9d9", "#ffffff"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
-LINES, MARKERS, HATCHES = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v", "P", "X", "*"), ("", "////", "....", "xx")
+LINES, MARKERS, HATCHES = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v", "P", "X"), ("", "////", "....", "xx")
 
 STYLE = {
     "axes.axisbelow": True,

@@ -8,6 +8,7 @@ what they need.
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -28,6 +29,9 @@ class BatchedVLLMHttpServer(vLLMHttpServer):
     def construct(self, **arguments: Any) -> None:
         """What upstream's constructor does, with its arguments."""
         super().__init__(**arguments)
+        if get_platform().device_name == "cpu":
+            # Asked for by rollout.full_determinism; vLLM has it as Triton kernels, which a CPU hasn't.
+            os.environ.pop("VLLM_BATCH_INVARIANT", None)
 
     async def generate_batch(self, requests: list[dict[str, Any]]) -> list[TokenOutput]:
         """Responses to `requests`, each the keyword arguments of `generate` but its id, in their order."""
