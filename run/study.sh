@@ -41,14 +41,15 @@ members() {
 # A run's configuration, and its overrides where it has any.
 definition() {
   local actor=actor_rollout_ref.actor audit=trainer.entropy_audit.freq=3
-  local loss=$actor.policy_loss
+  local loss=$actor.policy_loss model=actor_rollout_ref.model
   case $1 in
     grpo_symmetric | steer_exp | steer_exp_extreme) echo "$1 $audit" ;;
     entropy_bonus) echo "$1 $actor.entropy_coeff=0.01" ;;
     grpo_extreme) echo "grpo $actor.clip_ratio_low=0.99 $actor.clip_ratio_high=5.0" ;;
     steer_exp_0.*) echo "steer_exp $loss.token_weight_min=${1#steer_exp_}" ;;
     positive_* | negative_*) echo "quadrant $loss.quadrant=${1%_*} $loss.quadrant_weight=${1##*_}" ;;
-    steer_exp_lora) echo "steer_exp $audit actor_rollout_ref.model.lora_rank=8 actor_rollout_ref.model.lora_alpha=16" ;;
+    # merged, since the CPU's vLLM is not given adapters
+    steer_exp_lora) echo "steer_exp $audit $model.lora_rank=8 $model.lora_alpha=16 $model.lora.merge=true" ;;
     *) echo "$1" ;;
   esac
 }
