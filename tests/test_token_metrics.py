@@ -34,6 +34,7 @@ def by_hand():
 def test_the_metrics_by_hand():
     found = {name: value.item() for name, value in token_metrics(*by_hand()).items()}
     eighth = {
+        "pg_clipfrac_high": 3, "pg_clipfrac_low": 3,
         "pg_clipfrac_high/prob_below_0.1": 1, "pg_clipfrac_high/prob_0.1_to_0.5": 1,
         "pg_clipfrac_high/prob_0.5_to_0.9": 0, "pg_clipfrac_high/prob_above_0.9": 1,
         "pg_clipfrac_low/prob_below_0.1": 0, "pg_clipfrac_low/prob_0.1_to_0.5": 1,
@@ -118,7 +119,7 @@ def test_a_log_prob_that_is_not_finite_leaves_the_others_alone():
 def test_what_is_not_given_is_not_told():
     names = token_metrics(*by_hand()[:5]).keys()
     assert "actor/token_weights_below_0.9" not in names and not any(name.endswith("/change") for name in names)
-    assert len(names) == 2 * len(PROBABILITY_BINS) + len(QUADRANTS)
+    assert len(names) == 2 * (1 + len(PROBABILITY_BINS)) + len(QUADRANTS)
 
 
 def test_the_quadrants_are_those_of_the_interventions():
@@ -157,7 +158,7 @@ def test_other_losses_have_them_where_the_trainer_asks(loss_mode):
     loss, metrics = ppo_loss(config, dict(output), data)
     assert loss == plain_loss
     added = metrics.keys() - plain.keys()
-    assert len(added) == 2 * len(PROBABILITY_BINS) + 2 * len(QUADRANTS)
+    assert len(added) == 2 * (1 + len(PROBABILITY_BINS)) + 2 * len(QUADRANTS)
     assert all(metrics[name].aggregation is AggregationType.MEAN for name in added)
     total = sum(metrics[f"actor/quadrant/{name}/change"].aggregate() for name in QUADRANTS)
     assert total == pytest.approx(1.0)

@@ -2,8 +2,8 @@
 """Which tokens an update moves: metrics that every run of this fork logs, from tensors that the loss has at hand.
 
     actor/token_weights_below_0.9          share of the tokens that STEER clearly holds back
-    actor/pg_clipfrac_high/prob_BIN        share of all tokens that are clipped from above and whose probability is in
-    actor/pg_clipfrac_low/prob_BIN           the bin; the same from below. Bins add up to the metric without the bin
+    actor/pg_clipfrac_high|low             share of the tokens that are clipped from above, from below
+    actor/pg_clipfrac_high|low/prob_BIN    share of all tokens that are so and whose probability is in the bin
     actor/quadrant/NAME/tokens|change      the quadrant's share of all tokens, and of the estimated entropy change
 
 Bins and quadrants go by the probability under the old policy. Shares are of the valid tokens of one micro-batch; verl
@@ -13,6 +13,7 @@ averages them over micro-batches and ranks.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -49,31 +50,40 @@ def token_metrics(
         Scalars, 0 where no token is valid or nothing is estimated to change. A token without advantage is in no
         quadrant, so that the quadrants' shares of the tokens may add up to less than 1.
     """
-    valid = response_mask.bool()
-    count = torch.count_nonzero(valid).clamp_min(1)
-    old_log_prob = old_log_prob.float()
+    mask = response_mask.float().flatten()
+    count = mask.sum().clamp_min(1)
+    old_log_prob, advantages = old_log_prob.float().flatten(), advantages.float().flatten()
 
-    def share(selected: torch.Tensor) -> torch.Tensor:
-        return torch.count_nonzero(selected & valid) / count
-
+    # Indicators are numbers 0 and 1, and dot products count: on a CPU torch is slow with booleans.
+    above = [_indicator(torch.ge, old_log_prob, math.log(bound)) for bound in PROBABILITY_BOUNDS]
     metrics: dict[str, torch.Tensor] = {}
-    # Written so that each token, NaN too, is in one bin.
-    above = [old_log_prob >= math.log(bound) for bound in PROBABILITY_BOUNDS]
-    in_bin = (~above[0], above[0] & ~above[1], above[1] & ~above[2], above[2])
-    for name, clipped in (("high", clipped_above), ("low", clipped_below)):
-        for bin_name, inside in zip(PROBABILITY_BINS, in_bin, strict=True):
-            metrics[f"actor/pg_clipfrac_{name}/prob_{bin_name}"] = share(clipped & inside)
-    likely, positive, negative = above[1], (advantages > 0) & valid, (advantages < 0) & valid
-    in_quadrant = (positive & likely, positive & ~likely, negative & likely, negative & ~likely)
-    for name, inside in zip(QUADRANTS, in_quadrant, strict=True):
-        metrics[f"actor/quadrant/{name}/tokens"] = torch.count_nonzero(inside) / count
+    for side, clipped in (("high", clipped_above), ("low", clipped_below)):
+        valid = mask * clipped.flatten().view(torch.uint8)
+        # Clipped tokens in a bin or above it, and from that those in it.
+        reached = torch.stack([valid.sum(), *(torch.dot(valid, likelier) for likelier in above)]) / count
+        inside = reached - torch.nn.functional.pad(reached[1:], (0, 1))
+        metrics[f"actor/pg_clipfrac_{side}"] = reached[0]
+        metrics |= {f"actor/pg_clipfrac_{side}/prob_{name}": inside[i] for i, name in enumerate(PROBABILITY_BINS)}
+
+    likely = above[1]
+    signs = [_indicator(sign, advantages, 0.0).mul_(mask) for sign in (torch.gt, torch.lt)]
+    of_likely = torch.stack([torch.dot(sign, likely) for sign in signs])
+    of_all = torch.stack([sign.sum() for sign in signs])
+    tokens = torch.stack([of_likely, of_all - of_likely], 1).flatten() / count
+    metrics |= {f"actor/quadrant/{name}/tokens": tokens[i] for i, name in enumerate(QUADRANTS)}
     if entropy_change is not None:
-        # One piece of memory for all quadrants: on a CPU fresh memory costs more than the arithmetic.
-        flat, indicator = entropy_change.flatten(), torch.empty_like(entropy_change).flatten()
-        change = torch.stack([torch.dot(indicator.copy_(inside.flatten()), flat) for inside in in_quadrant])
+        of_likely = entropy_change.flatten() * likely
+        parts = (of_likely, entropy_change.flatten() - of_likely)
+        change = torch.stack([torch.dot(sign, part) for sign in signs for part in parts])
         # Without an advantage nothing changes, so the quadrants hold it all.
         shares = change / change.sum().clamp_min(torch.finfo(change.dtype).tiny)
         metrics |= {f"actor/quadrant/{name}/change": shares[i] for i, name in enumerate(QUADRANTS)}
     if token_weights is not None:
-        metrics[f"actor/token_weights_below_{HELD_BACK:g}"] = share(token_weights < HELD_BACK)
+        held_back = _indicator(torch.lt, token_weights.flatten(), HELD_BACK)
+        metrics[f"actor/token_weights_below_{HELD_BACK:g}"] = torch.dot(held_back, mask) / count
     return metrics
+
+
+def _indicator(compare: Callable[..., torch.Tensor], values: torch.Tensor, bound: float) -> torch.Tensor:
+    """1.0 where the comparison with the bound holds, else 0.0, also where a value is NaN."""
+    return compare(values, bound, out=torch.empty_like(values))

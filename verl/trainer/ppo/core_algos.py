@@ -68,10 +68,11 @@ def ppo_clipped(
     Returns:
         Clipped from above and clipped from below, both boolean (batch, response_length).
     """
-    ratio = (log_prob.float() - old_log_prob.float()).exp_()
+    log_ratio = log_prob.float() - old_log_prob.float()
+    log_low = math.log1p(-clip_ratio_low) if clip_ratio_low < 1 else -math.inf
     positive, negative = advantages > 0, advantages < 0
-    above = (positive & (ratio > 1 + clip_ratio_high)) | (negative & (ratio > clip_ratio_c))
-    return above, negative & (ratio < 1 - clip_ratio_low)
+    above = (positive & (log_ratio > math.log1p(clip_ratio_high))) | (negative & (log_ratio > math.log(clip_ratio_c)))
+    return above, negative & (log_ratio < log_low)
 
 
 @torch.no_grad()
@@ -131,7 +132,7 @@ def signed_entropy_change(
         change.mul_(minus_other_prob.neg_())
     if estimator == "clip_aware":
         above, below = ppo_clipped(advantages, old_log_prob, log_prob, *clip)
-        change.masked_fill_(above | below, 0.0)
+        _zero_where(above | below, change)
     return change.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
@@ -176,7 +177,13 @@ def exact_entropy_change(
     expected = (entropys * sum_pi_squared.float()).add_(sum_pi_squared_log_pi.float())
     change = ratio.mul_(advantages.float()).mul_(expected - sampled)
     above, below = ppo_clipped(advantages, old_log_prob, log_prob, clip_ratio_low, clip_ratio_high, clip_ratio_c)
-    return change.masked_fill_(above | below, 0.0)
+    return _zero_where(above | below, change)
+
+
+def _zero_where(condition: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`values` in place, 0 where the boolean condition holds, and NaN where besides they are not finite."""
+    # On a CPU torch multiplies by bytes many times as fast as it fills by, selects by or converts booleans.
+    return values.mul_((~condition).view(torch.uint8))
 
 
 class EntropyChangeRange(NamedTuple):
@@ -203,16 +210,18 @@ def entropy_change_range(
     Returns:
         Scalar tensors. Without a valid token they are infinite, 0 and NaN.
     """
-    valid = response_mask.bool()
+    mask = response_mask.to(entropy_change.dtype)
     at_quantile = None
     if quantile is not None:
-        values = torch.where(valid, entropy_change, torch.nan).flatten()
+        values = torch.where(response_mask.bool(), entropy_change, torch.nan).flatten()
         at_quantile = torch.nanquantile(values, quantile, interpolation="lower")
-    return EntropyChangeRange(
-        smallest=entropy_change.masked_fill(~valid, torch.inf).amin(),
-        largest=entropy_change.masked_fill(~valid, 0.0).amax(),
-        at_quantile=at_quantile,
-    )
+    return EntropyChangeRange(_smallest(entropy_change, mask), (entropy_change * mask).amax(), at_quantile)
+
+
+def _smallest(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Smallest of the finite `values` where the mask, of numbers, is 1; infinite if it is 0 everywhere."""
+    beyond = mask.reciprocal().sub_(1.0)  # 0 on valid tokens, infinite on others
+    return beyond.add_(values).amin()
 
 
 @torch.no_grad()
@@ -263,16 +272,17 @@ def map_to_token_weights(
     if token_weight_map == "linear":
         smallest = scalar(change_range.smallest)
         spread = largest - smallest
-        position = (entropy_change - smallest).div_(spread.clamp_min(torch.finfo(spread.dtype).tiny)).clamp_(0.0, 1.0)
-        # All equal are halfway.
-        position.mul_(spread > 0).add_((spread <= 0) * 0.5)
-        weights = position.mul_(token_weight_min - token_weight_max).add_(token_weight_max)
+        slope = (token_weight_min - token_weight_max) / spread.clamp_min(torch.finfo(spread.dtype).tiny)
+        # All equal are halfway. Without a valid token the smallest is infinite.
+        smallest, slope = smallest.where(spread > 0, 0.0), slope.where(spread > 0, 0.0)
+        start = torch.where(spread > 0, token_weight_max, (token_weight_min + token_weight_max) / 2)
+        weights = (entropy_change - smallest).mul_(slope).add_(start)
     elif token_weight_map == "exponential":
         decay = -math.log(token_weight_min) / largest.clamp_min(ENTROPY_CHANGE_FLOOR)
         weights = (-decay * entropy_change).exp_()
     else:
         weights = torch.where(entropy_change > scalar(change_range.at_quantile), token_weight_min, token_weight_max)
-    return weights.clamp_(token_weight_min, token_weight_max).masked_fill_(response_mask.logical_not(), 0.0)
+    return weights.clamp_(token_weight_min, token_weight_max).mul_(response_mask)
 
 
 @torch.no_grad()
@@ -375,8 +385,7 @@ def reweighted_policy_loss(
             old_log_prob.float(),
             log_prob.float(),
             advantages.float(),
-            # upstream multiplies by it again and again: made of numbers once, not each time
-            response_mask.float(),
+            response_mask,
             loss_agg_mode,
             config,
             token_weights,
@@ -385,33 +394,26 @@ def reweighted_policy_loss(
 
 @torch.no_grad()
 def token_weight_metrics(
-    token_weights: torch.Tensor,
-    entropy_change: torch.Tensor,
-    clipped_above: torch.Tensor,
-    clipped_below: torch.Tensor,
-    response_mask: torch.Tensor,
+    token_weights: torch.Tensor, entropy_change: torch.Tensor, mask: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Scalars over the valid tokens of one micro-batch, left on the device.
 
     Args:
-        token_weights, entropy_change, clipped_above, clipped_below: (batch, response_length), 0 or False on tokens that
-            are not valid.
-        response_mask: boolean, (batch, response_length).
+        token_weights, entropy_change: 0 on tokens that are not valid, (batch, response_length).
+        mask: of numbers, 1 on valid tokens, (batch, response_length).
 
     Returns:
-        Mean, minimum and maximum of the weights, mean and maximum of the estimated entropy change, and the shares of
-        tokens clipped from above and from below. Without a valid token means and shares are 0, the minimum is
-        infinite and the maxima are 0, so that they leave a reduction over micro-batches alone.
+        Mean, minimum and maximum of the weights, mean and maximum of the estimated entropy change. Without a valid
+        token means are 0, the minimum is infinite and the maxima are 0, so that they leave a reduction over
+        micro-batches alone.
     """
-    count = torch.count_nonzero(response_mask).clamp_min(1)
+    count = mask.sum().clamp_min(1)
     return {
         "actor/token_weights_mean": token_weights.sum() / count,
-        "actor/token_weights_min": token_weights.masked_fill(~response_mask, torch.inf).amin(),
+        "actor/token_weights_min": _smallest(token_weights, mask),
         "actor/token_weights_max": token_weights.amax(),
         "actor/entropy_change_mean": entropy_change.sum() / count,
         "actor/entropy_change_max": entropy_change.amax(),
-        "actor/pg_clipfrac_high": torch.count_nonzero(clipped_above) / count,
-        "actor/pg_clipfrac_low": torch.count_nonzero(clipped_below) / count,
     }
 
 
@@ -460,6 +462,8 @@ def compute_policy_loss_with_entropy(
             "give the range of the mini-batch"
         )
     with torch.no_grad():
+        # Numbers once: upstream's losses multiply by it again and again too.
+        mask = response_mask.float()
         entropy_change = estimate_entropy_change(
             advantages,
             entropys,
@@ -472,25 +476,24 @@ def compute_policy_loss_with_entropy(
         )
         token_weights = map_to_token_weights(
             entropy_change,
-            response_mask,
+            mask,
             options.token_weight_min,
             options.token_weight_max,
             token_weight_map=options.token_weight_map,
             quantile=options.token_weight_quantile,
             change_range=change_range,
         )
-        valid = response_mask.bool()
-        entropy_change.masked_fill_(~valid, 0.0)
-        clipped = [side & valid for side in ppo_clipped(advantages, old_log_prob, log_prob, *clip)]
-        steer_metrics = token_weight_metrics(token_weights, entropy_change, *clipped, valid)
-        steer_metrics |= token_metrics(advantages, old_log_prob, *clipped, valid, entropy_change, token_weights)
+        entropy_change.mul_(mask)
+        clipped = ppo_clipped(advantages, old_log_prob, log_prob, *clip)
+        steer_metrics = token_weight_metrics(token_weights, entropy_change, mask)
+        steer_metrics |= token_metrics(advantages, old_log_prob, *clipped, mask, entropy_change, token_weights)
     loss, metrics = reweighted_policy_loss(
         options.base_loss,
         token_weights,
         old_log_prob,
         log_prob,
         advantages,
-        response_mask,
+        mask,
         loss_agg_mode,
         config,
         rollout_is_weights,

@@ -105,7 +105,8 @@ def ppo_loss(
             if isinstance(metric, Metric) and name.endswith(("_min", "_max")):
                 metric.aggregation = AggregationType(name[-3:])
     if tu.get_non_tensor_data(data, "token_metrics", False):
-        metrics |= Metric.from_dict(_token_metrics(config, model_output, data), AggregationType.MEAN)
+        # The dynamic clip counts what its own bounds clip, by the same name.
+        metrics = Metric.from_dict(_token_metrics(config, model_output, data), AggregationType.MEAN) | metrics
     return loss, metrics
 
 

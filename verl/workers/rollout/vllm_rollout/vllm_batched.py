@@ -18,6 +18,7 @@ from verl.plugin.platform import get_platform
 from verl.workers.rollout.llm_server import LLMServerClient
 from verl.workers.rollout.replica import RolloutReplicaRegistry, TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+from vllm.sampling_params import RequestOutputKind
 
 
 class BatchedVLLMHttpServer(vLLMHttpServer):
@@ -35,6 +36,9 @@ class BatchedVLLMHttpServer(vLLMHttpServer):
 
     async def generate_batch(self, requests: list[dict[str, Any]]) -> list[TokenOutput]:
         """Responses to `requests`, each the keyword arguments of `generate` but its id, in their order."""
+        # Upstream would have vLLM build every response, its text too, anew at each token, and reads the last's tokens.
+        for request in requests:
+            request["sampling_params"] |= {"output_kind": RequestOutputKind.FINAL_ONLY, "detokenize": False}
         return await asyncio.gather(*(self.generate(request_id=uuid4().hex, **request) for request in requests))
 
 
