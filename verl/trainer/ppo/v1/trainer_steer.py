@@ -31,6 +31,7 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.entropy_audit import AuditOptions, AuditRequest
+from verl.utils.transferqueue_utils import kv_batch_meta2batch_meta
 from verl.workers.rollout.llm_server import LLMServerClient
 
 BATCHED_MANAGER = "verl.trainer.ppo.v1.agent_loop_batched.BatchedAgentLoopManager"
@@ -98,6 +99,7 @@ class SteerTrainer(PPOTrainerSync):
         """Upstream's, with the sums over the vocabulary for an audit, and the entropy's change since the last step."""
         if self.entropy_audit.due(self.global_steps):
             batch.extra_info["calculate_sum_pi_squared"] = True
+        self._leave_out_objects(batch)
         batch = super()._compute_old_log_prob(batch, metrics)
         entropy = metrics.get("actor/entropy")
         if entropy is not None and self.last_entropy is not None:
@@ -118,6 +120,7 @@ class SteerTrainer(PPOTrainerSync):
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Upstream's, with what the workers need for this fork's losses and metrics, and the entropy audit."""
         actor = self.config.actor_rollout_ref.actor
+        self._leave_out_objects(batch)
         batch.extra_info["calculate_sum_pi_squared"] = actor.calculate_sum_pi_squared
         batch.extra_info["token_metrics"] = actor.policy_loss.loss_mode != "entropy_control"
         if self.entropy_coefficient:
@@ -133,6 +136,16 @@ class SteerTrainer(PPOTrainerSync):
         temperature = self.config.actor_rollout_ref.rollout.temperature
         metrics |= audit_step(batch, self.actor_rollout_wg, temperature, clip_ratios(actor))
         return batch
+
+    def _leave_out_objects(self, batch: KVBatchMeta) -> None:
+        """Have the workers fetch the tensors of a batch only.
+
+        Upstream sends them the data set's columns too, such as the prompt's text, each row's wrapped in an object that
+        every split into micro-batches copies. What the batched manager writes holds nothing else that they read.
+        """
+        if self.batched:
+            columns = kv_batch_meta2batch_meta(batch).field_schema
+            batch.fields = [name for name, column in columns.items() if not column["is_non_tensor"]]
 
     def _audit_request(self, rollouts: int) -> AuditRequest:
         actor = self.config.actor_rollout_ref.actor
