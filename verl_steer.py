@@ -30,6 +30,7 @@ PLUGIN = "steer"
 
 #: Upstream modules that an overlay file stands in for, and why no registry of verl's could serve.
 SHADOWED = {
+    "verl.third_party.vllm": "every FSDP worker imports it, and with verl's all of vLLM for a class that nobody uses",
     "verl.trainer.main_ppo": "the entry: this fork's configurations on Hydra's search path, checks before Ray starts",
     "verl.trainer.ppo.core_algos": "STEER at the place where a reader looks for policy losses",
     "verl.trainer.ppo.v1.trainer_sync": "verl imports no other place where a trainer could register itself",

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from verl.plugin.platform import get_platform
 from verl.trainer.ppo import requirements
 from verl.trainer.ppo.entropy_advantages import AdvantageOptions
+from verl.trainer.ppo.task_runner import SteerTaskRunner
 from verl.utils.config import omega_conf_to_dataclass
 
 import verl_steer
@@ -82,6 +83,8 @@ def main(config: DictConfig) -> None:
         prepare(config)
     except ValueError as error:
         sys.exit(f"steer-verl: {error}")
+    if config.trainer.v1.trainer_mode == "steer":
+        _upstream.TaskRunnerV1 = SteerTaskRunner
     try:
         _upstream.main.__wrapped__(config)
     except ray.exceptions.RayTaskError as error:

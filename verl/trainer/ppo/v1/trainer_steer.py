@@ -22,7 +22,9 @@ from transfer_queue import KVBatchMeta
 from verl.experimental.agent_loop import AgentLoopManager
 from verl.trainer.ppo.core_algos import clip_ratios
 from verl.trainer.ppo.entropy_advantages import OLD_POLICY_FIELDS, old_policy
+from verl.trainer.ppo.task_runner import is_batched
 from verl.trainer.ppo.utils import create_rl_dataset
+from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.adaptive_entropy import AdaptiveEntropyCoefficient
 from verl.trainer.ppo.v1.checkpoint_ledger import CheckpointLedger, metric_of
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
@@ -33,8 +35,6 @@ from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.entropy_audit import AuditOptions, AuditRequest
 from verl.utils.transferqueue_utils import kv_batch_meta2batch_meta
 from verl.workers.rollout.llm_server import LLMServerClient
-
-BATCHED_MANAGER = "verl.trainer.ppo.v1.agent_loop_batched.BatchedAgentLoopManager"
 
 #: Seconds between two looks whether a step's rollouts are there; upstream waits 2, half of a small model's step.
 POLL_INTERVAL = 0.05
@@ -54,14 +54,12 @@ class SteerTrainer(PPOTrainerSync):
         self.entropy_coefficient = AdaptiveEntropyCoefficient.of(config.actor_rollout_ref.actor.policy_loss)
         self.entropy_audit = AuditOptions.of(config.trainer)
         self.last_entropy: float | None = None
-        self.batched = config.actor_rollout_ref.rollout.agent.get("agent_loop_manager_class") == BATCHED_MANAGER
+        self.batched = is_batched(config)
         if self.batched:
             from verl.workers.rollout.vllm_rollout import vllm_batched
 
             vllm_batched.register()
-            if config.trainer.nnodes == 1:  # elsewhere Ray might start them on another node than their workers'
-                tensor_parallel = config.actor_rollout_ref.rollout.tensor_model_parallel_size
-                vllm_batched.start_servers(config.trainer.n_gpus_per_node // tensor_parallel)
+            trainer_base.LLMServerManager = vllm_batched.BatchedLLMServerManager  # the name that `_setup` makes one by
 
     def get_llm_client(self) -> LLMServerClient:
         """The client that the agent loops generate by."""
