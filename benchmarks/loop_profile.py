@@ -5,8 +5,8 @@
 
 Trains GRPO on the laptop task (made by `run/quickstart.sh` or `scripts/make_laptop_task.py`) without validation, once
 for each way and number of rollouts a step, one run after the other. `verl` has upstream's trainer, replay buffer,
-agent loops, storage units, reductions and vLLM executor; `fork` has this fork's. Step times are medians without the
-first step, which compiles and warms up.
+agent loops, storage units, reductions, vLLM executor and waiting threads; `fork` has this fork's. Step times are
+medians without the first step, which compiles and warms up.
 """
 
 from __future__ import annotations
@@ -34,9 +34,14 @@ WAYS = {
         f"{ROLLOUT}.engine_kwargs.vllm.distributed_executor_backend=mp",
         "actor_rollout_ref.actor.fsdp_config.one_pass_reductions=false",
         "transfer_queue.backend.SimpleStorage.num_data_storage_units=8",
+        f"{ROLLOUT}.engine_kwargs.vllm.num_gpu_blocks_override=null",
+        "ray_kwargs.ray_init.runtime_env.env_vars.TORCHDYNAMO_DISABLE='0'",
     ],
     "fork": [],
 }
+
+#: libgomp's own number of looks before a waiting thread sleeps; the launchers' OMP_WAIT_POLICY makes it 0.
+ENVIRONMENT = {"verl": {"GOMP_SPINCOUNT": "300000"}, "fork": {}}
 
 #: What a run prints when a stage of its start is over.
 STAGES = {
@@ -68,7 +73,7 @@ def train(way: str, rollouts: int, steps: int, folder: Path, overrides: list[str
         *overrides,
     ]
     environment = {**os.environ, "PYTHON": sys.executable, "OUTPUT_DIR": str(folder)}
-    environment |= {"VERL_FILE_LOGGER_PATH": str(metrics), "VERL_LOGGING_LEVEL": "INFO"}
+    environment |= {"VERL_FILE_LOGGER_PATH": str(metrics), "VERL_LOGGING_LEVEL": "INFO"} | ENVIRONMENT[way]
     start = time.monotonic()
     reached: dict[str, float] = {}
     with (
