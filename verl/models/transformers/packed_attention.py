@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over packed sequences where there is no flash-attention: `attn_implementation: packed_sdpa`.
+
+With `use_remove_padding` verl hands a model all sequences of a micro-batch in one row, one after the other. The `sdpa`
+of transformers then attends from every token to every other through a mask; here each sequence attends to itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+NAME = "packed_sdpa"
+
+
+def packed_sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    position_ids: Tensor,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of each sequence to itself, by transformers' interface for attention functions.
+
+    Args:
+        module: the attention layer.
+        query: (1, heads, packed tokens, head size).
+        key, value: (1, key-value heads, packed tokens, head size).
+        attention_mask: None, as transformers leaves it for an implementation that it has no mask for.
+        position_ids: (1, packed tokens); a sequence begins at each 0.
+        scaling: of the logits; None: one over the root of the head size.
+        dropout: of the attention's probabilities.
+        sliding_window: None, or what no sequence is longer than.
+
+    Returns:
+        (1, packed tokens, heads, head size), and no attention weights.
+
+    Raises:
+        ValueError: if the sequences are not packed into one row, or are longer than the sliding window.
+    """
+    if query.shape[0] != 1 or attention_mask is not None:
+        raise ValueError(
+            f"attn_implementation={NAME}: got a batch of {query.shape[0]} rows; expected use_remove_padding=true, "
+            "which packs all sequences into one"
+        )
+    starts = (position_ids[0] == 0).nonzero().flatten()
+    lengths = torch.diff(starts, append=starts.new_tensor([query.shape[2]])).tolist()
+    if sliding_window is not None and max(lengths) > sliding_window:
+        raise ValueError(
+            f"sliding_window={sliding_window}: expected no sequence to be longer, got one of {max(lengths)} tokens"
+        )
+    outputs = [
+        scaled_dot_product_attention(*parts, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True)
+        for parts in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    ]
+    return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+AttentionInterface.register(NAME, packed_sdpa)
