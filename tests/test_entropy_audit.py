@@ -541,6 +541,7 @@ def test_the_audit_of_a_step_holds_the_old_policy_against_the_new_one(monkeypatc
 def trainer(monkeypatch, tmp_path):
     """The steer trainer without Ray, auditing every second step."""
     built = trainer_steer.SteerTrainer.__new__(trainer_steer.SteerTrainer)
+    built.batched = False
     built.config = OmegaConf.create(
         {
             "actor_rollout_ref": {
@@ -592,6 +593,16 @@ def test_the_trainer_asks_for_an_audit_at_audited_steps_only(trainer, tmp_path):
     assert audited["entropy_audit/step/x"] == ("workers", 0.7, (0.2, 0.28, 3.0))
     assert audited["entropy_audit/tokens"] == 3.0 and "actor/entropy_audit/tokens" not in audited
     assert audited["actor/pg_loss"] == 1.0
+
+
+def test_workers_fetch_the_tensors_of_what_the_batched_manager_wrote(trainer, monkeypatch):
+    schema = {"input_ids": {"is_non_tensor": False}, "raw_prompt": {"is_non_tensor": True}}
+    monkeypatch.setattr(trainer_steer, "kv_batch_meta2batch_meta", lambda batch: SimpleNamespace(field_schema=schema))
+    trainer.global_steps = 1
+    for trainer.batched, fields in ((False, None), (True, ["input_ids"])):
+        for method in (trainer._compute_old_log_prob, trainer._update_actor):
+            batch = KVBatchMeta(partition_id="train", keys=["a", "b"], tags=[{}] * 2)
+            assert method(batch, {}).fields == fields
 
 
 def test_the_entropys_change_from_step_to_step(trainer):

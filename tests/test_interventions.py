@@ -446,6 +446,7 @@ def trainer(monkeypatch):
 
     monkeypatch.setattr(trainer_steer.tq, "kv_batch_get", fetch)
     built = trainer_steer.SteerTrainer.__new__(trainer_steer.SteerTrainer)
+    built.batched = False
     built.entropy_coefficient = None
     built.config = OmegaConf.create(
         {
