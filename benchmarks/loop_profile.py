@@ -5,8 +5,8 @@
 
 Trains GRPO on the laptop task (made by `run/quickstart.sh` or `scripts/make_laptop_task.py`) without validation, once
 for each way and number of rollouts a step, one run after the other. `verl` has upstream's trainer, replay buffer,
-agent loops, storage units, reductions, vLLM executor and waiting threads; `fork` has this fork's. Step times are
-medians without the first step, which compiles and warms up.
+agent loops, storage units, reductions, padding, vLLM executor and waiting threads; `fork` has this fork's. Step times
+are medians without the first step, which compiles and warms up.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ WAYS = {
         "actor_rollout_ref.actor.fsdp_config.one_pass_reductions=false",
         "transfer_queue.backend.SimpleStorage.num_data_storage_units=8",
         f"{ROLLOUT}.engine_kwargs.vllm.num_gpu_blocks_override=null",
+        "actor_rollout_ref.model.use_remove_padding=false",
+        "actor_rollout_ref.model.override_config.attn_implementation=sdpa",
         "ray_kwargs.ray_init.runtime_env.env_vars.TORCHDYNAMO_DISABLE='0'",
     ],
     "fork": [],

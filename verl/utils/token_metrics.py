@@ -72,8 +72,9 @@ def token_metrics(
     tokens = torch.stack([of_likely, of_all - of_likely], 1).flatten() / count
     metrics |= {f"actor/quadrant/{name}/tokens": tokens[i] for i, name in enumerate(QUADRANTS)}
     if entropy_change is not None:
-        of_likely = entropy_change.flatten() * likely
-        parts = (of_likely, entropy_change.flatten() - of_likely)
+        change_of_all = entropy_change.flatten()
+        change_of_likely = change_of_all * likely
+        parts = (change_of_likely, change_of_all - change_of_likely)
         change = torch.stack([torch.dot(sign, part) for sign in signs for part in parts])
         # Without an advantage nothing changes, so the quadrants hold it all.
         shares = change / change.sum().clamp_min(torch.finfo(change.dtype).tiny)
