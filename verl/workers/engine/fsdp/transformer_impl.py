@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from verl.models.transformers import packed_attention  # noqa: F401 - registers packed_sdpa
+from verl.utils import jagged_rows  # noqa: F401 - takes mini-batches and micro-batches apart
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name
 from verl.utils.kernel.vocab_reductions import vocab_reductions
