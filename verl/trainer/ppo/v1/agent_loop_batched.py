@@ -2,8 +2,8 @@
 """Single-turn generation a batch at a time, named by `rollout.agent.agent_loop_manager_class`.
 
 verl runs one agent loop for each rollout: a few Ray calls and one write to the TransferQueue apiece, which is what a
-step of short responses spends its time on. Here each vLLM replica gets its share of the prompts in one call, the
-responses are graded in one call and written in one. Samples, fields and tags are those of
+step of short responses spends its time on. Here a share of the rollouts, a hundred-odd, goes to each vLLM replica in
+one call, is graded in one and written in one, while later shares are generated. Samples, fields and tags are those of
 `verl.trainer.ppo.v1.agent_loop_tq`. Text-only prompts and the agent loop `single_turn_agent` are what it serves.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from typing import Any, TypeVar
 
 import numpy as np
@@ -32,7 +32,12 @@ from verl.workers.rollout.replica import TokenOutput
 logger = logging.getLogger(__name__)
 
 Prompt = dict[str, Any]
+#: A prompt and the number of the rollout within its group.
+Rollout = tuple[Prompt, int]
 Result = TypeVar("Result")
+
+#: Rollouts that are generated, graded and stored together: few enough that a step has others to generate meanwhile.
+ROLLOUTS_TOGETHER = 128
 
 
 class BatchedAgentLoopWorker(AgentLoopWorker):
@@ -62,46 +67,69 @@ class BatchedAgentLoopWorker(AgentLoopWorker):
         validate = bool(batch["validate"]) if "validate" in batch else False
         columns = [(key, values) for key, values in batch.items() if key != "validate"]
         prompts = [{key: _item(values, i) for key, values in columns} for i in range(len(batch))]
-        task = asyncio.create_task(self._run_prompts(prompts, validate))
-        self.background_tasks.add(task)
-        task.add_done_callback(self.background_tasks.discard)
+        stored: asyncio.Task[None] | None = None
+        for share in self._shares(prompts, validate):
+            stored = asyncio.create_task(self._run_prompts(share, validate, stored))
+            self.background_tasks.add(stored)
+            stored.add_done_callback(self.background_tasks.discard)
 
-    async def _run_prompts(self, prompts: list[Prompt], validate: bool) -> None:
+    def _shares(self, prompts: list[Prompt], validate: bool) -> Iterator[list[tuple[int, Prompt]]]:
+        """Neighbouring prompts with their places in the batch, of about `ROLLOUTS_TOGETHER` rollouts."""
+        share: list[tuple[int, Prompt]] = []
+        rollouts = 0
+        for place, prompt in enumerate(prompts):
+            share.append((place, prompt))
+            rollouts += self._rollouts_of(prompt, validate)
+            if rollouts >= ROLLOUTS_TOGETHER:
+                yield share
+                share, rollouts = [], 0
+        if share:
+            yield share
+
+    async def _run_prompts(
+        self, prompts: list[tuple[int, Prompt]], validate: bool, before: asyncio.Task[None] | None
+    ) -> None:
+        """Generate, grade and, once the share before is stored, store: a batch's rollouts keep their order."""
         partition_id = "val" if validate else "train"
-        uids = [prompt["uid"] for prompt in prompts]
+        uids = [prompt["uid"] for _, prompt in prompts]
         await tq.async_kv_batch_put(keys=uids, partition_id=partition_id, tags=[{"status": "running"}] * len(uids))
         status = "finished"
         try:
-            await self._generate_and_store(prompts, validate, partition_id)
+            rollouts, outputs = await self._generate(prompts, validate)
+            if self.reward_loop_worker_handles is not None:
+                await self._grade(rollouts, outputs)
+            if before is not None:
+                await asyncio.wait([before])
+            await self._store(rollouts, outputs, partition_id)
         except Exception:
             # As upstream: the trainer learns of a failed group by its status, and the log says why.
             logger.exception("generation of %d prompts failed", len(prompts))
             status = "failure"
         await tq.async_kv_batch_put(keys=uids, partition_id=partition_id, tags=[{"status": status}] * len(uids))
 
-    async def _generate_and_store(self, prompts: list[Prompt], validate: bool, partition_id: str) -> None:
-        # One entry for each rollout from here on: its prompt, its number within the group, its request.
-        rollouts: list[tuple[Prompt, int]] = []
+    async def _generate(
+        self, prompts: list[tuple[int, Prompt]], validate: bool
+    ) -> tuple[list[Rollout], list[AgentLoopOutput]]:
+        rollouts: list[Rollout] = []
         requests: list[dict[str, Any]] = []
-        for row, prompt in enumerate(prompts):
+        for place, prompt in prompts:
+            sessions = self._rollouts_of(prompt, validate)
+            prompt.pop("__rollout_n__", None)
             sampling_params = self._sampling_params(validate, prompt.pop("__do_sample__", True))
             prompt_ids = await self.single_turn.ct_build_initial_tokens(list(prompt["raw_prompt"]))
-            for session_id in range(self._rollouts_of(prompt, validate)):
+            for session_id in range(sessions):
                 rollouts.append((prompt, session_id))
-                seed = self._request_seed(int(validate), prompt["global_steps"], row, session_id)
+                seed = self._request_seed(int(validate), prompt["global_steps"], place, session_id)
                 requests.append({"prompt_ids": prompt_ids, "sampling_params": sampling_params | seed})
         timing: dict[str, float] = {}
         with simple_timer("generate_sequences", timing):
             tokens = await self.llm_client.generate_batch(requests)
-        outputs = [
+        return rollouts, [
             self._agent_loop_output(request["prompt_ids"], token, timing)
             for request, token in zip(requests, tokens, strict=True)
         ]
-        if self.reward_loop_worker_handles is not None:
-            with simple_timer("compute_score", timing):
-                await self._grade(rollouts, outputs)
-            for output in outputs:
-                output.metrics.compute_score = timing["compute_score"]
+
+    async def _store(self, rollouts: list[Rollout], outputs: list[AgentLoopOutput], partition_id: str) -> None:
         records = [_record(*rollout, output) for rollout, output in zip(rollouts, outputs, strict=True)]
         await tq.async_kv_batch_put(
             keys=[f"{prompt['uid']}_{session_id}_0" for prompt, session_id in rollouts],
@@ -112,7 +140,7 @@ class BatchedAgentLoopWorker(AgentLoopWorker):
 
     def _rollouts_of(self, prompt: Prompt, validate: bool) -> int:
         configured = self.rollout_config.val_kwargs.n if validate else self.rollout_config.n
-        return int(prompt.pop("__rollout_n__", configured))
+        return int(prompt.get("__rollout_n__", configured))
 
     def _sampling_params(self, validate: bool, do_sample: bool) -> dict[str, Any]:
         source = self.rollout_config.val_kwargs if validate else self.rollout_config
@@ -162,19 +190,22 @@ class BatchedAgentLoopWorker(AgentLoopWorker):
             },
         )
 
-    async def _grade(self, rollouts: list[tuple[Prompt, int]], outputs: list[AgentLoopOutput]) -> None:
+    async def _grade(self, rollouts: list[Rollout], outputs: list[AgentLoopOutput]) -> None:
         """Scores into `outputs`, by the reward workers, an equal share each."""
         batch = _reward_batch(rollouts, outputs)
         handles = self.reward_loop_worker_handles
         share = -(-len(outputs) // len(handles))
-        calls = [
-            handle.compute_score_batch.remote(batch[start : start + share])
-            for handle, start in zip(handles, range(0, len(outputs), share), strict=False)
-        ]
-        results = [result for chunk in await asyncio.gather(*calls) for result in chunk]
+        timing: dict[str, float] = {}
+        with simple_timer("compute_score", timing):
+            calls = [
+                handle.compute_score_batch.remote(batch[start : start + share])
+                for handle, start in zip(handles, range(0, len(outputs), share), strict=False)
+            ]
+            results = [result for chunk in await asyncio.gather(*calls) for result in chunk]
         for output, result in zip(outputs, results, strict=True):
             output.reward_score = result["reward_score"]
             output.extra_fields["reward_extra_info"] = result["reward_extra_info"]
+            output.metrics.compute_score = timing["compute_score"]
 
 
 class BatchedAgentLoopManager(AgentLoopManagerTQ):
@@ -211,7 +242,7 @@ def _item(value: Any, i: int) -> Any:
     return row.data if isinstance(row, NonTensorData) else row
 
 
-def _reward_batch(rollouts: list[tuple[Prompt, int]], outputs: list[AgentLoopOutput]) -> DataProto:
+def _reward_batch(rollouts: list[Rollout], outputs: list[AgentLoopOutput]) -> DataProto:
     """What a reward manager reads: padded tokens (batch, longest) and the columns of the prompts' rows."""
 
     def padded(rows: list[list[int]]) -> torch.Tensor:

@@ -33,11 +33,29 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.entropy_audit import AuditOptions, AuditRequest
+from verl.utils.garbage import leave_start_to_itself
+from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 from verl.utils.transferqueue_utils import kv_batch_meta2batch_meta
 from verl.workers.rollout.llm_server import LLMServerClient
 
 #: Seconds between two looks whether a step's rollouts are there; upstream waits 2, half of a small model's step.
 POLL_INTERVAL = 0.05
+
+#: Columns of tensors that an update of the actor doesn't read: the critic's, and what only the trainer reads.
+UNREAD_BY_UPDATES = frozenset({"dummy_tensor", "log_probs", "returns", "rm_scores", "rollout_log_probs", "values"})
+
+#: The same of a pass for log-probs, which reads whole sequences and nothing of how they were rewarded.
+UNREAD_BY_FORWARD_PASSES = UNREAD_BY_UPDATES | {"prompts", "responses", "old_log_probs", "entropy"}
+
+
+def balanced_partitions(workloads: list[int], k_partitions: int, equal_size: bool) -> list[list[int]]:
+    """Upstream's shares of a batch, one for each data-parallel rank; its search takes long for a single one too."""
+    if k_partitions == 1:
+        return [list(range(len(workloads)))]
+    return get_seqlen_balanced_partitions(workloads, k_partitions=k_partitions, equal_size=equal_size)
+
+
+trainer_base.get_seqlen_balanced_partitions = balanced_partitions
 
 
 @register_trainer("steer")
@@ -76,6 +94,7 @@ class SteerTrainer(PPOTrainerSync):
         resumed = f"_from_{self.global_steps}" if self.global_steps else ""
         os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(self.folder / f"metrics{resumed}.jsonl"))
         os.environ.setdefault("TENSORBOARD_DIR", str(self.folder / "tensorboard"))
+        leave_start_to_itself()
         super().fit(agent_loop_manager)
 
     def _build_replay_buffer(self) -> ReplayBuffer:
@@ -97,13 +116,18 @@ class SteerTrainer(PPOTrainerSync):
         """Upstream's, with the sums over the vocabulary for an audit, and the entropy's change since the last step."""
         if self.entropy_audit.due(self.global_steps):
             batch.extra_info["calculate_sum_pi_squared"] = True
-        self._leave_out_objects(batch)
+        self._leave_out(batch, UNREAD_BY_FORWARD_PASSES)
         batch = super()._compute_old_log_prob(batch, metrics)
         entropy = metrics.get("actor/entropy")
         if entropy is not None and self.last_entropy is not None:
             metrics["actor/entropy_change_per_step"] = entropy - self.last_entropy
         self.last_entropy = entropy
         return batch
+
+    def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """Upstream's."""
+        self._leave_out(batch, UNREAD_BY_FORWARD_PASSES)
+        return super()._compute_ref_log_prob(batch, metrics)
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Upstream's, with what the estimator reads of the old policy at hand."""
@@ -118,7 +142,7 @@ class SteerTrainer(PPOTrainerSync):
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Upstream's, with what the workers need for this fork's losses and metrics, and the entropy audit."""
         actor = self.config.actor_rollout_ref.actor
-        self._leave_out_objects(batch)
+        self._leave_out(batch, UNREAD_BY_UPDATES)
         batch.extra_info["calculate_sum_pi_squared"] = actor.calculate_sum_pi_squared
         batch.extra_info["token_metrics"] = actor.policy_loss.loss_mode != "entropy_control"
         if self.entropy_coefficient:
@@ -135,15 +159,17 @@ class SteerTrainer(PPOTrainerSync):
         metrics |= audit_step(batch, self.actor_rollout_wg, temperature, clip_ratios(actor))
         return batch
 
-    def _leave_out_objects(self, batch: KVBatchMeta) -> None:
-        """Have the workers fetch the tensors of a batch only.
+    def _leave_out(self, batch: KVBatchMeta, unread: frozenset[str]) -> None:
+        """Have the workers fetch neither the columns named nor objects.
 
-        Upstream sends them the data set's columns too, such as the prompt's text, each row's wrapped in an object that
-        every split into micro-batches copies. What the batched manager writes holds nothing else that they read.
+        Upstream sends them every column: tensors a row at a time, and the data set's, such as the prompt's text, each
+        row's wrapped in an object. What the batched manager writes holds no object that they read.
         """
         if self.batched:
             columns = kv_batch_meta2batch_meta(batch).field_schema
-            batch.fields = [name for name, column in columns.items() if not column["is_non_tensor"]]
+            batch.fields = [
+                name for name, column in columns.items() if not column["is_non_tensor"] and name not in unread
+            ]
 
     def _audit_request(self, rollouts: int) -> AuditRequest:
         actor = self.config.actor_rollout_ref.actor
