@@ -595,14 +595,22 @@ def test_the_trainer_asks_for_an_audit_at_audited_steps_only(trainer, tmp_path):
     assert audited["actor/pg_loss"] == 1.0
 
 
-def test_workers_fetch_the_tensors_of_what_the_batched_manager_wrote(trainer, monkeypatch):
-    schema = {"input_ids": {"is_non_tensor": False}, "raw_prompt": {"is_non_tensor": True}}
+def test_workers_fetch_what_they_read_of_what_the_batched_manager_wrote(trainer, monkeypatch):
+    read_by_all = ["input_ids", "loss_mask", "position_ids", "response_mask"]
+    read_by_updates = ["advantages", "entropy", "old_log_probs", "prompts", "responses"]
+    tensors = [*read_by_all, *read_by_updates, "dummy_tensor", "log_probs", "returns", "rm_scores", "rollout_log_probs"]
+    schema = {name: {"is_non_tensor": False} for name in tensors} | {"raw_prompt": {"is_non_tensor": True}}
     monkeypatch.setattr(trainer_steer, "kv_batch_meta2batch_meta", lambda batch: SimpleNamespace(field_schema=schema))
+    monkeypatch.setattr(trainer_steer.PPOTrainerSync, "_compute_ref_log_prob", lambda self, batch, metrics: batch)
     trainer.global_steps = 1
-    for trainer.batched, fields in ((False, None), (True, ["input_ids"])):
-        for method in (trainer._compute_old_log_prob, trainer._update_actor):
+    for method, fields in (
+        (trainer._compute_old_log_prob, read_by_all),
+        (trainer._compute_ref_log_prob, read_by_all),
+        (trainer._update_actor, read_by_all + read_by_updates),
+    ):
+        for trainer.batched, expected in ((False, None), (True, fields)):
             batch = KVBatchMeta(partition_id="train", keys=["a", "b"], tags=[{}] * 2)
-            assert method(batch, {}).fields == fields
+            assert method(batch, {}).fields == expected
 
 
 def test_the_entropys_change_from_step_to_step(trainer):

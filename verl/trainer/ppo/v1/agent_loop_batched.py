@@ -67,11 +67,25 @@ class BatchedAgentLoopWorker(AgentLoopWorker):
         validate = bool(batch["validate"]) if "validate" in batch else False
         columns = [(key, values) for key, values in batch.items() if key != "validate"]
         prompts = [{key: _item(values, i) for key, values in columns} for i in range(len(batch))]
-        stored: asyncio.Task[None] | None = None
-        for share in self._shares(prompts, validate):
-            stored = asyncio.create_task(self._run_prompts(share, validate, stored))
-            self.background_tasks.add(stored)
-            stored.add_done_callback(self.background_tasks.discard)
+        task = asyncio.create_task(self._run_prompts(prompts, validate))
+        self.background_tasks.add(task)
+        task.add_done_callback(self.background_tasks.discard)
+
+    async def _run_prompts(self, prompts: list[Prompt], validate: bool) -> None:
+        """Start all shares, and store each, in the batch's order, once it is graded."""
+        partition_id = "val" if validate else "train"
+        await _set_status(prompts, partition_id, "running")
+        shares = list(self._shares(prompts, validate))
+        generations = [asyncio.create_task(self._generate(share, validate)) for share in shares]
+        for share, generation in zip(shares, generations, strict=True):
+            status = "finished"
+            try:
+                await self._store(*await generation, partition_id)
+            except Exception:
+                # As upstream: the trainer learns of a failed group by its status, and the log says why.
+                logger.exception("generation of %d prompts failed", len(share))
+                status = "failure"
+            await _set_status([prompt for _, prompt in share], partition_id, status)
 
     def _shares(self, prompts: list[Prompt], validate: bool) -> Iterator[list[tuple[int, Prompt]]]:
         """Neighbouring prompts with their places in the batch, of about `ROLLOUTS_TOGETHER` rollouts."""
@@ -86,30 +100,10 @@ class BatchedAgentLoopWorker(AgentLoopWorker):
         if share:
             yield share
 
-    async def _run_prompts(
-        self, prompts: list[tuple[int, Prompt]], validate: bool, before: asyncio.Task[None] | None
-    ) -> None:
-        """Generate, grade and, once the share before is stored, store: a batch's rollouts keep their order."""
-        partition_id = "val" if validate else "train"
-        uids = [prompt["uid"] for _, prompt in prompts]
-        await tq.async_kv_batch_put(keys=uids, partition_id=partition_id, tags=[{"status": "running"}] * len(uids))
-        status = "finished"
-        try:
-            rollouts, outputs = await self._generate(prompts, validate)
-            if self.reward_loop_worker_handles is not None:
-                await self._grade(rollouts, outputs)
-            if before is not None:
-                await asyncio.wait([before])
-            await self._store(rollouts, outputs, partition_id)
-        except Exception:
-            # As upstream: the trainer learns of a failed group by its status, and the log says why.
-            logger.exception("generation of %d prompts failed", len(prompts))
-            status = "failure"
-        await tq.async_kv_batch_put(keys=uids, partition_id=partition_id, tags=[{"status": status}] * len(uids))
-
     async def _generate(
         self, prompts: list[tuple[int, Prompt]], validate: bool
     ) -> tuple[list[Rollout], list[AgentLoopOutput]]:
+        """Rollouts of a share and what became of each, graded."""
         rollouts: list[Rollout] = []
         requests: list[dict[str, Any]] = []
         for place, prompt in prompts:
@@ -124,10 +118,13 @@ class BatchedAgentLoopWorker(AgentLoopWorker):
         timing: dict[str, float] = {}
         with simple_timer("generate_sequences", timing):
             tokens = await self.llm_client.generate_batch(requests)
-        return rollouts, [
+        outputs = [
             self._agent_loop_output(request["prompt_ids"], token, timing)
             for request, token in zip(requests, tokens, strict=True)
         ]
+        if self.reward_loop_worker_handles is not None:
+            await self._grade(rollouts, outputs)
+        return rollouts, outputs
 
     async def _store(self, rollouts: list[Rollout], outputs: list[AgentLoopOutput], partition_id: str) -> None:
         records = [_record(*rollout, output) for rollout, output in zip(rollouts, outputs, strict=True)]
@@ -232,6 +229,11 @@ class BatchedAgentLoopManager(AgentLoopManagerTQ):
     def generate_sequences(self, prompts: TensorDict) -> None:
         """Start on a batch of prompts and return; see `BatchedAgentLoopWorker.generate_sequences`."""
         self._on_event_loop(self.worker.generate_sequences(prompts))
+
+
+async def _set_status(prompts: list[Prompt], partition_id: str, status: str) -> None:
+    uids = [prompt["uid"] for prompt in prompts]
+    await tq.async_kv_batch_put(keys=uids, partition_id=partition_id, tags=[{"status": status}] * len(uids))
 
 
 def _item(value: Any, i: int) -> Any:

@@ -45,7 +45,13 @@ POLL_INTERVAL = 0.05
 UNREAD_BY_UPDATES = frozenset({"dummy_tensor", "log_probs", "returns", "rm_scores", "rollout_log_probs", "values"})
 
 #: The same of a pass for log-probs, which reads whole sequences and nothing of how they were rewarded.
-UNREAD_BY_FORWARD_PASSES = UNREAD_BY_UPDATES | {"prompts", "responses", "old_log_probs", "entropy"}
+UNREAD_BY_FORWARD_PASSES = UNREAD_BY_UPDATES | {
+    "advantages",
+    "entropy",
+    "old_log_probs",
+    "prompts",
+    "responses",
+}
 
 
 def balanced_partitions(workloads: list[int], k_partitions: int, equal_size: bool) -> list[list[int]]:
