@@ -33,6 +33,7 @@ WAYS = {
         f"{ROLLOUT}.agent.agent_loop_manager_class=null",
         f"{ROLLOUT}.engine_kwargs.vllm.distributed_executor_backend=mp",
         "actor_rollout_ref.actor.fsdp_config.one_pass_reductions=false",
+        "actor_rollout_ref.actor.optim.override_optimizer_config=null",
         "transfer_queue.backend.SimpleStorage.num_data_storage_units=8",
         f"{ROLLOUT}.engine_kwargs.vllm.num_gpu_blocks_override=null",
         "actor_rollout_ref.model.use_remove_padding=false",
