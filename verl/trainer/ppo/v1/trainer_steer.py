@@ -131,7 +131,7 @@ class SteerTrainer(PPOTrainerSync):
         return batch
 
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """Upstream's."""
+        """Upstream's, with the workers fetching what they read only."""
         self._leave_out(batch, UNREAD_BY_FORWARD_PASSES)
         return super()._compute_ref_log_prob(batch, metrics)
 

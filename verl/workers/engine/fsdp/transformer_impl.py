@@ -48,7 +48,7 @@ class SteerFSDPEngineWithLMHead(EntropyAudit, TokenWeightNormalizer, _upstream.F
     """
 
     def initialize(self) -> None:
-        """Upstream's."""
+        """Upstream's; from then on garbage collection passes over what it made."""
         super().initialize()
         leave_start_to_itself()
 
