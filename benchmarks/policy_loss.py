@@ -10,6 +10,7 @@ One row for each way, medians over interleaved rounds after a warm-up, forward a
     vanilla            upstream's `compute_policy_loss_vanilla`
     vanilla, logged    the same with the token metrics that every run of this fork logs, as `ppo_loss` adds them
     steer …            `compute_policy_loss_with_entropy`, the first with its default options
+    largest estimate   STEER's estimates and their largest, forward alone: what the loss needs before its first weight
     boolean-indexed    the default options once more, on the valid tokens picked out by a boolean index and scattered
                        back: the same weights, which the program checks, then upstream's loss with them
 
@@ -153,6 +154,11 @@ def boolean_indexed_loss(config: FSDPActorConfig, batch: Batch) -> Tensor:
     return compute_policy_loss_vanilla(*arguments, "token-mean", config, token_weights)[0]
 
 
+def largest_estimate(batch: Batch) -> Tensor:
+    arguments = (batch["advantages"], batch["entropys"], batch["old_log_prob"], batch["log_prob"])
+    return estimate_entropy_change(*arguments).mul_(batch["response_mask"]).amax()
+
+
 def losses() -> dict[str, Callable[[Batch], Tensor]]:
     """Every loss by its name in the table."""
     table = {
@@ -171,6 +177,10 @@ def forward_and_backward(loss: Callable[[Batch], Tensor], batch: Batch) -> None:
     torch.autograd.grad(loss(batch), batch["log_prob"])
 
 
+def in_mode(mode: str, loss: Callable[[Batch], Tensor]) -> Callable[[Batch], Tensor]:
+    return torch.compile(loss, fullgraph=True, dynamic=False) if mode == "compiled" else loss
+
+
 def works(batch: Batch, modes: list[str]) -> dict[tuple[str, str, str], Work]:
     """What is timed, by part, mode and way."""
     table: dict[tuple[str, str, str], Work] = {}
@@ -179,8 +189,8 @@ def works(batch: Batch, modes: list[str]) -> dict[tuple[str, str, str], Work]:
             # A boolean index and a branch on a maximum leave no single graph.
             if mode == "compiled" and name == "boolean-indexed":
                 continue
-            way = torch.compile(loss, fullgraph=True, dynamic=False) if mode == "compiled" else loss
-            table[LOSS, mode, name] = partial(forward_and_backward, way, batch)
+            table[LOSS, mode, name] = partial(forward_and_backward, in_mode(mode, loss), batch)
+        table[LOSS, mode, "largest estimate"] = partial(in_mode(mode, largest_estimate), batch)
     for linear in (True, False):
         options = {**batch, "linear": linear, "token_weight_max": 1.2 if linear else 1.0}
         suffix = "" if linear else ", exponential"
