@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mini-batches and micro-batches of jagged columns against verl's own functions."""
 
 import importlib.util
