@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rollouts in shares: what is stored, in which order, and what becomes of a share that fails."""
+"""Rollouts in shares: what is stored, in which order, what becomes of a share that fails; what a step does without."""
 
 import asyncio
 import gc
@@ -13,7 +13,7 @@ from tensordict.tensorclass import NonTensorData, NonTensorStack
 from verl.trainer.ppo.v1 import agent_loop_batched, trainer_base
 from verl.trainer.ppo.v1.agent_loop_batched import BatchedAgentLoopWorker
 from verl.utils import seqlen_balancing
-from verl.utils.garbage import leave_start_to_itself
+from verl.utils.gc_heap import freeze_gc_heap
 from verl.workers.rollout.replica import TokenOutput
 
 PROMPTS, ROLLOUTS = 6, 3
@@ -147,7 +147,7 @@ def test_shares_of_a_batch_are_verls(lengths, ranks):
 def test_later_collections_pass_over_the_start():
     kept = [[i] for i in range(1000)]
     try:
-        leave_start_to_itself()
+        freeze_gc_heap()
         assert gc.get_freeze_count() > len(kept)
         young = [obj for generation in range(3) for obj in gc.get_objects(generation)]
         assert not any(obj is kept for obj in young)

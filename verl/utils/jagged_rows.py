@@ -23,10 +23,13 @@ def index_select_tensor_dict(batch: TensorDict | None, indices: Tensor | list[in
 
     Args:
         batch: tensors, nested tensors and non-tensor data, (batch,); None gives None.
-        indices: of the rows, one-dimensional.
+        indices: of the rows, (selected,); below 0 they count from the end.
 
     Returns:
-        What upstream's function of this name returns.
+        What upstream's function of this name returns, (selected,).
+
+    Raises:
+        AssertionError: if the indices are not one-dimensional.
     """
     if batch is None:
         return None
@@ -79,7 +82,7 @@ def _without(batch: TensorDict, columns: dict[str, Tensor]) -> TensorDict:
 
 
 def _select_rows(column: Tensor, rows: Tensor) -> Tensor:
-    lengths, starts = column.offsets().diff()[rows], column.offsets()[rows]
+    lengths, starts = column.offsets().diff()[rows], column.offsets()[:-1][rows]
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     counts = lengths.tolist()
     places = torch.arange(sum(counts), device=rows.device)

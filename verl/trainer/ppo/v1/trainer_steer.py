@@ -33,7 +33,7 @@ from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.entropy_audit import AuditOptions, AuditRequest
-from verl.utils.garbage import leave_start_to_itself
+from verl.utils.gc_heap import freeze_gc_heap
 from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 from verl.utils.transferqueue_utils import kv_batch_meta2batch_meta
 from verl.workers.rollout.llm_server import LLMServerClient
@@ -55,7 +55,16 @@ UNREAD_BY_FORWARD_PASSES = UNREAD_BY_UPDATES | {
 
 
 def balanced_partitions(workloads: list[int], k_partitions: int, equal_size: bool) -> list[list[int]]:
-    """Upstream's shares of a batch, one for each data-parallel rank; its search takes long for a single one too."""
+    """Upstream's `get_seqlen_balanced_partitions`, whose search takes long for a single share of a batch too.
+
+    Args:
+        workloads: of each sequence.
+        k_partitions: shares, one for each data-parallel rank.
+        equal_size: as many sequences in each.
+
+    Returns:
+        For each share the places of its sequences, ascending.
+    """
     if k_partitions == 1:
         return [list(range(len(workloads)))]
     return get_seqlen_balanced_partitions(workloads, k_partitions=k_partitions, equal_size=equal_size)
@@ -100,7 +109,7 @@ class SteerTrainer(PPOTrainerSync):
         resumed = f"_from_{self.global_steps}" if self.global_steps else ""
         os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(self.folder / f"metrics{resumed}.jsonl"))
         os.environ.setdefault("TENSORBOARD_DIR", str(self.folder / "tensorboard"))
-        leave_start_to_itself()
+        freeze_gc_heap()
         super().fit(agent_loop_manager)
 
     def _build_replay_buffer(self) -> ReplayBuffer:

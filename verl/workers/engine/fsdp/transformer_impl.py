@@ -15,7 +15,7 @@ from verl.models.transformers import packed_attention  # noqa: F401 - registers 
 from verl.utils import jagged_rows  # noqa: F401 - takes mini-batches and micro-batches apart
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name
-from verl.utils.garbage import leave_start_to_itself
+from verl.utils.gc_heap import freeze_gc_heap
 from verl.utils.kernel.vocab_reductions import vocab_reductions
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.entropy_audit import EntropyAudit
@@ -50,7 +50,7 @@ class SteerFSDPEngineWithLMHead(EntropyAudit, TokenWeightNormalizer, _upstream.F
     def initialize(self) -> None:
         """Upstream's; from then on garbage collection passes over what it made."""
         super().initialize()
-        leave_start_to_itself()
+        freeze_gc_heap()
 
     def prepare_model_outputs(
         self, output: Any, output_args: dict[str, Any], micro_batch: TensorDict, logits_processor_func: Callable | None

@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 
 
-def leave_start_to_itself() -> None:
+def freeze_gc_heap() -> None:
     """Have later collections pass over what there is now, which a process keeps to its end.
 
     A full collection looks at every object: the million that torch, transformers and vLLM leave behind take it a third
