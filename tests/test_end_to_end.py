@@ -103,7 +103,7 @@ def test_checkpoint_loads_and_a_run_goes_on_from_it(quickstart, command, root, t
         OUTPUT_DIR=str(out), TASK_DIR=str(task), VERL_LOGGING_LEVEL="INFO",
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    went_on = [json.loads(line) for line in (out / "steer_exp/metrics_from_2.jsonl").read_text().splitlines()]
+    went_on = [json.loads(line) for line in (out / "steer_exp/metrics_from_2_start_2.jsonl").read_text().splitlines()]
     assert [record["step"] for record in went_on] == [3]
 
 
@@ -231,7 +231,7 @@ def test_evaluation_of_the_best_checkpoint(trained, command, root, task, tmp_pat
     environment = {"MODEL_PATH": str(checkpoint), "DATA_DIR": str(data), "OUTPUT_DIR": str(tmp_path)}
     result = command(*arguments, **environment)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    folder = tmp_path / "eval" / f"steer_exp-{checkpoint.name}"
+    (folder,) = (tmp_path / "eval").glob(f"steer_exp-{checkpoint.name}-*")
     results = json.loads((folder / "results.json").read_text())
     for name in ("first", "second", "third"):
         benchmark = results["benchmarks"][name]
@@ -311,7 +311,7 @@ def test_a_killed_run_goes_on_from_the_last_whole_checkpoint(command, root, task
     result = command(*words, **own)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     assert whole() == 6
-    went_on = [json.loads(line)["step"] for line in (folder / "metrics_from_3.jsonl").read_text().splitlines()]
+    went_on = [json.loads(line)["step"] for line in (folder / "metrics_from_3_start_3.jsonl").read_text().splitlines()]
     assert went_on == [4, 5, 6]
     saved = sorted(folder.glob("global_step_*"))
     assert len(saved) == 6 and len({sum(path.is_file() for path in step.rglob("*")) for step in saved}) == 1
