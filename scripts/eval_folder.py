@@ -7,8 +7,8 @@ The folder is called by the model and a digest of `settings.json`, which holds a
 the resolved configuration `eval`; in it, for each local file or folder such as the model, the real path and each
 file's size and time of change; and the grading code. What is equal in all of it shares responses, nothing else does.
 
-Prints the folder and, for each benchmark, a link in it to the file, whose name ends in a digest of the rows. verl
-calls the responses by that name, so a changed benchmark is another one.
+Prints the folder and, for each benchmark, a link in it to the file, whose name ends in a digest of the file's content.
+verl calls the responses by that name, so a changed benchmark is another one.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of all evaluations")
     parser.add_argument("benchmarks", type=Path, nargs="+", help="parquet files")
-    split = sys.argv.index("--")
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args, overrides = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
     for override in overrides:
         if (key := override.lstrip("+~").partition("=")[0]) in PLACES:

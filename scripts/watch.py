@@ -90,7 +90,7 @@ def show(console: Console, args: argparse.Namespace, process: subprocess.Popen[b
 
 
 def state(file: Path) -> tuple[int, int]:
-    """Size and time of change, by which a file differs once it is written again (file servers have their own clocks)."""
+    """Size and time of change, by which a file differs once it is written again: a file server has its own clock."""
     status = file.stat()
     return status.st_size, status.st_mtime_ns
 
