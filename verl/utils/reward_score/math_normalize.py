@@ -139,9 +139,11 @@ def _without_boxes(text: str) -> str:
         text = text[content:end]
         found = list(boxes(text))
     frames = sorted(cut for start, content, end in found for cut in ((start, content), (end, end + 1)))
-    ends = [0, *(after for _, after in frames)]
-    starts = [*(before for before, _ in frames), len(text)]
-    return " ".join(text[end:start] for end, start in zip(ends, starts, strict=True))
+    kept, position = [], 0
+    for before, after in frames:
+        kept.append(text[position:before])
+        position = after
+    return " ".join([*kept, text[position:]])
 
 
 def clean(answer: str) -> str:
