@@ -3,6 +3,7 @@
 
 import collections
 import os
+import runpy
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,92 @@ TABLE = [
     ("even", "odd", False, False),
     ("4210_{5}", "4210_7", False, False),
     ("3+4i", r"3+4\mathrm{j}", False, False),
+    # Spaces between digits: groups of thousands, mixed numbers, arguments, and what isn't a number
+    ("12345", r"12\,345", True, True),
+    ("12345", r"12\!345", True, True),
+    ("12345", "12{,}345", True, True),
+    ("12345", "12 345", True, True),
+    ("12345", "12\u202f345", True, True),
+    ("-1234567.5", r"-1\;234\;567.5", True, True),
+    ("0.1234567", r"0.123\,456\,7", True, True),
+    (r"3\frac{1}{2}", "3 1/2", True, True),
+    (r"3\frac{1}{2}", r"3\,\tfrac12", True, True),
+    (r"\frac{7}{2}", "3 1/2.", False, True),
+    (r"\frac{702}{7}", "100 2/7", False, True),
+    (r"\frac{31}{2}", "3 1/2", False, False),
+    (r"\frac{3100}{7}", "3 100/7", False, False),
+    (r"\log_2 3", r"\log_{2} 3", True, True),
+    (r"\frac12 3", r"\frac 1 2 3", True, True),
+    (r"\frac12", r"\frac{2 5}{5 0}", False, False),
+    ("1 2", "1 2", True, True),
+    ("1 2", "12", False, False),
+    ("12", "1 2", False, False),
+    ("12", r"1\,2", False, False),
+    ("12", r"1\quad 2", False, False),
+    ("12", "1\u20092", False, False),
+    ("12", "1\n2", False, False),
+    ("1234", r"12\,34", False, False),
+    ("3", "1 2", False, False),
+    ("357", r"12\,345", False, False),
+    # Equations: a chain may derive the answer, and must not equate different numbers
+    ("5", "2+3=5", False, True),
+    ("5", "5=2+3", False, True),
+    ("5", r"x\approx 5", False, True),
+    ("x=5", "5", True, True),
+    ("60", r"1h=60", False, True),
+    (r"\sqrt{2}", r"\sqrt{2}\approx 1.41", False, True),
+    (r"\sqrt{30}", r"\sqrt{30}\approx 5", False, True),
+    ("0.33", r"\frac{1}{3}=0.33", False, True),
+    ("123456", r"123456\approx 1.2\times 10^{5}", False, True),
+    ("5", "6=5", False, False),
+    ("5", "5=6", False, False),
+    ("5", "5.4=5", False, False),
+    ("5", "x=6=5", False, False),
+    ("5", "6=x=5", False, False),
+    ("5", r"5 \approx 6", False, False),
+    ("5", r"5 \equiv 6", False, False),
+    ("6", r"5 \equiv 6", False, False),
+    ("5", r"5\approx 5.5\cdot 10", False, False),
+    ("5,7", "6=5,7", False, False),
+    ("0.33", r"\frac{1}{2}=0.33", False, False),
+    ("123456", r"123456\approx 1.2\times 10^{6}", False, False),
+    # Sets, tuples, and lists that may be either
+    (r"\{1,2,3\}", r"\left\{3, 2, 1\right\}", False, True),
+    (r"\{1,2\}", r"S=\{2,1\}", False, True),
+    ("1,2", r"\{2,1\}", False, True),
+    (r"\{1,2\}", "2,1", False, True),
+    ("(1,2)", "1,2", False, True),
+    (r"[0,1)\cup\{1\}", "[0,1]", False, True),
+    (r"\{1,2\}", r"\{1\}\cup\{2\}", False, True),
+    (r"\{(1,2),(2,1)\}", r"\{(2,1),(1,2)\}", False, True),
+    (r"\{1,2\}", "(1,2)", False, False),
+    (r"\{1,2\}", "(2,1)", False, False),
+    ("(1,2)", r"\{1,2\}", False, False),
+    ("(2,1)", r"\{2,1\}", False, False),
+    ("(2,1)", r"x=\{1,2\}", False, False),
+    ("(1,2)", "(2,1)", False, False),
+    (r"\{1,2,3\}", "(1,2,3)", False, False),
+    (r"\{(1,2)\}", r"\{\{1,2\}\}", False, False),
+    ("(1,2),(3,4)", r"\{1,2\},\{3,4\}", False, False),
+    # Boxes in truths and in answers, and nothing at all
+    (r"\[\boxed{5}\]", "5", True, True),
+    (r"\[\boxed{5}\]", r"\[\boxed{5}\]", True, True),
+    (r"\[\boxed{5}\]", r"\[\boxed{5}\]+17", False, False),
+    (r"$\boxed{\frac{n}{2}} .$", r"\frac n2", True, True),
+    (r"$\boxed{\frac{n}{2}} .$", r"$\boxed{\frac{n}{2}} .$", True, True),
+    (r"$\boxed{\frac{n}{2}} .$", r"$\boxed{\frac{n}{2}} .$+17", False, False),
+    (r"\boxed{x=\fbox{5}}", "5", True, True),
+    (r"The answer is $\boxed{(n-2)!}$.", "(n-2)!", True, True),
+    (r"\boxed{1},\boxed{2}", "1,2", True, True),
+    ("5", r"\text{Answer: }\boxed{5}", True, True),
+    ("5", r"\boxed{\boxed{5}}", True, True),
+    ("5", r"\boxed{5}+17", False, False),
+    ("5", r"17-\boxed{5}", False, False),
+    ("12", r"1\boxed{2}", False, False),
+    ("", "", False, False),
+    ("", "$$", False, False),
+    ("$$", "", False, False),
+    ("", "17", False, False),
 ]
 
 
@@ -134,7 +221,10 @@ EXTRACTION = [
     (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
     (r"\boxed{\{1,2\}}", r"\{1,2\}"),
     (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
-    (r"\boxed{\boxed{7}}", "7"),
+    (r"\boxed{\boxed{7}}", r"\boxed{7}"),
+    (r"\boxed{\boxed{7}+1}", r"\boxed{7}+1"),
+    (r"\boxed{1 \boxed{7}", "7"),
+    (r"\boxed{Answer: \boxed{7}}", r"Answer: \boxed{7}"),
     (r"\boxed {7}", "7"),
     (r"\fbox{7}", "7"),
     (r"\\boxed{7}", "7"),
@@ -172,10 +262,57 @@ def test_evaluation_takes_an_answer_from_a_sentence_only_where_there_is_no_other
     assert not math_boxed.compute_score(r"\boxed{8}, though the answer is 7", "7", rule="eval")["acc"]
 
 
-def test_result_has_the_same_keys_and_types_with_and_without_an_answer():
-    for response in (r"\boxed{7}", "nothing"):
-        result = math_boxed.compute_score(response, "7")
-        assert {key: type(value) for key, value in result.items()} == {"score": float, "acc": bool, "pred": str}
+UNREADABLE = [
+    "",
+    "$$",
+    r"\[\]",
+    r"\text{}",
+    "???",
+    "{5",
+    r"\foo{",
+    r"\boxed{",
+    r"\boxed{5",
+    "5+\\",
+    r"\frac{1}",
+    "No such n.",
+]
+
+
+@pytest.mark.parametrize("truth", UNREADABLE)
+@pytest.mark.parametrize("rule", ["train", "eval"])
+def test_a_truth_that_cannot_be_read_accepts_nothing_else(truth, rule):
+    for answer in ("", "$ $", "0", "17", "x", "5+17", r"\frac{1}{2}+17"):
+        assert not math_boxed.compute_score(rf"\boxed{{{answer}}}", truth, rule=rule)["acc"], answer
+        assert not math_boxed.compute_score(rf"Answer: {answer}", truth, rule=rule)["acc"], answer
+
+
+def test_a_part_of_an_answer_is_not_the_answer():
+    for line in (r"\frac{1}{2}+17" + "\\", r"17+\boxed{\frac{1}{2}", r"17+\fbox{\frac{1}{2}"):
+        assert not math_boxed.compute_score(f"Answer: {line}", r"\frac{1}{2}", rule="eval")["acc"], line
+
+
+def test_an_answer_of_more_than_2000_characters_is_wrong():
+    for truth, answer in (("x", "x"), (r"\frac{1}{2}", "0.5")):
+        for length, expected in ((2_000, True), (2_001, False)):
+            response = rf"\boxed{{{answer.ljust(length)}}}"
+            assert math_boxed.compute_score(response, truth, rule="eval")["acc"] is expected
+    assert math_boxed.compute_score(rf"\boxed{{{'x'.rjust(2_001)}}}", "x", rule="eval")["pred"] == ""
+
+
+def test_numbers_of_more_than_100_digits_are_compared_as_text_only():
+    for digits, expected in ((100, True), (101, False)):
+        number = "1" + "0" * (digits - 1)
+        assert math_boxed.compute_score(rf"\boxed{{10^{{{digits - 1}}}}}", number, rule="eval")["acc"] is expected
+        assert math_boxed.compute_score(rf"\boxed{{{number}}}", number, rule="eval")["acc"]
+
+
+def test_result_has_the_same_keys_and_types_whatever_was_graded():
+    types = {"score": float, "acc": bool, "pred": str, "timed_out": bool}
+    for source in ("math_dapo", "omni", "arithmetic"):
+        for response in (r"\boxed{7}", r"\boxed{\sqrt{49}}", "nothing"):
+            result = steer.compute_score(source, response, "7")
+            assert {key: type(value) for key, value in result.items()} == types
+            assert not result["timed_out"]
     assert math_boxed.compute_score(r"\boxed{$\dfrac12$}", "7")["pred"] == r"\frac{1}{2}"
 
 
@@ -186,25 +323,34 @@ def test_unknown_rule_is_refused():
         steer.compute_score("math_dapo", "", "", rule="strict")
 
 
-BENCHMARKS = [
-    "aime_2024_dapo_boxed",
-    "aime_2025_dapo_boxed",
-    "amc2023_dapo_boxed",
-    "math500",
-    "minerva_math",
-    "olympiadbench",
-    "gsm8k_test",
-    "omni",
-]
+# The data sources of the authors' files, whatever is unsure (the last three) by all the names it may have.
+PUBLISHED = {
+    "DAPO-Math-17k": ["math_dapo"],
+    "aime24": ["aime_2024_dapo_boxed"],
+    "aime25": ["aime_2025_dapo_boxed"],
+    "amc23": ["amc2023_dapo_boxed"],
+    "math500": ["math500"],
+    "olympiadbench": ["olympiadbench"],
+    "omni": ["omni_math_test", "omni", "omni_math"],
+    "minerva_math": ["minerva_math", "minerva_math_test", "minerva"],
+    "gsm8k_test": ["gsm8k_test", "gsm8k"],
+}
 
 
-@pytest.mark.parametrize("data_source", ["math_dapo", *BENCHMARKS])
+@pytest.mark.parametrize("data_source", [source for sources in PUBLISHED.values() for source in sources])
 def test_dispatch_by_data_source(data_source):
     evaluated = data_source != "math_dapo"
     by_rule = {"auto": evaluated, "train": False, "eval": True}
     for rule, expected in by_rule.items():
         result = steer.compute_score(data_source, r"\boxed{0.5}", r"\frac{1}{2}", {"index": 0}, rule=rule)
         assert result["acc"] is expected, rule
+
+
+def test_the_data_sources_that_this_project_writes_are_known(root):
+    specs = runpy.run_path(str(root / "datasets" / "make_datasets.py"))["SPECS"]
+    assert {spec.name for spec in specs} == PUBLISHED.keys()
+    for spec in specs:
+        assert spec.data_source in PUBLISHED[spec.name]
 
 
 def test_other_sources_go_to_verl():
@@ -263,6 +409,7 @@ def _plus_one(truth: str) -> str:
 )
 def test_real_ground_truths(name, rows, rule):
     source, truths = _truths(name, rows)
+    assert source in PUBLISHED[name]
     accepted, rejected, exceptions = 0, 0, []
     for truth, count in truths.items():
         right = steer.compute_score(source, rf"Hence it is \boxed{{{truth}}}.", truth, rule=rule)["score"] == 1.0

@@ -7,37 +7,29 @@ that, and also an answer further up that is equal after normalisation or, by mat
 """
 
 import re
+from collections import deque
 from typing import Literal
 
 from verl.utils.reward_score import math_symbolic
-from verl.utils.reward_score.math_normalize import clean, normalize
+from verl.utils.reward_score.math_normalize import boxes, clean, normalize
 
 TRAINING_WINDOW = 300  # characters at a response's end
 EVALUATION_WINDOW = 20_000
 MAX_ANSWER = 2_000  # a longer answer is wrong
 MAX_PRED = 300  # characters of an answer that are reported
 
-_BRACES = re.compile(r"(?P<box>\\{1,2}(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 _ANSWER_LINE = re.compile(r"\banswer\b[ \t*]*:[ \t*]*([^\n]+)", re.IGNORECASE)
 _ANSWER_IS = re.compile(r"\banswer is:?[ \t*]+([^\n]+?)(?=\.\s|\.?$|\n)", re.IGNORECASE | re.MULTILINE)
 _MATH_THEN_WORDS = re.compile(r"(?:\$([^$]+)\$|\\\((.+?)\\\))[a-zA-Z .*]*")
 
 
 def last_boxed(text: str) -> tuple[int, str] | None:
-    r"""Position and content of the last `\boxed{…}` or `\fbox{…}` in `text` whose braces balance, or None.
+    r"""End and content of the last `\boxed{…}` or `\fbox{…}` in `text` whose braces balance, or None.
 
-    As in TeX, `\{` and `\}` don't count. Of nested boxes the inner is the last. Takes time proportional to the length.
+    Of nested boxes that is the outer.
     """
-    last = None
-    opened: list[tuple[int, bool]] = []
-    for token in _BRACES.finditer(text):
-        if token[0] == "}":
-            start, is_box = opened.pop() if opened else (0, False)
-            if is_box and (last is None or start > last[0]):
-                last = start, text[start : token.start()]
-        elif token["box"] or token[0] == "{":
-            opened.append((token.end(), token["box"] is not None))
-    return last
+    last = deque(boxes(text), maxlen=1)
+    return (last[0][2], text[last[0][1] : last[0][2]]) if last else None
 
 
 def _without_words(answer: str) -> str:
@@ -63,9 +55,9 @@ def _same(answer: str | None, truth: str) -> bool:
     return answer is not None and len(answer) <= MAX_ANSWER and normalize(answer) == normalize(truth) != ""
 
 
-def _result(correct: bool, answer: str | None) -> dict:
+def _result(correct: bool, answer: str | None, timed_out: bool = False) -> dict:
     pred = normalize(answer[:MAX_ANSWER])[:MAX_PRED] if answer is not None else ""
-    return {"score": 1.0 if correct else -1.0, "acc": correct, "pred": pred}
+    return {"score": 1.0 if correct else -1.0, "acc": correct, "pred": pred, "timed_out": timed_out}
 
 
 def _grade_training(response: str, truth: str) -> dict:
@@ -78,10 +70,10 @@ def _grade_evaluation(response: str, truth: str, timeout: float) -> dict:
     if strict["acc"]:
         return strict
     answer = last_answer(response[-EVALUATION_WINDOW:], prose=True)
-    correct = _same(answer, truth)
-    if not correct and answer is not None and len(answer) <= MAX_ANSWER:
-        correct = math_symbolic.comparer.equivalent(clean(truth), clean(answer), timeout)
-    return _result(correct, answer)
+    verdict: bool | None = _same(answer, truth)
+    if not verdict and answer is not None and len(answer) <= MAX_ANSWER:
+        verdict = math_symbolic.comparer.equivalent(clean(truth), clean(answer), timeout)
+    return _result(bool(verdict), answer, timed_out=verdict is None)
 
 
 def compute_score(
@@ -93,10 +85,11 @@ def compute_score(
         solution_str: the response.
         ground_truth: the right answer, in LaTeX or plain.
         rule: `train` for the training rule, `eval` for the evaluation rule.
-        timeout: seconds that a symbolic comparison may take (evaluation rule only); past it, the answer is wrong.
+        timeout: seconds of CPU time that a symbolic comparison may take (evaluation rule only).
 
     Returns:
-        `score` (+1.0 or −1.0), `acc` (bool) and `pred` (str: the normalised answer, empty where the response has none).
+        `score` (+1.0 or −1.0), `acc` (bool), `pred` (str: the normalised answer, empty where the response has none) and
+        `timed_out` (bool: the comparison used up its time, so the answer counts as wrong without having been judged).
 
     Raises:
         ValueError: `rule` is neither.

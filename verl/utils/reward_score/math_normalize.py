@@ -4,11 +4,12 @@
 The rules cover what graders of MATH (Hendrycks et al., arXiv 2103.03874) and Minerva (Lewkowycz et al.,
 arXiv 2206.14858, appendix D) equate: shorthand fractions and roots, spacing, delimiters, units, currency, degrees,
 percent signs, text wrappers, thousands separators, superfluous zeros and a leading `x =`.
+A space between two digits is kept (`1 2` is not 12) unless it groups them in thousands. Boxes within an answer go.
 Every rule is a regular expression; none backtracks over more than one run of like characters.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 _UNICODE_TO_LATEX = str.maketrans(
     {
@@ -37,9 +38,6 @@ _UNICODE_TO_LATEX = str.maketrans(
         "，": ",",
         "（": "(",
         "）": ")",
-        "\t": " ",
-        "\n": " ",
-        "\u00a0": " ",
     }
 )
 
@@ -51,11 +49,14 @@ _UNIT_WORDS = (
 )
 _TOKEN = r"(\\[a-zA-Z]+|[^{}\\])"
 
-# Applied in this order. The spaces are still there in the first table and gone in the second.
+# A space has no meaning beside anything but a digit, nor after a digit that is the whole argument of a command.
+_IDLE_SPACES = r"(?<!\d)\s+|\s+(?!\d)"
+
+# Applied in this order. The first table sees all spaces, the second those between digits only.
 _WITH_SPACES: list[tuple[str, str]] = [
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits)(?![a-zA-Z])\.?", ""),
-    (r"(?<!\\)\\[,;:!> ]|~|\\q?quad(?![a-zA-Z])|\\hspace\*?\{[^{}]*\}", " "),
+    (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-zA-Z])|\\hspace\*?\{[^{}]*\}", " "),
     (r"\{,\}", ","),
     (r"(?<=\d), *(?=\d{3},\d{3}(?!\d))", ","),
     (r"\^ *\{? *\\circ *\}?|\\degree(?![a-zA-Z])", ""),
@@ -67,7 +68,8 @@ _WITH_SPACES: list[tuple[str, str]] = [
     (r"\\(?:text|mbox|hbox|textrm|textbf|textit|mathrm|mathbf|mathit|operatorname)\*?\{([^{}]*)\}", r"\1"),
 ]
 _WITHOUT_SPACES: list[tuple[str, str | Callable[[re.Match], str]]] = [
-    (r"\s+", ""),
+    (r"(\\(?:frac|sqrt|d?binom) *\d|[\^_] *\d) +(?=\d)", r"\1"),
+    (_IDLE_SPACES, ""),
     (r"\\(?:leq|leqslant)(?![a-zA-Z])|<=", r"\\le"),
     (r"\\(?:geq|geqslant)(?![a-zA-Z])|>=", r"\\ge"),
     (r"\\neq(?![a-zA-Z])", r"\\ne"),
@@ -90,21 +92,74 @@ _WITHOUT_SPACES: list[tuple[str, str | Callable[[re.Match], str]]] = [
     (r"^-?\d{1,3}(?:,\d{3})+(?:\.\d+)?$", lambda m: m[0].replace(",", "")),
     (r"^\(([a-zA-Z])\)$", r"\1"),
     (r"^[a-zA-Z]{2,}$", lambda m: m[0].lower()),
+    (_IDLE_SPACES, ""),
 ]
 
 _UPRIGHT_CONSTANT = re.compile(r"\\(?:mathrm|operatorname|text|rm)\{ *([ie]) *\}")
 _MATH_DELIMITERS = re.compile(r"(?<!\\)\$|(?<!\\)\\[()\[\]]")
 
+_BRACES = re.compile(r"(?P<box>\\{1,2}(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
+_PROSE = re.compile(r"(?:[a-zA-Z\s{}.:$]|\\(?:text(?:bf|it|rm)?(?![a-zA-Z])|[\[\]()]))*")
+
+_NEGATIVE_SPACE = re.compile(r"(?<!\\)\\!")
+_SPACE_BETWEEN_DIGITS = re.compile(r"(?<=\d)(?:\\[,;:> ]|\\q?quad|\\hspace\*?\{[^{}]*\}|[~ ])+(?=\d)")
+# The groups before and after the decimal point; `3 100/7` is a mixed number.
+_GROUPED_DIGITS = re.compile(
+    r"(?<![\d.])(?<!\d )\d{1,3}(?: \d{3})+(?![\d/]| [\d/])|(?<=\.\d{3})(?: \d{3})* \d{1,3}(?![\d/]| [\d/])"
+)
+_MIXED_NUMBER = re.compile(r"(?<![\d./])(?<!\d )(\d+) (\d+) ?/ ?(\d+)(?![\d/]|\.\d)")
+
+
+def boxes(text: str) -> Iterator[tuple[int, int, int]]:
+    r"""Where each `\boxed{…}` or `\fbox{…}` in `text` starts, its content starts and its content ends.
+
+    In the order in which they close: an outer box comes after those in it. Boxes that don't close are left out; as in
+    TeX, `\{` and `\}` don't count. Takes time proportional to the length.
+    """
+    opened: list[tuple[int, int] | None] = []
+    for token in _BRACES.finditer(text):
+        if token[0] == "}":
+            box = opened.pop() if opened else None
+            if box:
+                yield *box, token.start()
+        elif token["box"] or token[0] == "{":
+            opened.append((token.start(), token.end()) if token["box"] else None)
+
+
+def _without_boxes(text: str) -> str:
+    r"""The content of the one box in `text` where only words surround it, else all of `text` without the boxes' frames.
+
+    Words introduce a box; anything else, such as the end of `\boxed{5}+17`, belongs to the answer.
+    """
+    found = list(boxes(text))
+    while found:
+        start, content, end = found[-1]
+        if not _PROSE.fullmatch(text[:start] + text[end + 1 :]):
+            break
+        text = text[content:end]
+        found = list(boxes(text))
+    frames = sorted(cut for start, content, end in found for cut in ((start, content), (end, end + 1)))
+    kept, position = [], 0
+    for before, after in frames:
+        kept.append(text[position:before])
+        position = after
+    return " ".join([*kept, text[position:]])
+
 
 def clean(answer: str) -> str:
-    r"""Strip what carries no meaning: invisible characters, `$` and `\(` delimiters, markdown stars, final punctuation.
+    r"""Strip what carries no meaning: boxes, invisible characters, `$` and `\(` delimiters, stars, final punctuation.
 
-    Unicode symbols become their LaTeX commands. The meaning, percent signs included, is left as it is.
+    Unicode symbols become their LaTeX commands, `12\,345` becomes `12345` and `3 1/2` becomes `3\frac{1}{2}`. The
+    meaning, percent signs included, is left as it is.
     """
-    visible = "".join(char for char in answer.translate(_UNICODE_TO_LATEX) if char.isprintable())
+    unboxed = _without_boxes(answer).translate(_UNICODE_TO_LATEX)
+    visible = "".join(char if char.isprintable() else " " * char.isspace() for char in unboxed)
     visible = " ".join(visible.split())
     bare = _UPRIGHT_CONSTANT.sub(r"\1", _MATH_DELIMITERS.sub("", visible))
-    return bare.strip(" *`").rstrip(".,;: ").strip()
+    spaced = _SPACE_BETWEEN_DIGITS.sub(" ", _NEGATIVE_SPACE.sub("", bare))
+    grouped = _GROUPED_DIGITS.sub(lambda digits: digits[0].replace(" ", ""), spaced)
+    mixed = _MIXED_NUMBER.sub(r"\1\\frac{\2}{\3}", grouped)
+    return mixed.strip(" *`").rstrip(".,;: ").strip()
 
 
 def normalize(answer: str) -> str:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from verl.utils.reward_score import default_compute_score, math_boxed
 
 TRAINING_SOURCES = {"math_dapo"}
-BENCHMARK_SOURCES = {"math500", "minerva_math", "olympiadbench", "gsm8k_test", "omni"}
-BENCHMARK_PREFIXES = ("aime", "amc")  # aime_2024_dapo_boxed, aime_2025_dapo_boxed, amc2023_dapo_boxed
+# Beginnings, since one benchmark has several names: aime_2024_dapo_boxed, minerva_math, omni and omni_math_test, …
+BENCHMARKS = ("aime", "amc", "gsm8k", "math500", "minerva", "olympiad", "omni")
 
 
 def compute_score(
@@ -33,11 +33,12 @@ def compute_score(
         extra_info: the row's `extra_info`; for verl's own graders only.
         rule: `auto` grades benchmarks by the evaluation rule and training data by the training rule; `train` and `eval`
             apply one rule to every mathematical source. verl doesn't tell a reward function whether it validates.
-        timeout: seconds that a symbolic comparison may take.
+        timeout: seconds of CPU time that a symbolic comparison may take.
         **kwargs: for verl's own graders, such as `sandbox_fusion_url`.
 
     Returns:
-        `{"score": ±1.0, "acc": bool, "pred": str}` for mathematical sources; what their grader returns for others.
+        `{"score": ±1.0, "acc": bool, "pred": str, "timed_out": bool}` for mathematical sources, arithmetic included;
+        what their grader returns for others.
 
     Raises:
         ValueError: `rule` is none of the three.
@@ -45,7 +46,7 @@ def compute_score(
     """
     if rule not in ("auto", "train", "eval"):
         raise ValueError(f"rule={rule!r}: expected 'auto', 'train' or 'eval'")
-    is_benchmark = data_source in BENCHMARK_SOURCES or data_source.startswith(BENCHMARK_PREFIXES)
+    is_benchmark = data_source.startswith(BENCHMARKS)
     if is_benchmark or data_source in TRAINING_SOURCES:
         if rule == "auto":
             rule = "eval" if is_benchmark else "train"
@@ -53,5 +54,6 @@ def compute_score(
     if data_source == "arithmetic":
         from verl.utils.reward_score import arithmetic
 
-        return arithmetic.compute_score(solution_str, ground_truth)
+        # verl takes a batch's keys from its first row, so all of STEER's sources have the same.
+        return {**arithmetic.compute_score(solution_str, ground_truth), "timed_out": False}
     return default_compute_score(data_source, solution_str, ground_truth, extra_info, **kwargs)
