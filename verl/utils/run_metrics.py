@@ -27,10 +27,11 @@ from scipy.stats import t as student_t
 ENTROPY, WEIGHT = "actor/entropy", "actor/token_weights_mean"
 TOKENS, SECONDS = "perf/total_num_tokens", "perf/time_per_step"
 
-#: Columns of `audit/*.parquet`, one row a token; the estimates are further ones, `omega_NAME`.
+#: Columns of `audit/*.parquet`, one row a token; the estimates are further ones, `omega_NAME`, and so is `clipped`
+#: where the loss clips as PPO does.
 AUDIT_COLUMNS = (
     *("step", "mini_batch", "token_id", "text", "response", "position"),
-    *("prob", "entropy", "advantage", "ratio", "clipped", "weight", "true_change"),
+    *("prob", "entropy", "advantage", "ratio", "weight", "true_change"),
 )
 
 _RESUMED = re.compile(r"_from_(\d+)$")
