@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configurations and launchers: what they resolve to, and that a bad value gives one clear line."""
 
+import math
 import re
 from copy import deepcopy
 from dataclasses import fields
@@ -11,7 +12,12 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from verl.trainer import main_ppo
-from verl.trainer.ppo.core_algos import get_adv_estimator_fn, get_policy_loss_fn
+from verl.trainer.ppo.core_algos import (
+    BASE_LOSSES,
+    ENTROPY_CHANGE_ESTIMATORS,
+    get_adv_estimator_fn,
+    get_policy_loss_fn,
+)
 from verl.trainer.ppo.entropy_advantages import AdvantageOptions
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.entropy_audit import AuditOptions
@@ -19,7 +25,9 @@ from verl.workers.config import PolicyLossConfig
 
 import verl_steer
 
-POLICY_LOSS = "actor_rollout_ref.actor.policy_loss"
+ACTOR = "actor_rollout_ref.actor"
+POLICY_LOSS = f"{ACTOR}.policy_loss"
+MANAGER = "actor_rollout_ref.rollout.agent.agent_loop_manager_class"
 
 RELEASED = {
     "data.train_batch_size": 512,
@@ -226,20 +234,27 @@ def test_every_hardware_goes_with_every_task(hardware, task, monkeypatch):
             {"base_loss": "bypass_mode"},
             "policy_loss.base_loss='bypass_mode': expected one of vanilla, gspo, cispo, sapo, geo_mean, gpg",
         ),
-        ({"advantage_entropy_alpha": -1}, "policy_loss.advantage_entropy_alpha=-1: expected a number of at least 0"),
-        ({"advantage_entropy_kappa": 1.0}, "policy_loss.advantage_entropy_kappa=1.0: expected a number above 1"),
-        ({"dynamic_clip_low": 0.0}, "policy_loss.dynamic_clip_low=0.0: expected a number above 0"),
-        ({"dynamic_clip_high": "wide"}, "policy_loss.dynamic_clip_high='wide': expected a number above 0"),
+        ({"advantage_entropy_alpha": -1}, "advantage_entropy_alpha=-1: expected a finite number of at least 0"),
+        ({"advantage_entropy_kappa": 1.0}, "policy_loss.advantage_entropy_kappa=1.0: expected a finite number above 1"),
+        ({"dynamic_clip_low": 0.0}, "policy_loss.dynamic_clip_low=0.0: expected a finite number above 0"),
+        ({"dynamic_clip_high": "wide"}, "policy_loss.dynamic_clip_high='wide': expected a finite number above 0"),
         ({"high_entropy_share": 0}, "policy_loss.high_entropy_share=0: expected a number above 0 and at most 1"),
         (
             {"quadrant": "all"},
             "policy_loss.quadrant='all': expected one of positive_likely, positive_unlikely, negative",
         ),
-        ({"quadrant_weight": -0.5}, "policy_loss.quadrant_weight=-0.5: expected a number of at least 0"),
+        ({"quadrant_weight": -0.5}, "policy_loss.quadrant_weight=-0.5: expected a finite number of at least 0"),
         ({"quadrant_probability": 2}, "policy_loss.quadrant_probability=2: expected a number above 0 and at most 1"),
-        ({"target_entropy": True}, "policy_loss.target_entropy=True: expected a number above 0"),
-        ({"entropy_coeff_step": 0}, "policy_loss.entropy_coeff_step=0: expected a number above 0"),
-        ({"entropy_coeff_max": 0}, "policy_loss.entropy_coeff_max=0: expected a number above 0"),
+        ({"target_entropy": True}, "policy_loss.target_entropy=True: expected a finite number above 0"),
+        ({"entropy_coeff_step": 0}, "policy_loss.entropy_coeff_step=0: expected a finite number above 0"),
+        ({"entropy_coeff_max": 0}, "policy_loss.entropy_coeff_max=0: expected a finite number above 0"),
+        ({"clip_cov_ratio": 0.0}, "policy_loss.clip_cov_ratio=0.0: expected a finite number above 0"),
+        ({"kl_cov_ratio": -1}, "policy_loss.kl_cov_ratio=-1: expected a finite number above 0"),
+        ({"loss_mode": "dro"}, "policy_loss.dro_beta=None: expected a finite number above 0 with the loss dro"),
+        (
+            {"loss_mode": "entropy_control", "base_loss": "dro", "dro_beta": 0},
+            "policy_loss.dro_beta=0: expected a finite number above 0 with the loss dro",
+        ),
         ({"linear": "yes"}, "policy_loss.linear='yes': expected true or false"),
         ({"entropy_change_estimator": "best"}, "entropy_change_estimator='best': expected one of released"),
     ],
@@ -247,6 +262,38 @@ def test_every_hardware_goes_with_every_task(hardware, task, monkeypatch):
 def test_bad_options_are_named(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         PolicyLossConfig(**options)
+
+
+NUMBERS = [field.name for field in fields(PolicyLossConfig) if "float" in str(field.type)]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, True, "0.5", [0.5]], ids=str)
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_is_a_finite_number(name, bad):
+    if name in ("clip_cov_lb", "clip_cov_ub") and bad in (math.inf, -math.inf):
+        assert getattr(PolicyLossConfig(**{name: bad}), name) == bad  # bounds, of which there may be none
+    else:
+        with pytest.raises(ValueError, match=rf"^policy_loss.{name}={re.escape(repr(bad))}: expected a .*number"):
+            PolicyLossConfig(**{name: bad})
+
+
+def test_upstreams_numbers_may_be_null():
+    """Where upstream takes its own default."""
+    names = ["clip_cov_ratio", "clip_cov_lb", "clip_cov_ub", "kl_cov_ratio", "ppo_kl_coef", "dro_beta"]
+    options = PolicyLossConfig(**dict.fromkeys(names))
+    assert all(getattr(options, name) is None for name in names) and set(names) < set(NUMBERS)
+
+
+@pytest.mark.parametrize("estimator", ENTROPY_CHANGE_ESTIMATORS)
+@pytest.mark.parametrize("base_loss", BASE_LOSSES)
+def test_an_estimator_that_reads_ppos_clip_goes_with_ppos_loss_only(base_loss, estimator):
+    options = {"base_loss": base_loss, "entropy_change_estimator": estimator}
+    if base_loss == "vanilla" or estimator in ("released", "squared"):
+        PolicyLossConfig(**options)
+    else:
+        message = f"policy_loss.base_loss='{base_loss}': expected vanilla with entropy_change_estimator={estimator}"
+        with pytest.raises(ValueError, match=re.escape(message)):
+            PolicyLossConfig(**options)
 
 
 def test_bad_value_ends_a_launcher_in_one_line(command, root):
@@ -301,13 +348,74 @@ def test_bad_value_ends_a_launcher_in_one_line(command, root):
         ),
         (
             ["algorithm.adv_estimator=unlikeliness", "trainer.v1.trainer_mode=sync"],
-            "trainer.v1.trainer_mode=sync: expected steer, and trainer.use_v1=true, with algorithm.adv_estimator=unlik",
+            "trainer.v1.trainer_mode=sync: expected steer with algorithm.adv_estimator=unlikeliness",
+        ),
+        (
+            ["algorithm.adv_estimator=psr", "algorithm.use_kl_in_reward=true", "trainer.v1.trainer_mode=sync"],
+            "trainer.v1.trainer_mode=sync: expected steer with algorithm.adv_estimator=psr, algorithm.use_kl_in_reward",
+        ),
+        (
+            [f"{POLICY_LOSS}.entropy_change_estimator=exact", "trainer.v1.trainer_mode=sync", f"{MANAGER}=null"],
+            "trainer.v1.trainer_mode=sync: expected steer with policy_loss.entropy_change_estimator=exact",
+        ),
+        (
+            [f"{POLICY_LOSS}.entropy_change_estimator=exact", "trainer.use_v1=false", f"{MANAGER}=null"],
+            "trainer.use_v1=False: expected true with policy_loss.entropy_change_estimator=exact",
+        ),
+        (
+            ["trainer.v1.trainer_mode=sync"],
+            "trainer.v1.trainer_mode=sync: expected steer with rollout.agent.agent_loop_manager_class=verl.trainer."
+            "ppo.v1.agent_loop_batched.BatchedAgentLoopManager (null: upstream's manager)",
+        ),
+        (
+            ["trainer.use_v1=false"],
+            "trainer.use_v1=False: expected true with rollout.agent.agent_loop_manager_class=verl.",
+        ),
+        ([f"{POLICY_LOSS}.token_weight_min=true"], "policy_loss.token_weight_min=True: expected a finite number"),
+        ([f"{POLICY_LOSS}.token_weight_max=inf"], "policy_loss.token_weight_max=inf: expected a finite number"),
+        ([f"{POLICY_LOSS}.token_weight_max=much"], "policy_loss.token_weight_max='much': expected a finite number"),
+        ([f"{ACTOR}.clip_ratio_c=1"], "actor.clip_ratio_c=1: expected a number above 1 with the loss vanilla"),
+        ([f"{ACTOR}.clip_ratio_c=null"], "actor.clip_ratio_c=None: expected a number above 1 with the loss vanilla"),
+        ([f"{ACTOR}.clip_ratio_c=nan"], "actor.clip_ratio_c=nan: expected a number above 1 with the loss vanilla"),
+        (
+            [f"{ACTOR}.clip_ratio_c=0.5", f"{POLICY_LOSS}.loss_mode=dynamic_clip"],
+            "actor.clip_ratio_c=0.5: expected a number above 1 with the loss dynamic_clip",
+        ),
+        (
+            [f"{ACTOR}.clip_ratio_c=0", f"{POLICY_LOSS}.base_loss=dppo_tv"],
+            "actor.clip_ratio_c=0: expected a number above 0 with the loss dppo_tv",
+        ),
+        ([f"{ACTOR}.clip_ratio_low=-0.1"], "actor.clip_ratio_low=-0.1: expected a number of at least 0"),
+        ([f"{ACTOR}.clip_ratio_low=nan"], "actor.clip_ratio_low=nan: expected a number of at least 0"),
+        ([f"{ACTOR}.clip_ratio_high=-1"], "actor.clip_ratio_high=-1: expected a number of at least 0"),
+        ([f"{ACTOR}.clip_ratio_high=true"], "actor.clip_ratio_high=True: expected a number of at least 0"),
+        (
+            [f"{ACTOR}.clip_ratio_high=null", f"{ACTOR}.clip_ratio=wide"],
+            "actor.clip_ratio=wide: expected a number of at least 0",
         ),
     ],
 )
 def test_runs_that_cannot_work_are_refused(overrides, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         main_ppo.prepare(resolved("steer_exp", "hardware=cpu", *overrides))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["trainer.v1.trainer_mode=sync", f"{MANAGER}=null"],
+        ["trainer.use_v1=false", f"{MANAGER}=null"],
+        ["algorithm.adv_estimator=psr", "trainer.v1.trainer_mode=sync", f"{MANAGER}=null"],
+        ["algorithm.adv_estimator=psr", "algorithm.use_kl_in_reward=true"],
+        # What a loss doesn't read may be anything, and a bound may be infinite or fall back to clip_ratio.
+        [f"{ACTOR}.clip_ratio_c=null", f"{POLICY_LOSS}.base_loss=gspo"],
+        [f"{ACTOR}.clip_ratio_c=0.5", f"{POLICY_LOSS}.loss_mode=cispo"],
+        [f"{ACTOR}.clip_ratio_c=1", f"{POLICY_LOSS}.base_loss=dppo_kl"],
+        [f"{ACTOR}.clip_ratio_c=inf", f"{ACTOR}.clip_ratio_high=inf", f"{ACTOR}.clip_ratio_low=null"],
+    ],
+)
+def test_runs_that_can_work_are_not_refused(overrides):
+    main_ppo.prepare(resolved("steer_exp", "hardware=cpu", *overrides))
 
 
 @pytest.mark.parametrize("plus", ["", "+"])
@@ -324,7 +432,10 @@ def test_the_entropy_audit_is_off_unless_it_is_asked_for(plus):
         ("trainer.entropy_audit.freq=-1", "trainer.entropy_audit.freq=-1: expected an integer of at least 0"),
         ("trainer.entropy_audit.freq=often", "trainer.entropy_audit.freq='often': expected an integer of at least 0"),
         ("+trainer.entropy_audit.every=2", "trainer.entropy_audit.every: unknown; expected one of freq, tokens"),
-        ("trainer.v1.trainer_mode=sync", "trainer.v1.trainer_mode=sync: expected steer with trainer.entropy_audit"),
+        (
+            f"trainer.v1.trainer_mode=sync {MANAGER}=null",
+            "trainer.v1.trainer_mode=sync: expected steer with trainer.entropy_audit",
+        ),
         ("actor_rollout_ref.actor.strategy=megatron", "actor.strategy=megatron: expected fsdp or fsdp2 with trainer."),
         (
             "actor_rollout_ref.actor.fsdp_config.one_pass_reductions=false",
@@ -341,11 +452,11 @@ def test_the_entropy_audit_is_off_unless_it_is_asked_for(plus):
     ],
 )
 def test_an_audit_that_cannot_be_made_is_refused(override, message):
-    overrides = [override] if "freq" in override else ["trainer.entropy_audit.freq=2", override]
+    overrides = override.split() if "freq" in override else ["trainer.entropy_audit.freq=2", *override.split()]
     with pytest.raises(ValueError, match=re.escape(message)):
         main_ppo.prepare(resolved("grpo", "hardware=cpu", *overrides))
     if "entropy_audit" not in override:
-        main_ppo.prepare(resolved("grpo", "hardware=cpu", override))
+        main_ppo.prepare(resolved("grpo", "hardware=cpu", *override.split()))
 
 
 def test_bypass_mode_asks_for_the_current_entropy():

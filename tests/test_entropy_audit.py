@@ -32,6 +32,7 @@ from verl.utils.entropy_audit import (
     signed_estimates,
     write_tokens,
 )
+from verl.utils.run_metrics import Run
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.utils.losses import ppo_loss
@@ -306,6 +307,17 @@ def test_the_file_has_its_columns_and_every_valid_token(audit):
     assert tokens["text"].map(type).eq(str).all() and tokens["clipped"].dtype == bool and tokens["clipped"].any()
 
 
+@pytest.mark.parametrize("options", [{"loss_mode": "cispo"}, {"base_loss": "gspo"}], ids=str)
+def test_of_a_loss_that_does_not_clip_as_ppo_nothing_tells_of_ppos_clip(model_folder, tmp_path, options):
+    _, _, metrics, _ = train(model_folder, AuditRequest(4, str(tmp_path), 1000, MINI_BATCHES), **options)
+    of_ppo = {"clipped", "omega_clip_aware", "omega_exact"}
+    file = tmp_path / "audit/step_4_rank_0.parquet"
+    write_tokens(pd.read_parquet(tmp_path / "step_4_rank_0.parquet"), AuditRequest(4, str(file.parent), 1000, 1), 0)
+    assert set(COLUMNS) - set(Run("run", tmp_path).audit.columns) == of_ppo
+    scored = {name.split("/")[1] for name in metrics[0] if name.endswith("/mse")}
+    assert scored == set(AUDITED_ESTIMATORS) - {"clip_aware", "exact"}
+
+
 def entropies_of(engine, batch):
     """Entropies and log-probs of the response tokens by Hugging Face's forward pass, packed."""
     entropies, log_probs = [], []
@@ -525,7 +537,7 @@ def test_the_audit_of_a_step_holds_the_old_policy_against_the_new_one(monkeypatc
     monkeypatch.setattr(step_entropy_audit, "tq", queue)
     old_entropy = queue.fields["entropy"]
     batch = KVBatchMeta(partition_id="train", keys=["a"], tags=[{}], extra_info={"mini_batch_size": 3})
-    scores = step_entropy_audit.audit_step(batch, queue, 0.7, (0.2, 0.28, 10.0))
+    scores = step_entropy_audit.audit_step(batch, queue, 0.7)
     assert queue.calls == [{"calculate_entropy": True, "compute_loss": False, "temperature": 0.7}]
     # What others read of the batch is as it was.
     assert queue.fields["entropy"] is old_entropy and batch.extra_info == {"mini_batch_size": 3}
@@ -550,8 +562,6 @@ def trainer(monkeypatch, tmp_path):
                     "policy_loss": {"loss_mode": "vanilla"},
                     "ppo_mini_batch_size": 2,
                     "ppo_epochs": 3,
-                    "clip_ratio_low": 0.2,
-                    "clip_ratio_high": 0.28,
                 },
                 "rollout": {"n": 4, "temperature": 0.7},
             }
@@ -590,7 +600,7 @@ def test_the_trainer_asks_for_an_audit_at_audited_steps_only(trainer, tmp_path):
     request = AuditRequest(2, str(tmp_path / "audit"), 77, mini_batches=6)
     assert trainer.sent == [{}, flags, {"calculate_sum_pi_squared": True}, flags | {"entropy_audit": request}]
     assert "entropy_audit/step/x" not in plain
-    assert audited["entropy_audit/step/x"] == ("workers", 0.7, (0.2, 0.28, 3.0))
+    assert audited["entropy_audit/step/x"] == ("workers", 0.7)
     assert audited["entropy_audit/tokens"] == 3.0 and "actor/entropy_audit/tokens" not in audited
     assert audited["actor/pg_loss"] == 1.0
 

@@ -16,10 +16,11 @@ from test_policy_loss import NoHostSynchronisation, actor_config, gradient
 from test_token_weights import random_batch
 from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla, get_adv_estimator_fn, get_policy_loss_fn
 from verl.trainer.ppo.entropy_advantages import (
-    OLD_POLICY_FIELDS,
+    FIELDS_READ,
     AdvantageOptions,
+    batch_fields,
     entropy_weighted_rewards,
-    old_policy,
+    fields_read,
 )
 from verl.trainer.ppo.entropy_interventions import QUADRANTS, dynamic_clip_bounds, in_quadrant
 from verl.trainer.ppo.v1.adaptive_entropy import AdaptiveEntropyCoefficient
@@ -27,7 +28,7 @@ from verl.utils.entropy_audit import AuditOptions
 from verl.workers.utils.losses import statistics_taken
 
 LOSSES = ("adaptive_entropy", "entropy_shaped_advantage", "dynamic_clip", "high_entropy_tokens", "quadrant")
-ESTIMATORS = ("psr", "nsr", "w_reinforce", "unlikeliness", "gtpo", "grpo_s")
+ESTIMATORS = tuple(FIELDS_READ)
 
 
 def loss_of(mode, batch, agg="token-mean", weights=None, **options):
@@ -250,7 +251,7 @@ def advantages_of(name, rewards, mask, index, config=None, **fields):
     """An estimator on outcome rewards, which stand on the last column as verl's do."""
     token_level_rewards = torch.zeros(mask.shape)
     token_level_rewards[:, -1] = torch.tensor(rewards)
-    with old_policy(fields):
+    with batch_fields(fields):
         advantages, returns = get_adv_estimator_fn(name)(
             token_level_rewards=token_level_rewards,
             response_mask=mask,
@@ -330,6 +331,18 @@ def test_entropy_weighted_rewards_by_hand():
     torch.testing.assert_close(found, torch.tensor([[0.9, 1.0], [1.1, 0.0], [-1.12, -1.0], [-0.88, 0.0]]))
 
 
+def test_entropies_have_a_floor():
+    """Of two wrong answers one is certain: 1 / H of 0 counts as 1 / 0.0001, beside 1 / 0.01 of the other.
+
+    0.8 + 0.2 * 2 * (10000, 100) / 10100.
+    """
+    entropys = torch.tensor([[0.0], [0.01]])
+    found = entropy_weighted_rewards(
+        entropys, entropys >= 0, torch.tensor([False, False]), ["a"] * 2, {"entropy_reward_share": 0.2}
+    )
+    torch.testing.assert_close(found, -torch.tensor([[0.8 + 0.4 * 10000 / 10100], [0.8 + 0.4 * 100 / 10100]]))
+
+
 def test_gtpo_by_hand():
     """The rewards above minus their mean over the six tokens, 0, by their standard deviation over them."""
     found = advantages_of("gtpo", REWARDS, MASK, ["a"] * 4, {"entropy_reward_share": 0.2}, entropy=ENTROPYS)
@@ -402,7 +415,49 @@ def test_estimators_survive_empty_and_certain_responses(name):
     assert found.isfinite().all() and not found[mask == 0].any()
 
 
-@pytest.mark.parametrize("name", OLD_POLICY_FIELDS)
+PENALISED = {"use_kl_in_reward": True, "norm_adv_by_std_in_grpo": False}
+
+
+@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "unlikeliness"])
+def test_a_kl_penalty_makes_no_answer_right_or_wrong(name):
+    """Penalties of 1.5 and of -1.5, as an estimate of the KL divergence may be, turn the sign of every reward."""
+    fields = {"entropy": ENTROPYS, "old_log_probs": -ENTROPYS}
+    scores = torch.tensor(REWARDS)[:, None] * torch.tensor([[0.0, 1.0]])
+    expected = advantages_of(name, REWARDS, MASK, ["a"] * 4, {"norm_adv_by_std_in_grpo": False}, **fields)
+    penalised = [-0.5, -0.5, 0.5, 0.5]
+    found = advantages_of(name, penalised, MASK, ["a"] * 4, PENALISED, **fields, rm_scores=scores)
+    assert expected.any()
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=0.0)
+
+
+def test_unlikeliness_raises_the_penalised_rewards_of_right_answers():
+    """Scores 1, 1 and -1, penalties 1.5, 0 and -1.5; log-probs -1, -2 and -3, so that ranks are 0, 1, 2 of 3.
+
+    With beta 0.3 the factors are 1 - 0.3 * 3/3 = 0.7, 1 - 0.3 * 2/3 = 0.8 and, of the wrong answer, 1.
+    """
+    log_prob, mask = torch.tensor([[-1.0], [-2.0], [-3.0]]), torch.ones(3, 1)
+    config, scores = PENALISED | {"unlikeliness_beta": 0.3}, torch.tensor([[1.0], [1.0], [-1.0]])
+    found = advantages_of(
+        "unlikeliness", [-0.5, 1.0, 0.5], mask, ["a"] * 3, config, old_log_probs=log_prob, rm_scores=scores
+    )
+    rewards = torch.tensor([[-0.35], [0.8], [0.5]])
+    torch.testing.assert_close(found, rewards - rewards.mean())
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_estimators_name_the_scores_that_the_trainer_must_give(name):
+    fields = {"entropy": torch.ones(1, 2), "old_log_probs": torch.ones(1, 2)}
+    with pytest.raises(ValueError, match=f"adv_estimator={name}: the batch has no rm_scores; expected trainer.v1"):
+        advantages_of(name, [1.0], torch.ones(1, 2), ["a"], PENALISED, **fields)
+
+
+def test_the_fields_that_an_estimator_reads():
+    assert [fields_read({"adv_estimator": name}) for name in ("grpo", "psr", "gtpo")] == [(), (), ("entropy",)]
+    penalised = [fields_read({"adv_estimator": name, **PENALISED}) for name in ("grpo", "psr", "gtpo")]
+    assert penalised == [(), ("rm_scores",), ("entropy", "rm_scores")]
+
+
+@pytest.mark.parametrize("name", [name for name, fields in FIELDS_READ.items() if fields])
 def test_estimators_name_what_the_trainer_must_give(name):
     with pytest.raises(
         ValueError, match=f"adv_estimator={name}: the batch has no .*; expected trainer.v1.trainer_mode"
@@ -427,11 +482,11 @@ def trainer(monkeypatch):
     """The steer trainer without Ray: upstream's methods return what they were called with."""
     from verl.trainer.ppo.v1 import trainer_steer
 
-    seen = {}
+    seen = {"arguments": {}}
 
     def upstream_compute_advantage(self, batch, metrics):
         with torch.no_grad():
-            seen["advantages"] = advantages_without_context("gtpo")
+            seen["advantages"] = advantages_without_context("gtpo", **seen["arguments"])
         return batch
 
     monkeypatch.setattr(trainer_steer.PPOTrainerSync, "_update_actor", lambda self, batch, metrics: batch)
@@ -441,8 +496,13 @@ def trainer(monkeypatch):
         nested = torch.nested.as_nested_tensor(
             [row[m.bool()] for row, m in zip(ENTROPYS, MASK, strict=True)], layout=torch.jagged
         )
+        scores = torch.nested.as_nested_tensor(
+            [row[m.bool()] * reward for row, m, reward in zip(torch.ones(4, 2), MASK, REWARDS, strict=True)],
+            layout=torch.jagged,
+        )
         seen["fetched"] = (keys, partition_id, select_fields)
-        return TensorDict({"entropy": nested}, batch_size=4)
+        fields = {"entropy": nested, "rm_scores": scores}
+        return TensorDict({name: fields[name] for name in select_fields}, batch_size=4)
 
     monkeypatch.setattr(trainer_steer.tq, "kv_batch_get", fetch)
     built = trainer_steer.SteerTrainer.__new__(trainer_steer.SteerTrainer)
@@ -461,12 +521,16 @@ def trainer(monkeypatch):
     return built
 
 
-def advantages_without_context(name):
+def advantages_without_context(name, rewards=REWARDS, config=None):
     """As verl calls an estimator: what it reads of the old policy is there only if the trainer has put it there."""
     token_level_rewards = torch.zeros(MASK.shape)
-    token_level_rewards[:, -1] = torch.tensor(REWARDS)
-    index = np.array(["a"] * 4, dtype=object)
-    return get_adv_estimator_fn(name)(token_level_rewards=token_level_rewards, response_mask=MASK, index=index)[0]
+    token_level_rewards[:, -1] = torch.tensor(rewards)
+    return get_adv_estimator_fn(name)(
+        token_level_rewards=token_level_rewards,
+        response_mask=MASK,
+        index=np.array(["a"] * 4, dtype=object),
+        config=config,
+    )[0]
 
 
 def test_the_trainer_gives_an_estimator_the_old_policys_entropies(trainer):
@@ -478,6 +542,16 @@ def test_the_trainer_gives_an_estimator_the_old_policys_entropies(trainer):
     trainer.config.algorithm.adv_estimator = "grpo"
     with pytest.raises(ValueError, match="the batch has no entropy"):
         trainer._compute_advantage(batch, {})
+
+
+def test_the_trainer_gives_an_estimator_the_scores_before_a_kl_penalty(trainer):
+    batch = SimpleNamespace(keys=["a_0_0"], partition_id="train", extra_info={})
+    trainer.config.algorithm.use_kl_in_reward = True
+    trainer.seen["arguments"] = {"rewards": [-0.5, -0.5, 0.5, 0.5], "config": trainer.config.algorithm}
+    trainer._compute_advantage(batch, {})
+    assert trainer.seen["fetched"][2] == ["entropy", "rm_scores"]
+    expected = advantages_of("gtpo", REWARDS, MASK, ["a"] * 4, entropy=ENTROPYS)
+    torch.testing.assert_close(trainer.seen["advantages"], expected)
 
 
 def test_the_trainer_sends_the_flag_of_the_sums_and_the_coefficient(trainer):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The policy loss `entropy_control`, alone and as verl's `ppo_loss` calls it."""
 
+import math
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -10,15 +12,17 @@ from verl.trainer.ppo.core_algos import (
     BASE_LOSSES,
     POLICY_LOSS_REGISTRY,
     EntropyChangeRange,
+    clips_as_ppo,
     compute_policy_loss_vanilla,
     compute_token_weights,
     estimate_entropy_change,
     get_policy_loss_fn,
+    ppo_clipped,
 )
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType
 from verl.workers.config import FSDPActorConfig, PolicyLossConfig
-from verl.workers.utils.losses import ppo_loss
+from verl.workers.utils.losses import ppo_loss, statistics_taken
 from verl.workers.utils.padding import no_padding_2_padding
 
 
@@ -144,6 +148,57 @@ def test_metrics_by_hand():
     assert metrics["actor/token_weights_min"] == pytest.approx(0.8) and metrics["actor/token_weights_max"] == 1.2
     weights = compute_token_weights(advantages, torch.ones(1, 5), old_log_prob, log_prob, mask)
     assert metrics["actor/token_weights_mean"] == pytest.approx(weights.sum().item() / 4)
+
+
+def test_estimates_of_tokens_that_are_not_valid_are_not_logged():
+    """A * 0.5 * (ln 0.5 + ln 2 + 1) of the valid tokens is 0.05 and 0.1, of the other one 5."""
+    log_prob = torch.tensor([[0.5, 0.5, 0.5]]).log()
+    advantages, entropys = torch.tensor([[0.1, 0.2, 10.0]]), torch.full((1, 3), math.log(2) + 1)
+    batch = (advantages, entropys, log_prob, log_prob, torch.tensor([[1, 1, 0]]))
+    _, metrics = steer_loss(batch, actor_config())
+    assert float(metrics["actor/entropy_change_mean"]) == pytest.approx(0.075)
+    assert float(metrics["actor/entropy_change_max"]) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("quantile", [0.2, 0.5, 0.8])
+def test_the_threshold_map_has_the_configured_quantile(quantile):
+    batch = random_batch()
+    config = actor_config(token_weight_map="threshold", token_weight_quantile=quantile)
+    _, metrics = steer_loss(batch, config)
+    advantages, entropys, old_log_prob, log_prob, mask = batch
+    change = estimate_entropy_change(advantages, entropys, old_log_prob, log_prob)[mask].sort().values
+    held_back = len(change) - 1 - int(quantile * (len(change) - 1))
+    assert change.unique().numel() == len(change)
+    assert float(metrics["actor/token_weights_below_0.9"]) == pytest.approx(held_back / len(change))
+
+
+@pytest.mark.parametrize("loss_mode", sorted(POLICY_LOSS_REGISTRY.keys() - {"entropy_control", "bypass_mode"}))
+def test_the_losses_that_clip_as_ppo_does_are_known(loss_mode):
+    """In those a token with an advantage is without gradient just where PPO clips it, in others not."""
+    advantages, entropys, old_log_prob, log_prob, mask = random_batch(spread=1.5)
+    config = actor_config(
+        loss_mode, agg="token-sum", high_entropy_share=1.0, dro_beta=0.1, clip_cov_lb=0.0, kl_cov_ratio=0.1
+    )
+    statistics = {"entropys": entropys, "current_entropys": entropys, "entropy_coeff": 0.01}
+    loss_fn = get_policy_loss_fn(loss_mode)
+    taken = {name: statistics[name] for name in statistics_taken(loss_fn)}
+    torch.manual_seed(0)  # clip_cov draws its tokens
+    found = gradient(
+        lambda x: loss_fn(old_log_prob, x, advantages, mask, config.loss_agg_mode, config, None, **taken), log_prob
+    )
+    above, below = ppo_clipped(advantages, old_log_prob, log_prob, 0.2, 0.28, 10.0)
+    negative = advantages < 0
+    assert all((side & mask).any() for side in (above & negative, above & ~negative, below))
+    assert ((found == 0)[mask] == (above | below)[mask]).all() == clips_as_ppo(config.policy_loss)
+
+
+@pytest.mark.parametrize("base_loss", BASE_LOSSES)
+def test_ppos_clip_is_counted_only_where_the_loss_has_it(base_loss):
+    config = actor_config(base_loss=base_loss, dro_beta=0.1)
+    _, metrics = steer_loss(random_batch(), config)
+    counted = {name for name in metrics if name.startswith(("actor/pg_clipfrac_high", "actor/pg_clipfrac_low/"))}
+    assert ("actor/pg_clipfrac_low" in metrics) is bool(counted) is (base_loss == "vanilla")
+    assert "actor/quadrant/positive_likely/change" in metrics
 
 
 def test_missing_entropys_are_named():

@@ -366,6 +366,16 @@ def test_clip_counts_by_hand():
     assert [bar.get_height() for bar in shares.containers[1]] == [0.25] + [0] * 8 + [0.5]
 
 
+def test_clip_counts_leave_out_a_loss_that_does_not_clip_as_ppo():
+    """Its audit has no such column; the rest of the page is there."""
+    other = audit_of(prob=[0.5, 0.5], text=["x", "y"]).drop(columns="clipped")
+    assert figures.clip_counts({"gspo": [run_with(other)]}) is None
+    ppo = run_with(audit_of(prob=[0.5], clipped=[True]))
+    assert "gspo" not in figures.clip_counts({"gspo": [run_with(other)], "grpo": [ppo]}).description
+    (method,) = coloured_responses({"gspo": [run_with(other)]}, ReportOptions())
+    assert [token.clipped for token in method.responses[0].tokens] == [False, False]
+
+
 def test_quadrants_by_hand():
     audit = audit_of(
         advantage=[1.0, 1.0, -2.0, -2.0, 0.0],

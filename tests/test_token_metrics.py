@@ -120,6 +120,9 @@ def test_what_is_not_given_is_not_told():
     names = token_metrics(*by_hand()[:5]).keys()
     assert "actor/token_weights_below_0.9" not in names and not any(name.endswith("/change") for name in names)
     assert len(names) == 2 * (1 + len(PROBABILITY_BINS)) + len(QUADRANTS)
+    advantages, old_log_prob, _, _, mask, *_ = by_hand()
+    names = token_metrics(advantages, old_log_prob, None, None, mask).keys()
+    assert names == {f"actor/quadrant/{name}/tokens" for name in QUADRANTS}
 
 
 def test_the_quadrants_are_those_of_the_interventions():
@@ -162,6 +165,22 @@ def test_other_losses_have_them_where_the_trainer_asks(loss_mode):
     assert all(metrics[name].aggregation is AggregationType.MEAN for name in added)
     total = sum(metrics[f"actor/quadrant/{name}/change"].aggregate() for name in QUADRANTS)
     assert total == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("loss_mode", ["gspo", "cispo", "kl_cov", "dynamic_clip"])
+def test_a_clip_that_is_not_ppos_is_not_counted_as_ppos(loss_mode):
+    """The dynamic clip counts its own, by two of the names."""
+    data, output = micro_batch()
+    config = actor_config(loss_mode, kl_cov_ratio=0.5)
+    _, plain = ppo_loss(config, dict(output), data)
+    tu.assign_non_tensor(data, token_metrics=True)
+    _, metrics = ppo_loss(config, dict(output), data)
+    assert {name.split("/")[1] for name in metrics.keys() - plain.keys()} == {"quadrant"}
+    own = {"actor/pg_clipfrac_high", "actor/pg_clipfrac_low"} if loss_mode == "dynamic_clip" else set()
+    assert {name for name in metrics if "pg_clipfrac_high" in name or "pg_clipfrac_low" in name} - {
+        "actor/pg_clipfrac_lower"
+    } == own
+    assert {name: metrics[name].aggregate() for name in own} == {name: plain[name].aggregate() for name in own}
 
 
 def test_without_entropies_there_are_shares_of_tokens_only():

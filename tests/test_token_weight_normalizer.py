@@ -21,6 +21,7 @@ from verl.workers.engine.fsdp.token_weight_normalizer import (
     NOTHING_VALID,
     RANGE_FILE,
     TokenWeightNormalizer,
+    gather,
     mean_range,
     old_policy_range,
 )
@@ -198,6 +199,21 @@ def test_the_running_range_by_hand():
     assert mean_range(past, EntropyChangeRange(8.0, 2.0, 3.0), 0.75) == EntropyChangeRange(5.0, 8.0, 3.0)
 
 
+def alone(rank, folder):
+    """Gathers in a group of rank 0 alone; rank 1 takes no part and is gone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    groups = [torch.distributed.new_group([member]) for member in range(2)]
+    torch.distributed.barrier()
+    if rank == 0:
+        torch.save(gather(torch.tensor([1.0, 2.0]), groups[0]), f"{folder}/gathered.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_other_groups_are_not_waited_for(tmp_path):
+    torch.multiprocessing.spawn(alone, (str(tmp_path),), nprocs=2)
+    assert torch.load(tmp_path / "gathered.pt").tolist() == [1.0, 2.0]
+
+
 class Checkpoints:
     """An engine's checkpoints, with nothing in them."""
 
@@ -232,6 +248,24 @@ def test_the_running_range_outlives_a_checkpoint(one_rank, tmp_path):
     second.load_checkpoint(str(tmp_path), None, False)
     assert second.loaded == (str(tmp_path), False)
     assert second.forward_backward_batch(mini_batch(*batches[2]), loss, forward_only=False) == ranges[2]
+
+
+def test_a_mini_batch_without_valid_tokens_is_no_part_of_the_running_range(one_rank, tmp_path):
+    """Neither the first, whose zeros the next would be averaged with, nor a later one."""
+    loss = partial(ppo_loss, config=actor_config(token_weight_normalizer="ema", token_weight_ema_decay=0.5))
+
+    def empty():
+        data = mini_batch(0, 3)
+        data["response_mask"] = data["response_mask"] * 0
+        return data
+
+    engine, other = CheckpointedEngine(), CheckpointedEngine()
+    assert engine.forward_backward_batch(empty(), loss, forward_only=False) == NOTHING_VALID
+    engine.save_checkpoint(str(tmp_path))
+    assert engine.running_range is None and not (tmp_path / RANGE_FILE).exists()
+    first = other.forward_backward_batch(mini_batch(3, 5), loss, forward_only=False)
+    assert engine.forward_backward_batch(mini_batch(3, 5), loss, forward_only=False) == first
+    assert engine.forward_backward_batch(empty(), loss, forward_only=False) == first == engine.running_range
 
 
 @pytest.mark.parametrize(

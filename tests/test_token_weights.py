@@ -157,6 +157,33 @@ def test_near_certain_token_keeps_its_digits():
     assert estimate_entropy_change(*token).item() == pytest.approx(1e-7, rel=1e-5)
 
 
+def test_old_probabilities_stay_within_the_margin():
+    """pi_old = e^-25 = 1.4e-11 counts as 1e-8, and e^0.5, which is none, as 1: 2 / pi_old * 0.25 * (ln 0.5 + 1)."""
+    for old_log_prob, old_prob in ((-25.0, 1e-8), (0.5, 1.0)):
+        token = [torch.tensor([[x]]) for x in (2.0, 1.0, old_log_prob, math.log(0.5))]
+        assert estimate_entropy_change(*token).item() == pytest.approx(2 / old_prob * 0.25 * 0.3068528, rel=1e-5)
+
+
+def test_the_exact_estimates_ratio_is_that_of_upstreams_loss():
+    """Its log is held within -20 and 20: a ratio of e^-30 counts as e^-20, one of e^100 is clipped and not infinite.
+
+    H = ln 4, pi = 1/2, sums of 0.3 and -0.4: the change is -w (0.5 (ln 0.5 + ln 4) - (0.3 ln 4 - 0.4)).
+    """
+    advantages, log_ratio = torch.tensor([[1.0, -1.0, 1.0, -1.0]]), torch.tensor([[-30.0, 100.0, 30.0, 30.0]])
+    log_prob = torch.full((1, 4), math.log(0.5))
+    sums = torch.full((1, 4), 0.3), torch.full((1, 4), -0.4)
+    entropys = torch.full((1, 4), math.log(4.0))
+    bracket = 0.5 * math.log(2) - (0.3 * math.log(4) - 0.4)
+    found = exact_entropy_change(advantages, entropys, log_prob - log_ratio, log_prob, *sums, 0.2, 0.28, 10.0)
+    expected = torch.tensor([[-math.exp(-20) * bracket, 0.0, 0.0, 0.0]])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0.0)
+    # Without a clip there: above e^20 too.
+    bounds = (1.0, math.inf, math.inf)
+    found = exact_entropy_change(advantages, entropys, log_prob - log_ratio, log_prob, *sums, *bounds)
+    expected = bracket * torch.tensor([[-math.exp(-20), math.exp(20), -math.exp(20), math.exp(20)]])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0.0)
+
+
 def test_exact_estimate_by_hand():
     """Two actions of probability 0.8 and 0.2 at an old probability of 0.64 and A = 2: the ratio 1.25 times 2 is 2.5.
 
@@ -240,6 +267,13 @@ def test_linear_map_by_hand():
     """Changes 1, 2, 5 with weights from 1.2 down to 0.8: 1.2, 1.2 - 0.4 / 4 = 1.1, 0.8."""
     weights = map_to_token_weights(torch.tensor([[1.0, 2.0, 5.0, 9.0]]), torch.tensor([[1, 1, 1, 0]]), 0.8, 1.2, True)
     torch.testing.assert_close(weights, torch.tensor([[1.2, 1.1, 0.8, 0.0]]))
+
+
+def test_linear_map_of_changes_that_hardly_differ():
+    """A spread of 1e-40 is below the smallest normal number; 0.4 by it would be infinite, and 0 times that NaN."""
+    weights = map_to_token_weights(torch.tensor([[0.0, 1e-40]]), torch.ones(1, 2), 0.8, 1.2, True)
+    spread = torch.finfo(torch.float32).tiny
+    torch.testing.assert_close(weights, torch.tensor([[1.2, 1.2 - 0.4 * 1e-40 / spread]]))
 
 
 def test_exponential_map_by_hand():

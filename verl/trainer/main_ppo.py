@@ -56,6 +56,7 @@ def prepare(config: DictConfig) -> None:
     except InstantiationException as error:
         raise ValueError(str(error.__cause__)) from error
     AdvantageOptions.of(config.algorithm)
+    requirements.check_clip(config, policy_loss)
     requirements.provide(config, policy_loss)
     requirements.check_entropy_audit(config)
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from verl.trainer.ppo.core_algos import ENTROPY_CHANGE_ESTIMATORS, signed_entropy_change
+from verl.trainer.ppo.core_algos import ENTROPY_CHANGE_ESTIMATORS, PPO_CLIPPED_ESTIMATORS, signed_entropy_change
 
 #: All that are audited: those of STEER and the covariance.
 AUDITED_ESTIMATORS = (*ENTROPY_CHANGE_ESTIMATORS, "covariance")
@@ -89,7 +89,7 @@ def signed_estimates(
     log_prob: torch.Tensor,
     sum_pi_squared: torch.Tensor,
     sum_pi_squared_log_pi: torch.Tensor,
-    clip: tuple[float, float, float],
+    clip: tuple[float, float, float] | None,
 ) -> dict[str, torch.Tensor]:
     """The change of each state's entropy as STEER's estimators have it, with its sign, per unit step.
 
@@ -98,7 +98,8 @@ def signed_estimates(
         entropys: of the old policy, which the estimators read in training, in nats, (batch, response_length).
         current_entropys: of the policy being updated; `exact` reads them instead.
         sum_pi_squared, sum_pi_squared_log_pi: as in `exact_entropy_change`, of the policy being updated.
-        clip: clip_ratio_low, clip_ratio_high, clip_ratio_c.
+        clip: clip_ratio_low, clip_ratio_high, clip_ratio_c; None with a loss that does not clip as PPO does, of which
+            `PPO_CLIPPED_ESTIMATORS` tell nothing.
 
     Returns:
         By name of the estimator, finite, float32 (batch, response_length).
@@ -110,11 +111,12 @@ def signed_estimates(
             old_log_prob,
             log_prob,
             name,
-            *clip,
+            *(clip or ()),
             sum_pi_squared=sum_pi_squared,
             sum_pi_squared_log_pi=sum_pi_squared_log_pi,
         )
         for name in ENTROPY_CHANGE_ESTIMATORS
+        if clip or name not in PPO_CLIPPED_ESTIMATORS
     }
 
 

@@ -289,8 +289,8 @@ def _truth_panel(axis: Any, audit: pd.DataFrame, name: str, index: int) -> None:
 
 
 def clip_counts(groups: Groups) -> Drawing | None:
-    """Clipped tokens by probability, in tenths: how many, for either sign of the advantage."""
-    audits = audited(groups)
+    """Tokens that PPO's clip cut by probability, in tenths: how many, for either sign of the advantage."""
+    audits = {name: audit for name, audit in audited(groups).items() if "clipped" in audit}
     if not audits:
         return None
     figure, axes = canvas(len(audits), 2, height=2.5)

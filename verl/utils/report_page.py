@@ -281,12 +281,13 @@ def _response(rows: pd.DataFrame) -> Response:
 
 
 def _token(row: Any) -> Token:
+    clipped = bool(getattr(row, "clipped", False))
     told = (
         f"probability {row.prob:.3g} · entropy {row.entropy:.3g} · advantage {row.advantage:+.3g} · ratio "
         f"{row.ratio:.4g} · estimated change {row.change:.3g} · true change {row.true_change:+.2g} · weight "
-        f"{row.weight:.4g}{' · clipped' if row.clipped else ''}"
+        f"{row.weight:.4g}{' · clipped' if clipped else ''}"
     )
-    return Token(visible(row.text), row.change_level, row.weight_level, row.entropy_level, bool(row.clipped), told)
+    return Token(visible(row.text), row.change_level, row.weight_level, row.entropy_level, clipped, told)
 
 
 def visible(text: str) -> str:

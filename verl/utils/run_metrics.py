@@ -28,10 +28,11 @@ from verl.utils.metrics_files import in_order, start_of
 ENTROPY, WEIGHT = "actor/entropy", "actor/token_weights_mean"
 TOKENS, SECONDS = "perf/total_num_tokens", "perf/time_per_step"
 
-#: Columns of `audit/*.parquet`, one row a token; the estimates are further ones, `omega_NAME`.
+#: Columns of `audit/*.parquet`, one row a token; the estimates are further ones, `omega_NAME`, and so is `clipped`
+#: where the loss clips as PPO does.
 AUDIT_COLUMNS = (
     *("step", "mini_batch", "token_id", "text", "response", "position"),
-    *("prob", "entropy", "advantage", "ratio", "clipped", "weight", "true_change"),
+    *("prob", "entropy", "advantage", "ratio", "weight", "true_change"),
 )
 
 _SEED = re.compile(r"^seed[-_=]?\d+[-_. ]?|[-_. ]?seed[-_=]?\d+", re.IGNORECASE)

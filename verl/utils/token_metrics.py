@@ -2,7 +2,7 @@
 """Which tokens an update moves: metrics that every run of this fork logs, from tensors that the loss has at hand.
 
     actor/token_weights_below_0.9          share of the tokens that STEER clearly holds back
-    actor/pg_clipfrac_high|low             share of the tokens that are clipped from above, from below
+    actor/pg_clipfrac_high|low             share of the tokens that PPO's clip cuts from above, from below
     actor/pg_clipfrac_high|low/prob_BIN    share of all tokens that are so and whose probability is in the bin
     actor/quadrant/NAME/tokens|change      the quadrant's share of all tokens, and of the estimated entropy change
 
@@ -31,8 +31,8 @@ HELD_BACK = 0.9
 def token_metrics(
     advantages: torch.Tensor,
     old_log_prob: torch.Tensor,
-    clipped_above: torch.Tensor,
-    clipped_below: torch.Tensor,
+    clipped_above: torch.Tensor | None,
+    clipped_below: torch.Tensor | None,
     response_mask: torch.Tensor,
     entropy_change: torch.Tensor | None = None,
     token_weights: torch.Tensor | None = None,
@@ -41,7 +41,8 @@ def token_metrics(
 
     Args:
         advantages, old_log_prob: (batch, response_length).
-        clipped_above, clipped_below: as `ppo_clipped` returns them, boolean (batch, response_length).
+        clipped_above, clipped_below: as `clipped_by_loss` returns them, boolean (batch, response_length); None: no
+            shares of them, as with a loss that does not clip as PPO does.
         response_mask: 1 or True on valid tokens, (batch, response_length).
         entropy_change: estimated, at least 0 and finite, (batch, response_length); None: no shares of it.
         token_weights: STEER's, (batch, response_length); None: no share of them.
@@ -58,6 +59,8 @@ def token_metrics(
     above = [_indicator(torch.ge, old_log_prob, math.log(bound)) for bound in PROBABILITY_BOUNDS]
     metrics: dict[str, torch.Tensor] = {}
     for side, clipped in (("high", clipped_above), ("low", clipped_below)):
+        if clipped is None:
+            continue
         valid = mask * clipped.flatten().view(torch.uint8)
         # Clipped tokens in a bin or above it, and from that those in it.
         reached = torch.stack([valid.sum(), *(torch.dot(valid, likelier) for likelier in above)]) / count

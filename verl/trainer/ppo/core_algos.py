@@ -41,6 +41,13 @@ TOKEN_WEIGHT_NORMALIZERS = ("micro_batch", "global", "ema")
 #: response, multiplies that by the geometric mean of the weights. Only `bypass_mode` leaves them out.
 BASE_LOSSES = ("vanilla", "gspo", "cispo", "sapo", "geo_mean", "gpg", "dppo_tv", "dppo_kl", "clip_cov", "kl_cov", "dro")
 
+#: Losses from which PPO's dual clip takes gradients away, where `ppo_clipped` tells: upstream's, and this fork's that
+#: are built on it.
+PPO_CLIPPED_LOSSES = ("vanilla", "adaptive_entropy", "entropy_shaped_advantage", "high_entropy_tokens", "quadrant")
+
+#: Estimators that are 0 where PPO's dual clip takes the gradient away.
+PPO_CLIPPED_ESTIMATORS = ("clip_aware", "exact")
+
 #: Probabilities stay this far from 0 and 1, as in the authors' release.
 PROBABILITY_MARGIN = 1e-8
 
@@ -484,7 +491,7 @@ def compute_policy_loss_with_entropy(
             change_range=change_range,
         )
         entropy_change.mul_(mask)
-        clipped = ppo_clipped(advantages, old_log_prob, log_prob, *clip)
+        clipped = clipped_by_loss(config, advantages, old_log_prob, log_prob)
         steer_metrics = token_weight_metrics(token_weights, entropy_change, mask)
         steer_metrics |= token_metrics(advantages, old_log_prob, *clipped, mask, entropy_change, token_weights)
     loss, metrics = reweighted_policy_loss(
@@ -499,6 +506,25 @@ def compute_policy_loss_with_entropy(
         rollout_is_weights,
     )
     return loss, metrics | steer_metrics
+
+
+def base_loss_of(policy_loss: Any) -> str:
+    """Name of the loss whose gradients tokens get: STEER's base loss, else the loss itself."""
+    return policy_loss.base_loss if policy_loss.loss_mode == "entropy_control" else policy_loss.loss_mode
+
+
+def clips_as_ppo(policy_loss: Any) -> bool:
+    """Whether a loss, `policy_loss` of the actor's configuration, takes gradients away where `ppo_clipped` tells."""
+    return base_loss_of(policy_loss) in PPO_CLIPPED_LOSSES
+
+
+def clipped_by_loss(
+    config: Any, advantages: torch.Tensor, old_log_prob: torch.Tensor, log_prob: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """`ppo_clipped` with the clip of an `ActorConfig`; None and None where its loss does not clip as PPO does."""
+    if not clips_as_ppo(config.policy_loss):
+        return None, None
+    return ppo_clipped(advantages, old_log_prob, log_prob, *clip_ratios(config))
 
 
 def clip_ratios(config: Any) -> tuple[float, float, float]:

@@ -10,7 +10,8 @@ token_level_rewards and response_mask (batch, response_length), index (batch,), 
 and config, `algorithm` of the configuration. They return advantages and returns, both float (batch, response_length),
 0 on tokens that are not valid.
 
-A response is right if its rewards sum to more than 0. docs/interventions.md compares the estimators.
+A response is right if the reward function's scores of it sum to more than 0, whatever KL penalty is taken from its
+rewards. docs/interventions.md compares the estimators.
 """
 
 from __future__ import annotations
@@ -26,8 +27,18 @@ import torch
 from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage, register_adv_est
 from verl.utils import as_torch_index
 
-#: What an estimator reads of the old policy beside upstream's arguments: fields of the batch.
-OLD_POLICY_FIELDS = {"unlikeliness": ("old_log_probs",), "gtpo": ("entropy",), "grpo_s": ("entropy",)}
+#: What an estimator reads beside upstream's arguments: fields of the batch, here those of the old policy.
+FIELDS_READ: dict[str, tuple[str, ...]] = {
+    "psr": (),
+    "nsr": (),
+    "w_reinforce": (),
+    "unlikeliness": ("old_log_probs",),
+    "gtpo": ("entropy",),
+    "grpo_s": ("entropy",),
+}
+
+#: And the reward function's scores, where `algorithm.use_kl_in_reward` takes a penalty from the rewards.
+SCORES = "rm_scores"
 
 #: 1 / H is taken of at least this entropy, in nats.
 ENTROPY_FLOOR = 1e-4
@@ -65,21 +76,29 @@ class AdvantageOptions:
         return cls(**{name: value for name, value in given.items() if value is not None})
 
 
-_old_policy: ContextVar[Mapping[str, torch.Tensor]] = ContextVar("old_policy")
+def fields_read(algorithm: Mapping[str, Any]) -> tuple[str, ...]:
+    """Fields of the batch that `algorithm.adv_estimator` reads beside upstream's arguments."""
+    estimator = algorithm["adv_estimator"]
+    if estimator in FIELDS_READ and algorithm.get("use_kl_in_reward"):
+        return (*FIELDS_READ[estimator], SCORES)
+    return FIELDS_READ.get(estimator, ())
+
+
+_batch_fields: ContextVar[Mapping[str, torch.Tensor]] = ContextVar("batch_fields")
 
 
 @contextmanager
-def old_policy(values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Lets the estimators called inside read the `OLD_POLICY_FIELDS`, each (batch, response_length)."""
-    token = _old_policy.set(values)
+def batch_fields(values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Lets the estimators called inside read fields of the batch, each (batch, response_length)."""
+    token = _batch_fields.set(values)
     try:
         yield
     finally:
-        _old_policy.reset(token)
+        _batch_fields.reset(token)
 
 
-def _of_old_policy(field: str, estimator: str) -> torch.Tensor:
-    values = _old_policy.get({})
+def _of_batch(field: str, estimator: str) -> torch.Tensor:
+    values = _batch_fields.get({})
     if field not in values:
         raise ValueError(
             f"algorithm.adv_estimator={estimator}: the batch has no {field}; expected trainer.v1.trainer_mode=steer"
@@ -92,24 +111,27 @@ def _constant_over_tokens(advantages: torch.Tensor, response_mask: torch.Tensor)
     return advantages, advantages
 
 
-def _right(token_level_rewards: torch.Tensor) -> torch.Tensor:
-    return token_level_rewards.sum(-1) > 0
+def _right(token_level_rewards: torch.Tensor, config: Any, estimator: str) -> torch.Tensor:
+    """Whether each answer is right, boolean (batch,)."""
+    penalised = config is not None and config.get("use_kl_in_reward")
+    scores = _of_batch(SCORES, estimator) if penalised else token_level_rewards
+    return scores.sum(-1) > 0
 
 
 @register_adv_est("psr")
 def compute_psr_advantage(
-    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, **unused: Any
+    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, config: Any = None, **unused: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Positive sample reinforcement (arXiv 2506.01347): 1 for right answers, 0 for wrong ones, without a baseline."""
-    return _constant_over_tokens(_right(token_level_rewards).float(), response_mask)
+    return _constant_over_tokens(_right(token_level_rewards, config, "psr").float(), response_mask)
 
 
 @register_adv_est("nsr")
 def compute_nsr_advantage(
-    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, **unused: Any
+    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, config: Any = None, **unused: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Negative sample reinforcement (arXiv 2506.01347): 0 for right answers, -1 for wrong ones, without a baseline."""
-    return _constant_over_tokens(_right(token_level_rewards).float() - 1, response_mask)
+    return _constant_over_tokens(_right(token_level_rewards, config, "nsr").float() - 1, response_mask)
 
 
 @register_adv_est("w_reinforce")
@@ -118,7 +140,8 @@ def compute_w_reinforce_advantage(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted REINFORCE (arXiv 2506.01347): `positive_weight` for right answers, -1 for wrong ones."""
     weight = AdvantageOptions.of(config).positive_weight
-    return _constant_over_tokens(torch.where(_right(token_level_rewards), weight, -1.0), response_mask)
+    right = _right(token_level_rewards, config, "w_reinforce")
+    return _constant_over_tokens(torch.where(right, weight, -1.0), response_mask)
 
 
 @register_adv_est("unlikeliness")
@@ -135,7 +158,7 @@ def compute_unlikeliness_advantage(
     a response is as likely as the product of its tokens' probabilities. Wrong answers keep their reward: the paper
     gives them 0, where the factor changes nothing. Responses without a valid token are not counted.
     """
-    log_prob = (_of_old_policy("old_log_probs", "unlikeliness") * response_mask).sum(-1)
+    log_prob = (_of_batch("old_log_probs", "unlikeliness") * response_mask).sum(-1)
     group = as_torch_index(index, device=log_prob.device)
     together = (group[:, None] == group[None, :]) & response_mask.any(-1)[None, :]
     # Of two equally likely responses the earlier one counts as likelier, so that ranks are never shared.
@@ -145,7 +168,7 @@ def compute_unlikeliness_advantage(
     )
     rank, size = (together & likelier).sum(-1), together.sum(-1).clamp_min(1)
     factor = 1 - AdvantageOptions.of(config).unlikeliness_beta * (size - rank) / size
-    factor = torch.where(_right(token_level_rewards), factor, 1.0)
+    factor = torch.where(_right(token_level_rewards, config, "unlikeliness"), factor, 1.0)
     return compute_grpo_outcome_advantage(
         token_level_rewards * factor.unsqueeze(-1), response_mask, index, norm_adv_by_std_in_grpo=_by_std(config)
     )
@@ -165,7 +188,7 @@ def compute_gtpo_advantage(
     """
     valid = response_mask.bool()
     rewards = entropy_weighted_rewards(
-        _of_old_policy("entropy", "gtpo"), valid, _right(token_level_rewards), index, config
+        _of_batch("entropy", "gtpo"), valid, _right(token_level_rewards, config, "gtpo"), index, config
     )
     group = as_torch_index(index, device=rewards.device)
     groups, count = int(group.max()) + 1, valid.sum(-1)
@@ -197,8 +220,9 @@ def compute_grpo_s_advantage(
     sequence's).
     """
     count = response_mask.sum(-1, keepdim=True)
-    entropys = (_of_old_policy("entropy", "grpo_s") * response_mask).sum(-1, keepdim=True) / count.clamp_min(1)
-    rewards = entropy_weighted_rewards(entropys, count > 0, _right(token_level_rewards), index, config)
+    entropys = (_of_batch("entropy", "grpo_s") * response_mask).sum(-1, keepdim=True) / count.clamp_min(1)
+    right = _right(token_level_rewards, config, "grpo_s")
+    rewards = entropy_weighted_rewards(entropys, count > 0, right, index, config)
     return compute_grpo_outcome_advantage(rewards, response_mask, index, norm_adv_by_std_in_grpo=_by_std(config))
 
 

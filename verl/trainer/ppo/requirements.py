@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, open_dict
-from verl.trainer.ppo.core_algos import get_policy_loss_fn
-from verl.trainer.ppo.entropy_advantages import OLD_POLICY_FIELDS
+from verl.trainer.ppo.core_algos import PPO_CLIPPED_LOSSES, base_loss_of, get_policy_loss_fn
+from verl.trainer.ppo.entropy_advantages import SCORES, fields_read
+from verl.trainer.ppo.task_runner import BATCHED_MANAGER, is_batched
 from verl.utils.entropy_audit import AuditOptions
 from verl.workers.utils.losses import statistics_taken
 
@@ -20,6 +23,10 @@ FSDP_STRATEGIES = ("fsdp", "fsdp2")
 
 #: Losses with a coefficient that this fork's trainer sets step by step.
 LOSSES_OF_THE_TRAINER = ("adaptive_entropy",)
+
+#: Losses that read `actor.clip_ratio_c`, and what it must be above: PPO's dual clip cuts ratios of more than 1, DPPO
+#: truncates all ratios.
+CLIP_RATIO_C_ABOVE = {**dict.fromkeys((*PPO_CLIPPED_LOSSES, "dynamic_clip"), 1), "dppo_tv": 0, "dppo_kl": 0}
 
 #: Averages by which the trainer's `actor/entropy` is a mean over tokens.
 MEANS = ("token-mean", "seq-mean-token-mean")
@@ -34,14 +41,14 @@ class Requirements:
         range: the range of a whole mini-batch, for STEER's normalizers.
         current_entropy: the current policy's entropies.
         coefficient: one that the trainer sets by the entropy that it measures.
-        old_fields: fields of the old policy that the trainer hands to the advantage estimator.
+        fields: those of the batch that the trainer hands to the advantage estimator beside upstream's.
     """
 
     sums: bool
     range: bool
     current_entropy: bool
     coefficient: bool
-    old_fields: tuple[str, ...]
+    fields: tuple[str, ...]
 
 
 def has_old_entropy(config: DictConfig) -> bool:
@@ -65,7 +72,7 @@ def requirements_of(config: DictConfig, policy_loss: Any) -> Requirements:
         range=steer and policy_loss.token_weight_normalizer != "micro_batch",
         current_entropy=exact or instead_of_old or ("current_entropys" in taken and not steer),
         coefficient=policy_loss.loss_mode in LOSSES_OF_THE_TRAINER,
-        old_fields=OLD_POLICY_FIELDS.get(config.algorithm.adv_estimator, ()),
+        fields=fields_read(config.algorithm),
     )
 
 
@@ -121,7 +128,7 @@ def _check_trainer(config: DictConfig, policy_loss: Any, needed: Requirements) -
         for needs, key, expected in (
             (needed.range, normalizer, "micro_batch"),
             (needed.coefficient, loss_mode, "another"),
-            ("entropy" in needed.old_fields, adv_estimator, "another"),
+            ("entropy" in needed.fields, adv_estimator, "another"),
         ):
             if needs:
                 raise ValueError(
@@ -133,12 +140,38 @@ def _check_trainer(config: DictConfig, policy_loss: Any, needed: Requirements) -
             f"actor.loss_agg_mode={actor.loss_agg_mode}: expected one of {', '.join(MEANS)} with {loss_mode}, which "
             "needs a mean entropy"
         )
-    of_this_trainer = loss_mode if needed.coefficient else adv_estimator if needed.old_fields else None
-    if of_this_trainer and not (trainer.use_v1 and trainer.v1.trainer_mode == "steer"):
-        raise ValueError(
-            f"trainer.v1.trainer_mode={trainer.v1.trainer_mode}: expected steer, and trainer.use_v1=true, with "
-            f"{of_this_trainer}"
-        )
+    use_kl = ", algorithm.use_kl_in_reward=true" if SCORES in needed.fields else ""
+    for needs, key in (
+        (needed.coefficient, loss_mode),
+        (bool(needed.fields), adv_estimator + use_kl),
+        (needed.sums, "policy_loss.entropy_change_estimator=exact"),
+        (is_batched(config), f"rollout.agent.agent_loop_manager_class={BATCHED_MANAGER} (null: upstream's manager)"),
+    ):
+        if needs and not trainer.use_v1:
+            raise ValueError(f"trainer.use_v1={trainer.use_v1}: expected true with {key}")
+        if needs and trainer.v1.trainer_mode != "steer":
+            raise ValueError(f"trainer.v1.trainer_mode={trainer.v1.trainer_mode}: expected steer with {key}")
+
+
+def check_clip(config: DictConfig, policy_loss: Any) -> None:
+    """`actor.clip_ratio*`: a worker would take a bad value for a clip that never or always cuts, or stop at it.
+
+    Raises:
+        ValueError: if a value is not a number of the range that the loss takes.
+    """
+    actor, loss = config.actor_rollout_ref.actor, base_loss_of(policy_loss)
+
+    def check(name: str, allowed: Callable[[float], bool], expected: str) -> None:
+        value = actor[name]
+        number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+        if not number or not allowed(value):
+            raise ValueError(f"actor.{name}={value}: expected a number {expected}")
+
+    for name in ("clip_ratio_low", "clip_ratio_high"):
+        check("clip_ratio" if actor[name] is None else name, lambda value: value >= 0, "of at least 0")
+    if loss in CLIP_RATIO_C_ABOVE:
+        bound = CLIP_RATIO_C_ABOVE[loss]
+        check("clip_ratio_c", lambda value: value > bound, f"above {bound} with the loss {loss}")
 
 
 def check_entropy_audit(config: DictConfig) -> None:

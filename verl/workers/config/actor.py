@@ -4,13 +4,18 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from verl_steer import upstream
 
 _upstream = upstream(globals())
+
+#: Upper bound of numbers that have no other: neither NaN nor infinity is within it.
+LARGEST = sys.float_info.max
 
 
 @dataclass
@@ -31,7 +36,8 @@ class PolicyLossConfig(_upstream.PolicyLossConfig):
             of the micro-batch, of the whole mini-batch, or a running one over mini-batches. Default "micro_batch".
         token_weight_ema_decay: share of the past in the running range. Default 0.9.
         entropy_change_estimator: one of core_algos.ENTROPY_CHANGE_ESTIMATORS. Default "released".
-        base_loss: the loss that STEER weights, one of core_algos.BASE_LOSSES. Default "vanilla".
+        base_loss: the loss that STEER weights, one of core_algos.BASE_LOSSES; the estimators in
+            core_algos.PPO_CLIPPED_ESTIMATORS go with "vanilla" only. Default "vanilla".
         advantage_entropy_alpha, advantage_entropy_kappa: of `loss_mode=entropy_shaped_advantage`. Default 0.4 and 2.
         dynamic_clip_low, dynamic_clip_high: of `loss_mode=dynamic_clip`. Default 0.16 and 0.2.
         high_entropy_share: share of the tokens that `loss_mode=high_entropy_tokens` trains on. Default 0.2.
@@ -44,7 +50,8 @@ class PolicyLossConfig(_upstream.PolicyLossConfig):
             0.0001 and 0.005.
 
     Raises:
-        ValueError: if a value is out of range; the message has the key, the value and what was expected.
+        ValueError: if a value, upstream's numbers included, is out of range; the message has the key, the value and
+            what was expected.
     """
 
     token_weight_min: float | None = None
@@ -73,7 +80,7 @@ class PolicyLossConfig(_upstream.PolicyLossConfig):
         from verl.trainer.ppo import core_algos, entropy_interventions
 
         self._check_token_weights(core_algos)
-        self._choice("base_loss", "vanilla", core_algos.BASE_LOSSES)
+        self._check_upstreams(core_algos)
         self._number("advantage_entropy_alpha", 0.4, low=0.0)
         self._number("advantage_entropy_kappa", 2.0, low=1.0, strict=True)
         self._number("dynamic_clip_low", 0.16, low=0.0, strict=True)
@@ -81,8 +88,7 @@ class PolicyLossConfig(_upstream.PolicyLossConfig):
         self._number("high_entropy_share", 0.2, low=0.0, high=1.0, strict=True)
         self._choice("quadrant", "positive_likely", entropy_interventions.QUADRANTS)
         self._number("quadrant_weight", 0.5, low=0.0)
-        if self.quadrant_probability is not None:
-            self._number("quadrant_probability", None, low=0.0, high=1.0, strict=True)
+        self._number("quadrant_probability", None, low=0.0, high=1.0, strict=True)
         self._number("target_entropy", 0.2, low=0.0, strict=True)
         self._number("entropy_coeff_step", 1e-4, low=0.0, strict=True)
         self._number("entropy_coeff_max", 5e-3, low=0.0, strict=True)
@@ -92,8 +98,8 @@ class PolicyLossConfig(_upstream.PolicyLossConfig):
         if not isinstance(linear, bool):
             raise ValueError(f"policy_loss.linear={linear!r}: expected true or false")
         mapping = self._choice("token_weight_map", "linear" if linear else "exponential", core_algos.TOKEN_WEIGHT_MAPS)
-        low = self._default("token_weight_min", 0.8)
-        high = self._default("token_weight_max", 1.2 if mapping == "linear" else 1.0)
+        low = self._number("token_weight_min", 0.8)
+        high = self._number("token_weight_max", 1.2 if mapping == "linear" else 1.0)
         if not 0 < low <= high:
             raise ValueError(
                 f"policy_loss.token_weight_min={low}: expected 0 < token_weight_min <= token_weight_max={high}"
@@ -103,12 +109,29 @@ class PolicyLossConfig(_upstream.PolicyLossConfig):
         self._number("token_weight_quantile", 0.8, low=0.0, high=1.0)
         self._number("token_weight_ema_decay", 0.9, low=0.0, high=1.0)
         estimator = self._choice("entropy_change_estimator", "released", core_algos.ENTROPY_CHANGE_ESTIMATORS)
+        base_loss = self._choice("base_loss", "vanilla", core_algos.BASE_LOSSES)
+        if estimator in core_algos.PPO_CLIPPED_ESTIMATORS and base_loss != "vanilla":
+            raise ValueError(
+                f"policy_loss.base_loss={base_loss!r}: expected vanilla with entropy_change_estimator={estimator}, "
+                "which is 0 where PPO's clip takes the gradient away"
+            )
         normalizer = self._choice("token_weight_normalizer", "micro_batch", core_algos.TOKEN_WEIGHT_NORMALIZERS)
         if estimator == "exact" and normalizer != "micro_batch":
             raise ValueError(
                 f"policy_loss.token_weight_normalizer={normalizer!r}: expected micro_batch with "
                 "entropy_change_estimator=exact, whose sums over the vocabulary a batch has not for the old policy"
             )
+
+    def _check_upstreams(self, core_algos: ModuleType) -> None:
+        """Upstream's numbers, of which it takes None too."""
+        self._number("clip_cov_ratio", None, low=0.0, strict=True)
+        self._number("clip_cov_lb", None, low=-math.inf, high=math.inf)
+        self._number("clip_cov_ub", None, low=-math.inf, high=math.inf)
+        self._number("kl_cov_ratio", None, low=0.0, strict=True)
+        self._number("ppo_kl_coef", None)
+        beta = self._number("dro_beta", None)
+        if core_algos.base_loss_of(self) == "dro" and (beta is None or beta <= 0):
+            raise ValueError(f"policy_loss.dro_beta={beta}: expected a finite number above 0 with the loss dro")
 
     def _default(self, name: str, value):
         """The field's value, after None has been replaced by `value`."""
@@ -123,12 +146,16 @@ class PolicyLossConfig(_upstream.PolicyLossConfig):
         return value
 
     def _number(
-        self, name: str, default: float | None, low: float, high: float = math.inf, strict: bool = False
-    ) -> None:
-        """A number from `low` to `high`, or with `strict` above `low`."""
+        self, name: str, default: float | None, low: float = -LARGEST, high: float = LARGEST, strict: bool = False
+    ) -> Any:
+        """The field's value, a number from `low` to `high`, or with `strict` above `low`; None only by default."""
         value = self._default(name, default)
+        if value is None:
+            return None
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not low <= value <= high or (strict and value == low):
-            above = f"above {low:g}" if strict else f"of at least {low:g}"
-            most = "" if high == math.inf else f" and at most {high:g}"
-            raise ValueError(f"policy_loss.{name}={value!r}: expected a number {above}{most}")
+            kind = "finite number" if high == LARGEST else "number"
+            above = "" if low <= -LARGEST else f" above {low:g}" if strict else f" of at least {low:g}"
+            most = "" if high >= LARGEST else f" and at most {high:g}"
+            raise ValueError(f"policy_loss.{name}={value!r}: expected a {kind}{above}{most}")
+        return value

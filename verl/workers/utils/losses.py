@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
-from verl.trainer.ppo.core_algos import clip_ratios, estimate_entropy_change, get_policy_loss_fn, ppo_clipped
+from verl.trainer.ppo.core_algos import clipped_by_loss, estimate_entropy_change, get_policy_loss_fn
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType, Metric
 from verl.utils.token_metrics import token_metrics
@@ -105,8 +105,7 @@ def ppo_loss(
             if isinstance(metric, Metric) and name.endswith(("_min", "_max")):
                 metric.aggregation = AggregationType(name[-3:])
     if tu.get_non_tensor_data(data, "token_metrics", False):
-        # The dynamic clip counts what its own bounds clip, by the same name.
-        metrics = Metric.from_dict(_token_metrics(config, model_output, data), AggregationType.MEAN) | metrics
+        metrics |= Metric.from_dict(_token_metrics(config, model_output, data), AggregationType.MEAN)
     return loss, metrics
 
 
@@ -115,9 +114,9 @@ def _token_metrics(config: ActorConfig, model_output: dict[str, Any], data: Tens
     """Those of a loss other than STEER's: no weights, and the change as the `released` estimator has it."""
     log_prob = no_padding_2_padding(model_output["log_probs"], data)
     batch = data.select("advantages", "old_log_probs", "response_mask").to_padded_tensor()
-    advantages, old_log_prob, clip = batch["advantages"], batch["old_log_probs"], clip_ratios(config)
+    advantages, old_log_prob = batch["advantages"], batch["old_log_probs"]
     entropys, change = _old_entropys(model_output, data), None
     if entropys is not None:
-        change = estimate_entropy_change(advantages, entropys, old_log_prob, log_prob, "released", *clip)
-    clipped = ppo_clipped(advantages, old_log_prob, log_prob, *clip)
+        change = estimate_entropy_change(advantages, entropys, old_log_prob, log_prob, "released")
+    clipped = clipped_by_loss(config, advantages, old_log_prob, log_prob)
     return token_metrics(advantages, old_log_prob, *clipped, batch["response_mask"], change)

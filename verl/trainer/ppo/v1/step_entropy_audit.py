@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import transfer_queue as tq
@@ -13,19 +14,19 @@ from verl.workers.utils.padding import response_from_nested
 #: What the log-prob pass of an audited step leaves in the batch beside upstream's fields.
 SUMS = ("sum_pi_squared", "sum_pi_squared_log_pi")
 
+#: At the old policy, at a ratio of 1, no loss clips.
+NO_CLIP = (math.inf, math.inf, math.inf)
+
 FIELDS = ("advantages", "old_log_probs", "entropy", "response_mask", *SUMS)
 
 
-def audit_step(
-    batch: KVBatchMeta, actor_worker_group: Any, temperature: float, clip: tuple[float, float, float]
-) -> dict[str, float]:
+def audit_step(batch: KVBatchMeta, actor_worker_group: Any, temperature: float) -> dict[str, float]:
     """Measure the updated policy's entropies, and hold the estimates at the old policy against their change.
 
     Args:
         batch: the step's batch after the update; the old policy's `SUMS` came with its log-probs.
         actor_worker_group: verl's workers.
         temperature: that of the old log-probs.
-        clip: clip_ratio_low, clip_ratio_high, clip_ratio_c. At the old policy nothing is clipped.
 
     Returns:
         Scores as `score_estimates` names them, below `entropy_audit/step/`.
@@ -48,7 +49,7 @@ def audit_step(
     tokens = {name: values.values()[valid].float() for name, values in old.items() if name != "response_mask"}
     advantages, log_prob, entropy = tokens["advantages"], tokens["old_log_probs"], tokens["entropy"]
     sums = {name: tokens[name] for name in SUMS}
-    estimates = signed_estimates(advantages, entropy, entropy, log_prob, log_prob, clip=clip, **sums)
+    estimates = signed_estimates(advantages, entropy, entropy, log_prob, log_prob, clip=NO_CLIP, **sums)
     estimates["covariance"] = covariance_estimate(log_prob, advantages, log_prob.mean(), advantages.mean())
     scores = score_estimates(estimates, new_entropy.values()[valid].float() - entropy)
     return {f"entropy_audit/step/{name}": score for name, score in scores.items()}

@@ -20,8 +20,7 @@ from omegaconf import DictConfig, open_dict
 from torch.utils.data import DataLoader
 from transfer_queue import KVBatchMeta
 from verl.experimental.agent_loop import AgentLoopManager
-from verl.trainer.ppo.core_algos import clip_ratios
-from verl.trainer.ppo.entropy_advantages import OLD_POLICY_FIELDS, old_policy
+from verl.trainer.ppo.entropy_advantages import batch_fields, fields_read
 from verl.trainer.ppo.task_runner import is_batched
 from verl.trainer.ppo.utils import create_rl_dataset
 from verl.trainer.ppo.v1 import trainer_base
@@ -144,13 +143,13 @@ class SteerTrainer(PPOTrainerSync):
         return super()._compute_ref_log_prob(batch, metrics)
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """Upstream's, with what the estimator reads of the old policy at hand."""
-        fields = OLD_POLICY_FIELDS.get(self.config.algorithm.adv_estimator)
-        if fields is None:
+        """Upstream's, with what the estimator reads of the batch beside upstream's arguments at hand."""
+        fields = fields_read(self.config.algorithm)
+        if not fields:
             return super()._compute_advantage(batch, metrics)
         data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(fields))
         padded = data.to_padded_tensor()
-        with old_policy({field: padded[field] for field in fields}):
+        with batch_fields({field: padded[field] for field in fields}):
             return super()._compute_advantage(batch, metrics)
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
@@ -170,7 +169,7 @@ class SteerTrainer(PPOTrainerSync):
         for name in [name for name in metrics if name.startswith("actor/entropy_audit/")]:
             metrics[name.removeprefix("actor/")] = metrics.pop(name)
         temperature = self.config.actor_rollout_ref.rollout.temperature
-        metrics |= audit_step(batch, self.actor_rollout_wg, temperature, clip_ratios(actor))
+        metrics |= audit_step(batch, self.actor_rollout_wg, temperature)
         return batch
 
     def _leave_out(self, batch: KVBatchMeta, unread: frozenset[str]) -> None:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed
 from tensordict import TensorDict
 from torch.distributed.fsdp import FSDPModule
-from verl.trainer.ppo.core_algos import clip_ratios, map_to_token_weights, ppo_clipped
+from verl.trainer.ppo.core_algos import clip_ratios, clipped_by_loss, clips_as_ppo, map_to_token_weights
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.utils.entropy_audit import (
@@ -105,7 +105,6 @@ class EntropyAudit:
         batch = data.select(*fields).cpu().to_padded_tensor()
         valid, group = batch["response_mask"].bool(), self.get_data_parallel_group()
         advantages, old_log_prob, log_prob = batch["advantages"], batch["old_log_probs"], before["log_probs"]
-        clip = clip_ratios(config)
         estimates = signed_estimates(
             advantages,
             batch.get("entropy", before["entropy"]),
@@ -114,17 +113,18 @@ class EntropyAudit:
             log_prob,
             before["sum_pi_squared"],
             before["sum_pi_squared_log_pi"],
-            clip,
+            clip_ratios(config) if clips_as_ppo(config.policy_loss) else None,
         )
         means = mean_over_ranks(torch.stack([log_prob[valid], advantages[valid].float()]), group)
         estimates["covariance"] = covariance_estimate(log_prob, advantages, *means)
+        above, below = clipped_by_loss(config, advantages, old_log_prob, log_prob)
         tokens = {
             "token_id": batch["responses"],
             "prob": log_prob.exp(),
             "entropy": before["entropy"],
             "advantage": advantages,
             "ratio": (log_prob - old_log_prob).exp(),
-            "clipped": torch.logical_or(*ppo_clipped(advantages, old_log_prob, log_prob, *clip)),
+            **({} if above is None else {"clipped": above | below}),
             **{f"omega_{name}": estimate for name, estimate in estimates.items()},
             "weight": self._token_weights(data, estimates, valid, config.policy_loss),
             "true_change": true_change,
