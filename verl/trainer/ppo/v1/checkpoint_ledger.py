@@ -63,7 +63,7 @@ class CheckpointLedger:
         tracked = _tracked(folder)
         if tracked in whole:
             ledger.go_on_from(tracked)
-        if ledger.saved_steps or tracked is not None:
+        if ledger.saved_steps or (folder / TRACKER).exists():
             ledger._write()
         return ledger
 
@@ -165,13 +165,14 @@ class CheckpointLedger:
     def _write(self) -> None:
         entries = {"latest_step": self.latest_step, **asdict(self)}
         del entries["folder"]
-        moved = _tracked(self.folder) != self.latest_step
-        if moved:
+        tracker = self.folder / TRACKER
+        right = self.saved_steps and _tracked(self.folder) == self.latest_step
+        if not right:
             # Between the two writes the tracker mustn't name a checkpoint of another branch.
-            (self.folder / TRACKER).unlink(missing_ok=True)
+            tracker.unlink(missing_ok=True)
         _replace(self.folder / LEDGER, json.dumps(entries) + "\n")
-        if moved and self.saved_steps:
-            _replace(self.folder / TRACKER, str(self.latest_step))
+        if self.saved_steps and not right:
+            _replace(tracker, str(self.latest_step))
 
 
 def step_of(path: Path) -> int | None:
@@ -218,6 +219,10 @@ def _tracked(folder: Path) -> int | None:
 
 def _clear(folder: Path) -> None:
     """Clear away what a kill left unfinished or half deleted, and put back what an unfinished folder had replaced."""
+    tracked = _tracked(folder)
+    if tracked is not None and (folder / f"global_step_{tracked}" / UNFINISHED).exists():
+        # First of all: what comes back under this name below is of another branch.
+        (folder / TRACKER).unlink()
     for path in folder.glob(".deleted_global_step_*"):
         _remove(path)
     for path in _checkpoints(folder).values():
