@@ -151,7 +151,7 @@ def test_a_fixed_probability_bounds_the_quadrants():
     assert inside.tolist() == [[False, True, True]]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000))
 def test_each_token_with_an_advantage_is_in_one_quadrant(seed):
     advantages, entropys, _, log_prob, _ = random_batch(seed=seed)
@@ -364,7 +364,7 @@ def test_grpo_s_by_hand():
 # The estimators' properties.
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 6), st.integers(0, 10_000))
 def test_shared_out_rewards_sum_to_the_rewards(prompts, responses, width, seed):
     """At each place the right answers to a prompt get 1 each between them, the wrong ones -1."""

@@ -55,6 +55,10 @@ def assert_same(ours, theirs):
             assert torch.equal(got.offsets(), column.offsets()) and torch.equal(got.values(), column.values())
             # As wide as the longest row, not as all rows together.
             assert got.to_padded_tensor(0).shape == column.to_padded_tensor(0).shape
+            if column.lengths() is None:
+                # Attention kernels read these two, which torch keeps beside the offsets.
+                lengths = column.offsets().diff()
+                assert (got._get_min_seqlen(), got._get_max_seqlen()) == (lengths.min(), lengths.max())
         else:
             assert torch.equal(got, column)
 

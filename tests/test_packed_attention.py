@@ -51,9 +51,46 @@ def test_a_padded_batch_is_refused(model):
         model(torch.ones(2, 3, dtype=torch.long), position_ids=torch.arange(3).expand(2, 3), use_cache=False)
 
 
-def test_a_sequence_beyond_the_sliding_window_is_refused():
-    heads = torch.zeros(1, 2, 6, 4)
-    with pytest.raises(ValueError, match="sliding_window=4"):
-        packed_attention.packed_sdpa(
-            None, heads, heads, heads, None, position_ids=torch.arange(6).unsqueeze(0), sliding_window=4
-        )
+def heads(count, seed=2):
+    """Queries, keys and values of a head size of 4, (1, 2, count, 4), and positions of sequences of 4 and count - 4."""
+    torch.manual_seed(seed)
+    position_ids = torch.cat([torch.arange(4), torch.arange(count - 4)]).unsqueeze(0)
+    return torch.randn(3, 1, 2, count, 4, dtype=torch.float64).unbind(), position_ids
+
+
+def attention(inputs, position_ids, attention_mask=None, **options):
+    output, weights = packed_attention.packed_sdpa(None, *inputs, attention_mask, position_ids=position_ids, **options)
+    assert weights is None
+    return output.transpose(1, 2)
+
+
+@pytest.mark.parametrize("scaling", [None, 0.5, 0.1, 2.0])
+def test_logits_are_scaled(scaling):
+    (query, key, value), position_ids = heads(10)
+    same_sequence = torch.arange(10).ge(4).unsqueeze(0) == torch.arange(10).ge(4).unsqueeze(1)
+    logits = query @ key.mT * (4**-0.5 if scaling is None else scaling)
+    expected = logits.masked_fill(~(same_sequence & torch.ones(10, 10).tril().bool()), -torch.inf).softmax(-1) @ value
+    torch.testing.assert_close(attention((query, key, value), position_ids, scaling=scaling), expected)
+
+
+def test_dropout_reaches_the_probabilities():
+    """Of values that are all 1 the mean over the probabilities is 1, until dropout takes some away."""
+    (query, key, value), position_ids = heads(10)
+    inputs = query, key, torch.ones_like(value)
+    torch.testing.assert_close(attention(inputs, position_ids), inputs[2])
+    dropped = attention(inputs, position_ids, dropout=0.5)
+    assert (dropped[:, :, 0] == 2).logical_or(dropped[:, :, 0] == 0).all()  # a first token has one probability
+    assert not torch.allclose(dropped, inputs[2])
+
+
+def test_a_mask_is_refused():
+    inputs, position_ids = heads(10)
+    with pytest.raises(ValueError, match="attention_mask"):
+        attention(inputs, position_ids, torch.ones(1, 1, 10, 10, dtype=torch.bool))
+
+
+def test_a_sequence_may_be_as_long_as_the_sliding_window_and_no_longer():
+    inputs, position_ids = heads(10)
+    assert torch.equal(attention(inputs, position_ids, sliding_window=6), attention(inputs, position_ids))
+    with pytest.raises(ValueError, match=r"sliding_window=5: .* 6 tokens"):
+        attention(inputs, position_ids, sliding_window=5)

@@ -56,7 +56,7 @@ def metrics_of(batch):
     return token_metrics(advantages, old_log_prob, *clipped, mask, change, (-change).exp())
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 10_000))
 def test_bins_and_quadrants_share_everything_out(seed):
     batch = random_batch(seed=seed)

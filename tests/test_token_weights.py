@@ -337,7 +337,7 @@ maps = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(batches, maps, st.sampled_from(ENTROPY_CHANGE_ESTIMATORS))
 def test_weights_are_bounded_and_fall_with_the_estimate(batch, bounds, estimator):
     *tensors, mask = batch
@@ -348,7 +348,7 @@ def test_weights_are_bounded_and_fall_with_the_estimate(batch, bounds, estimator
     assert (weights[mask][order].diff() <= 1e-6).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(batches, maps, st.sampled_from((None, *TOKEN_WEIGHT_MAPS)), st.integers(0, 4), st.integers(0, 1000))
 def test_padding_and_order_do_not_matter(batch, bounds, mapping, extra, seed):
     *tensors, mask = batch

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from verl.utils.kernel import vocab_reductions as module
 from verl.utils.kernel.vocab_reductions import vocab_reductions
@@ -179,7 +179,6 @@ rows = st.lists(st.lists(st.floats(-30, 30, width=32), min_size=5, max_size=5), 
 
 
 @given(rows, st.floats(-50, 50, width=32), st.data())
-@settings(deadline=None)
 def test_properties(rows, shift, data):
     logits = torch.tensor(rows)
     labels = torch.tensor([data.draw(st.integers(0, 4)) for _ in rows])
@@ -375,13 +374,29 @@ def test_extra_memory(dtype, monkeypatch):
 
 
 # Run where TRITON_INTERPRET is set before triton is imported: its own functions are bound to the interpreter then.
-INTERPRETED = """
+INTERPRETED = '''
 import functools, math, sys
 import torch
 sys.path.insert(0, sys.argv[1])
 import vocab_reductions, vocab_reductions_triton
 whole = vocab_reductions_triton.forward
 torch.manual_seed(0)
+
+def error_bound(logits, labels, of_log_prob, of_entropy, temperatures):
+    """How far two float32 gradients of of_log_prob * log_prob + of_entropy * entropy may lie apart, element by element.
+
+    They are sums of pi * of_log_prob and pi * of_entropy * (ln pi + H), over the temperature, which may cancel each
+    other. Each term is right to eps times one plus the size of the exponent that pi is computed from, and so are both
+    implementations; the factor leaves room for the handful of operations and the exponential's own error.
+    """
+    log_pi = torch.log_softmax(logits / temperatures.unsqueeze(-1), -1)
+    pi = log_pi.exp().nan_to_num(0.0)  # a row of nothing but -inf has no distribution and no gradient
+    log_pi = log_pi.masked_fill(pi == 0, 0.0)
+    entropy = -(pi * log_pi).sum(-1, keepdim=True)
+    terms = of_log_prob.unsqueeze(-1) * (pi + torch.nn.functional.one_hot(labels, logits.shape[-1]))
+    terms = terms + of_entropy.unsqueeze(-1) * pi * (log_pi.abs() + entropy)
+    return 8 * torch.finfo(torch.float32).eps * (1 + log_pi.abs()) * terms / temperatures.unsqueeze(-1)
+
 cases = 0
 for vocabulary in (1, 5, 1000, 9001):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -408,15 +423,22 @@ for vocabulary in (1, 5, 1000, 9001):
                 (grad,) = torch.autograd.grad(loss.sum(), inner)
                 assert (grad.data_ptr() == inner.data_ptr()) == inplace
                 outcomes.append([*(result for result in results if result is not None), grad])
+            temperatures = torch.as_tensor(1.0 if temperature is None else temperature).expand(2, 4)
+            bound = error_bound(logits[:, :-1].double(), labels, weights, 0.3 * weights * squares, temperatures)
             for torch_s, *triton_s in zip(*outcomes):
                 assert torch_s[1, 1].isnan().all() and torch_s.isnan().sum() == torch_s[1, 1].numel()
-                rtol = 1e-5 if torch_s.dtype == torch.float32 else torch.finfo(torch_s.dtype).eps
-                atol = 1e-9 if torch_s.dtype == torch.float32 else 2.0**-24
                 for triton_ in triton_s:
+                    if torch_s.dtype == torch.float32 and torch_s.dim() == 3:
+                        excess = ((triton_ - torch_s).abs() - bound).nan_to_num(-math.inf)
+                        assert excess.amax() <= 0, (vocabulary, splits, excess.amax(), excess.argmax())
+                        assert torch.equal(triton_.isnan(), torch_s.isnan())
+                        continue
+                    rtol = 1e-5 if torch_s.dtype == torch.float32 else torch.finfo(torch_s.dtype).eps
+                    atol = 0.0 if torch_s.dtype == torch.float32 else 2.0**-24
                     torch.testing.assert_close(triton_, torch_s, rtol=rtol, atol=atol, equal_nan=True)
                 cases += 1
 print(cases)
-"""
+'''
 
 
 @needs_triton
