@@ -289,7 +289,7 @@ def test_a_truth_that_cannot_be_read_accepts_nothing_else(truth, rule):
 
 
 def test_a_part_of_an_answer_is_not_the_answer():
-    for line in (r"\frac{1}{2}+17" + "\\", r"17+\boxed{\frac{1}{2}", r"17+\fbox{\frac{1}{2}"):
+    for line in (r"\frac{1}{2}+17" + "\\", r"17+\boxed\frac{1}{2}", r"17+\fbox\frac{1}{2}"):
         assert not math_boxed.compute_score(f"Answer: {line}", r"\frac{1}{2}", rule="eval")["acc"], line
 
 
