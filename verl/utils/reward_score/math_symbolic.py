@@ -52,8 +52,8 @@ def worth_asking(truth: str, answer: str) -> bool:
     """Whether a symbolic comparison could find two differently written answers equal, and is fit to be tried.
 
     False where an answer is empty, too long or too deep; where both are integers; and where math-verify would misread
-    one: a word as the product of its letters, a number without its base, `1 2` as 1 + 2, of text with an unclosed box
-    or a backslash at its end only a part.
+    one: a word as the product of its letters, a number without its base, `1 2` as 1 + 2, and only a part of a text with
+    a box that has no braces or a backslash at its end.
     """
     if _INTEGER.fullmatch(truth) and _INTEGER.fullmatch(answer):
         return False

@@ -29,7 +29,10 @@ WARM_UP = [("(x+1)^2", "x^2+2x+1"), (r"[0,1)\cup\{2\}", r"\{2\}\cup[0,1)"), ("y=
 
 _EQUATES = re.compile(r"(?<![\\<>!~])=|~=|\\(?:approx|equiv)(?![a-zA-Z])")
 # Without letters, which may be units, and without degrees.
-_CONSTANT = re.compile(r"(?:[\d\s.+\-*/^(){}!]|\\(?:[dt]?frac|sqrt|cdot|times|div|pi|infty|left|right)(?![a-zA-Z]))+")
+_CONSTANT = re.compile(
+    r"(?:[\d\s.+\-*/^_(){}\[\]!]"
+    r"|\\(?:[dt]?frac|sqrt|cdot|times|div|binom|log|ln|pi|infty|left|right)(?![a-zA-Z]))+"
+)
 _NUMBER = re.compile(r"-?\d*(?:\.(\d+))?(?: *\\(?:times|cdot) *10\^\{?(-?\d+)\}?)?")
 
 _HARMLESS_OS_EVENTS = {"os.listdir", "os.scandir", "os.walk"}
