@@ -179,9 +179,10 @@ class SteerTrainer(PPOTrainerSync):
         Upstream fills it up to whole mini-batches, of which `log_prob_micro_batch_size_per_gpu` may be no divisor.
         """
         size = options.log_prob_micro_batch_size_per_gpu
-        rows = len(batch) // (max(self.actor_rollout_wg._dispatch_info["actor"]) + 1)
-        if size and rows % size and not options.log_prob_use_dynamic_bsz:
-            batch.extra_info["micro_batch_size_per_gpu"] = math.gcd(size, rows)
+        if size and not options.log_prob_use_dynamic_bsz:
+            rows = len(batch) // (max(self.actor_rollout_wg._dispatch_info["actor"]) + 1)
+            if rows % size:
+                batch.extra_info["micro_batch_size_per_gpu"] = math.gcd(size, rows)
         yield
         batch.extra_info.pop("micro_batch_size_per_gpu", None)
 
