@@ -563,7 +563,8 @@ def trainer(monkeypatch, tmp_path):
                     "ppo_mini_batch_size": 2,
                     "ppo_epochs": 3,
                 },
-                "rollout": {"n": 4, "temperature": 0.7},
+                "rollout": {"n": 4, "temperature": 0.7, "log_prob_micro_batch_size_per_gpu": None},
+                "ref": {"log_prob_micro_batch_size_per_gpu": None},
             }
         }
     )

@@ -49,10 +49,10 @@ def packed_sdpa(
         ValueError: if the sequences are not packed into one row, or are longer than the sliding window.
     """
     if query.shape[0] != 1 or attention_mask is not None:
+        mask = None if attention_mask is None else tuple(attention_mask.shape)
         raise ValueError(
-            f"attn_implementation={NAME}: got a batch of {query.shape[0]} rows and attention_mask="
-            f"{None if attention_mask is None else tuple(attention_mask.shape)}; expected use_remove_padding=true, which "
-            "packs all sequences into one row without a mask"
+            f"attn_implementation={NAME}: got a batch of {query.shape[0]} rows and attention_mask={mask}; expected "
+            "use_remove_padding=true, which packs all sequences into one row without a mask"
         )
     starts = (position_ids[0] == 0).nonzero().flatten()
     lengths = torch.diff(starts, append=starts.new_tensor([query.shape[2]])).tolist()
