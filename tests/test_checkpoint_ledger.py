@@ -165,6 +165,21 @@ def test_killed_before_the_ledger_was_written(tmp_path):
     assert CheckpointLedger.open(tmp_path).saved_steps == [2, 3]
 
 
+def test_a_run_that_starts_anew_inherits_no_best_value(tmp_path):
+    """Killed after its first checkpoint's mark was removed and before its first ledger was written."""
+    earlier = CheckpointLedger.open(tmp_path)
+    for step in (1, 2):
+        save(earlier, step)
+    earlier.saved_best(1, 0.9, delete_old=False)
+    ledger = CheckpointLedger(tmp_path)
+    ledger.begin(3)
+    assert not (tmp_path / TRACKER).exists()
+    (tmp_path / TRACKER).write_text("3")
+    (tmp_path / "global_step_3" / UNFINISHED).unlink()
+    again = CheckpointLedger.open(tmp_path)
+    assert (again.saved_steps, again.best_step, again.best_value) == ([3], None, None) and steps(tmp_path) == [1, 2, 3]
+
+
 def test_first_checkpoint_unfinished(tmp_path):
     CheckpointLedger.open(tmp_path).begin(1)
     (tmp_path / TRACKER).write_text("1")

@@ -415,7 +415,7 @@ def test_runs_that_cannot_work_are_refused(overrides, message):
     ],
 )
 def test_runs_that_can_work_are_not_refused(overrides):
-    main_ppo.prepare(resolved("steer_exp", "hardware=cpu", *overrides))
+    main_ppo.prepare(resolved("steer_exp", "hardware=cpu", "trainer.save_after=0", *overrides))
 
 
 @pytest.mark.parametrize("plus", ["", "+"])
@@ -466,18 +466,29 @@ def test_an_audit_that_cannot_be_made_is_refused(override, message):
             ["trainer.save_best_only=true", "trainer.test_freq=-1"],
             "trainer.test_freq=-1: expected at least 1 with trainer.save_best_only=true",
         ),
-        (["trainer.v1.trainer_mode=sync"], "trainer.save_after=80: expected 0 with trainer.v1.trainer_mode=sync and"),
-        (["trainer.use_v1=false"], "trainer.save_after=80: expected 0 with trainer.v1.trainer_mode=steer and trainer."),
         (
-            ["task=arithmetic", "trainer.v1.trainer_mode=sync", "trainer.save_best_only=true"],
+            ["trainer.v1.trainer_mode=sync", f"{MANAGER}=null"],
+            "trainer.save_after=80: expected 0 with trainer.v1.trainer_mode=sync and",
+        ),
+        (
+            ["trainer.use_v1=false", f"{MANAGER}=null"],
+            "trainer.save_after=80: expected 0 with trainer.v1.trainer_mode=steer and trainer.",
+        ),
+        (
+            ["task=arithmetic", "trainer.v1.trainer_mode=sync", f"{MANAGER}=null", "trainer.save_best_only=true"],
             "trainer.save_best_only=true: expected false with trainer.v1.trainer_mode=sync and trainer.use_v1=true",
         ),
         (
-            ["task=arithmetic", "trainer.v1.trainer_mode=sync", "trainer.delete_old_best_checkpoint=true"],
+            [
+                "task=arithmetic",
+                "trainer.v1.trainer_mode=sync",
+                f"{MANAGER}=null",
+                "trainer.delete_old_best_checkpoint=true",
+            ],
             "trainer.delete_old_best_checkpoint=true: expected false with trainer.v1.trainer_mode=sync",
         ),
         (
-            ["task=arithmetic", "trainer.v1.trainer_mode=sync", "trainer.best_metric_key=acc"],
+            ["task=arithmetic", "trainer.v1.trainer_mode=sync", f"{MANAGER}=null", "trainer.best_metric_key=acc"],
             "trainer.best_metric_key=acc: expected None with trainer.v1.trainer_mode=sync",
         ),
         (
@@ -502,7 +513,7 @@ def test_checkpoints_that_would_not_come_are_refused(overrides, message):
         ["trainer.save_best_only=true"],
         ["trainer.max_actor_ckpt_to_keep=2"],
         ["algorithm.adv_estimator=gae", "trainer.max_actor_ckpt_to_keep=2", "trainer.max_critic_ckpt_to_keep=2"],
-        ["task=arithmetic", "trainer.v1.trainer_mode=sync"],
+        ["task=arithmetic", "trainer.v1.trainer_mode=sync", f"{MANAGER}=null"],
         ["trainer.val_only=true", "trainer.test_freq=-1", "trainer.save_best_only=true"],
     ],
 )
@@ -520,7 +531,11 @@ def test_unfinished_checkpoints_are_refused(tmp_path):
     with pytest.raises(ValueError, match=f"{resume[1]}: expected a whole checkpoint"):
         main_ppo.prepare(resolved("grpo", "hardware=cpu", *resume))
     with pytest.raises(ValueError, match=f"{folder}: global_step_3 is unfinished: delete it"):
-        main_ppo.prepare(resolved("grpo", "hardware=cpu", "task=arithmetic", "trainer.v1.trainer_mode=sync", folder))
+        main_ppo.prepare(
+            resolved(
+                "grpo", "hardware=cpu", "task=arithmetic", "trainer.v1.trainer_mode=sync", f"{MANAGER}=null", folder
+            )
+        )
     main_ppo.prepare(resolved("grpo", "hardware=cpu", folder))
 
 
