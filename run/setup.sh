@@ -23,7 +23,7 @@ done
 quiet=--quiet
 [ ! -t 2 ] || quiet=
 say() { echo "setup.sh: $*" >&2; }
-say "making $venv ($kind) with $("$python" --version), once; without a GPU that takes 5 GB of disk and some minutes"
+say "making $venv ($kind) with $("$python" --version), once; without a GPU it fetches 1.3 GB, which take 5 GB of disk"
 "$python" -m venv "$venv"
 "$venv/bin/python" -m pip install $quiet --disable-pip-version-check uv
 # A run imports the same packages in half a dozen processes: they are compiled once, here, also where the environment
