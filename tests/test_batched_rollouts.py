@@ -259,6 +259,10 @@ def test_a_prompt_that_has_no_tokens_costs_its_own_rollouts(run, caplog):
 FATAL = {
     "a server dies": ({"error": ActorDiedError()}, "generation: ActorDiedError: The actor died"),
     "a reward worker dies": ({"grades": {(2, 1): ActorDiedError()}}, "grading: ActorDiedError: The actor died"),
+    "it dies once each is graded alone": (
+        {"grades": {(2, 1): ValueError("not a number"), (2, 2): ActorDiedError()}},
+        "grading: ActorDiedError: The actor died",
+    ),
     "a status is not written": ({"refused": "finished"}, "TransferQueue: TimeoutError: no answer from the storage"),
     "nor that they run": ({"refused": "running"}, "TransferQueue: TimeoutError: no answer from the storage"),
     "rollouts are not written": ({"refused": "success"}, "TransferQueue: TimeoutError: no answer from the storage"),
@@ -590,6 +594,9 @@ def test_lost_samples_are_not_counted_as_wrong(trainer, lost, aime):
     assert metrics["val-core/aime/acc/mean@4"] == pytest.approx(aime)
     assert metrics["val-aux/aime/acc_success_only/mean@4"] == pytest.approx(aime)
     assert metrics["val-aux/aime/reward/mean@4"] == pytest.approx(2 * aime - 1)
+    # Spread, best, worst and majority of four are those of the prompts that have four.
+    whole = [np.std(CORRECT[uid]) for uid in "abc" if uid not in {of for of, _ in lost}]
+    assert metrics.get("val-aux/aime/acc/std@4") == (pytest.approx(np.mean(whole)) if whole else None)
     assert metrics["val-core/gsm/acc/mean@4"] == 3 / 4
     assert {name.rpartition("@")[2] for name in metrics if "/mean@" in name} == {"4"}
     assert metrics["val-aux/aime/num_samples"] == 12 - len(lost) and metrics["val-aux/aime/num_lost"] == len(lost)
