@@ -393,11 +393,13 @@ def waiting_buffer(monkeypatch, partition, statuses):
     return ReplayBuffer("sync", {}, None, "drop", {}, poll_interval=0), tags
 
 
+@pytest.mark.parametrize("failure", [RolloutsFailed("generation: it died"), KeyError("generation: it died")])
 @pytest.mark.parametrize("partition", ["train", "val"])
-def test_a_failure_ends_the_wait(monkeypatch, partition):
+def test_a_failure_ends_the_wait(monkeypatch, partition, failure):
     buffer, _ = waiting_buffer(monkeypatch, partition, {"a": "finished", "b": "running", "c": "failure"})
-    RolloutWait(buffer, None, failure=lambda: RolloutsFailed("generation: ActorDiedError: it died"))
-    told = f"waiting for the rollouts of step 7, partition {partition}: 2 of 3 prompts done: generation: ActorDiedError"
+    RolloutWait(buffer, None, failure=lambda: failure)
+    kind = "" if isinstance(failure, RolloutsFailed) else "KeyError: '"
+    told = f"^waiting for the rollouts of step 7, partition {partition}: 2 of 3 prompts done: {kind}generation: it died"
     with pytest.raises(RolloutsFailed, match=told):
         buffer.sample(global_steps=7, partition_id=partition, batch_size=3)
 
