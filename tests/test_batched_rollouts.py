@@ -393,11 +393,13 @@ def waiting_buffer(monkeypatch, partition, statuses):
     return ReplayBuffer("sync", {}, None, "drop", {}, poll_interval=0), tags
 
 
+@pytest.mark.parametrize("failure", [RolloutsFailed("generation: it died"), KeyError("generation: it died")])
 @pytest.mark.parametrize("partition", ["train", "val"])
-def test_a_failure_ends_the_wait(monkeypatch, partition):
+def test_a_failure_ends_the_wait(monkeypatch, partition, failure):
     buffer, _ = waiting_buffer(monkeypatch, partition, {"a": "finished", "b": "running", "c": "failure"})
-    RolloutWait(buffer, None, failure=lambda: RolloutsFailed("generation: ActorDiedError: it died"))
-    told = f"waiting for the rollouts of step 7, partition {partition}: 2 of 3 prompts done: generation: ActorDiedError"
+    RolloutWait(buffer, None, failure=lambda: failure)
+    kind = "" if isinstance(failure, RolloutsFailed) else "KeyError: '"
+    told = f"^waiting for the rollouts of step 7, partition {partition}: 2 of 3 prompts done: {kind}generation: it died"
     with pytest.raises(RolloutsFailed, match=told):
         buffer.sample(global_steps=7, partition_id=partition, batch_size=3)
 
@@ -594,6 +596,9 @@ def test_lost_samples_are_not_counted_as_wrong(trainer, lost, aime):
     assert metrics["val-core/aime/acc/mean@4"] == pytest.approx(aime)
     assert metrics["val-aux/aime/acc_success_only/mean@4"] == pytest.approx(aime)
     assert metrics["val-aux/aime/reward/mean@4"] == pytest.approx(2 * aime - 1)
+    # Spread, best, worst and majority of four are those of the prompts that have four.
+    whole = [np.std(CORRECT[uid]) for uid in "abc" if uid not in {of for of, _ in lost}]
+    assert metrics.get("val-aux/aime/acc/std@4") == (pytest.approx(np.mean(whole)) if whole else None)
     assert metrics["val-core/gsm/acc/mean@4"] == 3 / 4
     assert {name.rpartition("@")[2] for name in metrics if "/mean@" in name} == {"4"}
     assert metrics["val-aux/aime/num_samples"] == 12 - len(lost) and metrics["val-aux/aime/num_lost"] == len(lost)

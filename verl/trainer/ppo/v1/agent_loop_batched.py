@@ -35,7 +35,7 @@ from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentL
 from verl.protocol import DataProto
 from verl.trainer.ppo.rollout_checks import AGENT_LOOP, ONLY_SINGLE_TURN
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, apply_greedy_sampling_params
-from verl.trainer.ppo.v1.rollout_wait import RolloutsFailed
+from verl.trainer.ppo.v1.rollout_wait import RolloutsFailed, told
 from verl.utils.profiler import simple_timer
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.rollout.replica import TokenOutput
@@ -105,7 +105,10 @@ class BatchedAgentLoopWorker(AgentLoopWorker):
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self.background_tasks.discard(task)
-        self.failure = self.failure or task.exception()
+        failure = task.exception()
+        if failure is not None:
+            logger.error("work on a batch of prompts ended", exc_info=failure)
+            self.failure = self.failure or failure
 
     async def _run_prompts(self, prompts: list[Prompt], validate: bool) -> None:
         """Start all shares, and store each, in the batch's order, once it is graded.
@@ -356,12 +359,6 @@ def check_single_turn_text(prompt: Prompt) -> None:
         kinds = {part["type"] for part in message["content"]} if isinstance(message["content"], list) else set()
         if kinds - {"text"}:
             raise RolloutsFailed(f"a prompt with {', '.join(sorted(kinds - {'text'}))}: {ONLY_SINGLE_TURN}")
-
-
-def told(error: BaseException) -> str:
-    """An error in one line, a remote one without the remote traceback."""
-    cause = error.cause if isinstance(error, RayTaskError) else error
-    return f"{type(cause).__name__}: {' '.join(str(cause).split())}"
 
 
 @contextmanager

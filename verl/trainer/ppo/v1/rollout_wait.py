@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from ray.exceptions import RayTaskError
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
 #: Default of `trainer.rollout_timeout`, in seconds: more than a share of long responses takes.
@@ -14,6 +15,14 @@ ROLLOUT_TIMEOUT = 3600.0
 
 class RolloutsFailed(RuntimeError):
     """A run can't go on, as its rollouts do not come."""
+
+
+def told(error: BaseException) -> str:
+    """An error in one line with its type, a remote one without the remote traceback."""
+    if isinstance(error, RolloutsFailed):
+        return str(error)
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    return f"{type(cause).__name__}: {' '.join(str(cause).split())}"
 
 
 class RolloutWait:
@@ -47,7 +56,7 @@ class RolloutWait:
         """
         failure = self.failure()
         if failure is not None:
-            raise RolloutsFailed(f"waiting for {self._awaited(partition_id)}: {failure}") from failure
+            raise RolloutsFailed(f"waiting for {self._awaited(partition_id)}: {told(failure)}") from failure
         steps, stored = self._steps(partition_id), len(self.replay_buffer.partitions[partition_id])
         progress = (partition_id, steps, stored, len(self._done(partition_id)))
         if progress != self.progress:
