@@ -12,6 +12,7 @@ Keys below `trainer`, beside upstream's:
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 
@@ -22,13 +23,15 @@ from transfer_queue import KVBatchMeta
 from verl.experimental.agent_loop import AgentLoopManager
 from verl.trainer.ppo.core_algos import clip_ratios
 from verl.trainer.ppo.entropy_advantages import OLD_POLICY_FIELDS, old_policy
+from verl.trainer.ppo.run_ending import naming_a_full_disk
 from verl.trainer.ppo.task_runner import is_batched
 from verl.trainer.ppo.utils import create_rl_dataset
 from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.adaptive_entropy import AdaptiveEntropyCoefficient
 from verl.trainer.ppo.v1.checkpoint_ledger import CheckpointLedger, metric_of
-from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.trainer.ppo.v1.replay_buffer import DAPO_FILTERED_REWARD_COUNTS_KEY, ReplayBuffer
 from verl.trainer.ppo.v1.step_entropy_audit import audit_step
+from verl.trainer.ppo.v1.step_record import STEP_RECORD, StepRecord
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.dataset.rl_dataset import collate_fn
@@ -87,6 +90,10 @@ class SteerTrainer(PPOTrainerSync):
         self.entropy_coefficient = AdaptiveEntropyCoefficient.of(config.actor_rollout_ref.actor.policy_loss)
         self.entropy_audit = AuditOptions.of(config.trainer)
         self.last_entropy: float | None = None
+        self.step_record: StepRecord | None = None
+        self.dumped_step: int | None = None
+        #: What `step` made last: its batch, metrics and times.
+        self.last_step: tuple[KVBatchMeta, dict, dict] | None = None
         self.batched = is_batched(config)
         if self.batched:
             from verl.workers.rollout.vllm_rollout import vllm_batched
@@ -110,7 +117,39 @@ class SteerTrainer(PPOTrainerSync):
         os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(self.folder / f"metrics{resumed}.jsonl"))
         os.environ.setdefault("TENSORBOARD_DIR", str(self.folder / "tensorboard"))
         freeze_gc_heap()
-        super().fit(agent_loop_manager)
+        trainer = self.config.trainer
+        last = self.global_steps >= self.total_training_steps
+        if self._unlogged() and trainer.test_freq > 0 and (last or self.global_steps % trainer.test_freq == 0):
+            # The run was killed before the step's validation was logged.
+            trainer.val_before_train = True
+        with naming_a_full_disk(self.folder):
+            super().fit(agent_loop_manager)
+            self._mark_logged()
+
+    def on_train_begin(self) -> None:
+        """Log the step that the run goes on from, if it was killed before it had done so."""
+        super().on_train_begin()
+        if record := self._unlogged():
+            self.logger.log(data=record.metrics, step=self.global_steps - 1)
+
+    def on_step_begin(self) -> None:
+        """The step before has been logged."""
+        super().on_step_begin()
+        self._mark_logged()
+
+    def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
+        """Upstream's; a checkpoint takes what came out."""
+        batch = super().step(metrics, timing_raw)
+        self.last_step = batch, metrics, timing_raw
+        return batch
+
+    def _unlogged(self) -> StepRecord | None:
+        return None if self.step_record is None or self.step_record.logged else self.step_record
+
+    def _mark_logged(self) -> None:
+        if record := self._unlogged():
+            record.logged = True
+            record.write()
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         replay_buffer = super()._build_replay_buffer()
@@ -126,6 +165,10 @@ class SteerTrainer(PPOTrainerSync):
                 self.folder / f"global_step_{self.global_steps}" if resumes else self.config.trainer.resume_from_path
             )
             self.entropy_coefficient.load(Path(resumed))
+        if resumes and self.global_steps:
+            self.step_record = StepRecord.read(self.folder / f"global_step_{self.global_steps}")
+        if self.step_record:
+            self.last_entropy = self.step_record.metrics.get("actor/entropy")
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Upstream's, with the sums over the vocabulary for an audit, and the entropy's change since the last step."""
@@ -215,7 +258,37 @@ class SteerTrainer(PPOTrainerSync):
             self.config.trainer.max_actor_ckpt_to_keep = keep
         if self.entropy_coefficient:
             self.entropy_coefficient.save(self.folder / f"global_step_{self.global_steps}")
+        self._record_step()
         self.ledger.saved(self.global_steps)
+
+    def _record_step(self) -> None:
+        """Into the checkpoint, what its step logs; on disk, its rollouts. Upstream's loop gets to that later.
+
+        Nothing where a resumed run's first validation found the best value before any step.
+        """
+        if self.last_step is None:
+            return
+        batch, metrics, timing = self.last_step
+        metrics, timing = dict(metrics), {"step": sum(timing.values()), **timing}
+        metrics.pop(DAPO_FILTERED_REWARD_COUNTS_KEY, None)
+        # Upstream's loop computes the metrics once more, and these counts add up.
+        counts = copy.deepcopy(self._rollout_moe_lb_metrics_accumulator)
+        self._compute_metrics(
+            batch, metrics, timing, self.global_steps, epoch=(self.global_steps - 1) // self.steps_per_epoch
+        )
+        self._rollout_moe_lb_metrics_accumulator = counts
+        self.step_record = StepRecord(self.folder / f"global_step_{self.global_steps}" / STEP_RECORD, metrics)
+        self.step_record.write()
+        if folder := self.config.trainer.get("rollout_data_dir"):
+            self._log_rollout_data(batch, timing, folder)
+            for dump in self._dump_futures:
+                dump.result()
+
+    def _log_rollout_data(self, batch: KVBatchMeta, timing_raw: dict, rollout_data_dir: str) -> None:
+        """Upstream's, once a step."""
+        if self.dumped_step != self.global_steps:
+            super()._log_rollout_data(batch, timing_raw, rollout_data_dir)
+            self.dumped_step = self.global_steps
 
     def _validate(self) -> dict[str, float]:
         options = self.config.trainer
