@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
-from typing import Any
 
 import transfer_queue as tq
 from omegaconf import DictConfig, open_dict
@@ -273,7 +272,7 @@ class SteerTrainer(PPOTrainerSync):
         metrics, timing = dict(metrics), {"step": sum(timing.values()), **timing}
         metrics.pop(DAPO_FILTERED_REWARD_COUNTS_KEY, None)
         # Upstream's loop computes the metrics once more, and these counts add up.
-        counts: Any = copy.deepcopy(self._rollout_moe_lb_metrics_accumulator)
+        counts = copy.deepcopy(self._rollout_moe_lb_metrics_accumulator)  # type: ignore[has-type]
         self._compute_metrics(
             batch, metrics, timing, self.global_steps, epoch=(self.global_steps - 1) // self.steps_per_epoch
         )
