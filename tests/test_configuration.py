@@ -345,7 +345,89 @@ def test_an_audit_that_cannot_be_made_is_refused(override, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         main_ppo.prepare(resolved("grpo", "hardware=cpu", *overrides))
     if "entropy_audit" not in override:
-        main_ppo.prepare(resolved("grpo", "hardware=cpu", override))
+        main_ppo.prepare(resolved("grpo", "hardware=cpu", "trainer.save_after=0", override))
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (
+            ["trainer.save_best_only=true", "trainer.test_freq=-1"],
+            "trainer.test_freq=-1: expected at least 1 with trainer.save_best_only=true",
+        ),
+        (["trainer.v1.trainer_mode=sync"], "trainer.save_after=80: expected 0 with trainer.v1.trainer_mode=sync and"),
+        (["trainer.use_v1=false"], "trainer.save_after=80: expected 0 with trainer.v1.trainer_mode=steer and trainer."),
+        (
+            ["task=arithmetic", "trainer.v1.trainer_mode=sync", "trainer.save_best_only=true"],
+            "trainer.save_best_only=true: expected false with trainer.v1.trainer_mode=sync and trainer.use_v1=true",
+        ),
+        (
+            ["task=arithmetic", "trainer.v1.trainer_mode=sync", "trainer.delete_old_best_checkpoint=true"],
+            "trainer.delete_old_best_checkpoint=true: expected false with trainer.v1.trainer_mode=sync",
+        ),
+        (
+            ["task=arithmetic", "trainer.v1.trainer_mode=sync", "trainer.best_metric_key=acc"],
+            "trainer.best_metric_key=acc: expected None with trainer.v1.trainer_mode=sync",
+        ),
+        (
+            ["algorithm.adv_estimator=gae", "trainer.max_actor_ckpt_to_keep=2"],
+            "trainer.max_critic_ckpt_to_keep=None: expected trainer.max_actor_ckpt_to_keep=2",
+        ),
+        (
+            ["+trainer.remove_previous_ckpt_in_save=true"],
+            "trainer.remove_previous_ckpt_in_save=true: expected trainer.max_actor_ckpt_to_keep=1 instead",
+        ),
+        (["actor_rollout_ref.actor.checkpoint.async_save=true"], "actor.checkpoint.async_save=true: expected false"),
+    ],
+)
+def test_checkpoints_that_would_not_come_are_refused(overrides, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        main_ppo.prepare(resolved("grpo", "hardware=cpu", *overrides))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["trainer.save_best_only=true"],
+        ["trainer.max_actor_ckpt_to_keep=2"],
+        ["algorithm.adv_estimator=gae", "trainer.max_actor_ckpt_to_keep=2", "trainer.max_critic_ckpt_to_keep=2"],
+        ["task=arithmetic", "trainer.v1.trainer_mode=sync"],
+        ["trainer.val_only=true", "trainer.test_freq=-1", "trainer.save_best_only=true"],
+    ],
+)
+def test_checkpoints_that_come_are_taken(overrides):
+    main_ppo.prepare(resolved("grpo", "hardware=cpu", *overrides))
+
+
+def test_unfinished_checkpoints_are_refused(tmp_path):
+    """Going on from one, and a trainer that knows no marks where one is."""
+    unfinished = tmp_path / "global_step_3"
+    unfinished.mkdir()
+    (unfinished / ".unfinished").touch()
+    folder = f"trainer.default_local_dir={tmp_path}"
+    resume = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={unfinished}"]
+    with pytest.raises(ValueError, match=f"{resume[1]}: expected a whole checkpoint"):
+        main_ppo.prepare(resolved("grpo", "hardware=cpu", *resume))
+    with pytest.raises(ValueError, match=f"{folder}: global_step_3 is unfinished: delete it"):
+        main_ppo.prepare(resolved("grpo", "hardware=cpu", "task=arithmetic", "trainer.v1.trainer_mode=sync", folder))
+    main_ppo.prepare(resolved("grpo", "hardware=cpu", folder))
+
+
+def test_evaluations_whose_results_would_collide_are_refused(tmp_path):
+    def evaluation(*files):
+        folder = f"trainer.validation_data_dir={tmp_path}"
+        main_ppo.prepare(resolved("eval", "hardware=cpu", f"data.val_files=[{','.join(files)}]", folder))
+
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "killed.part").mkdir()
+    (tmp_path / "killed.part/0.jsonl").touch()
+    evaluation("/a/new.parquet", "/a/empty.parquet", "/a/killed.parquet")
+    with pytest.raises(ValueError, match=r"data.val_files: /a/x.parquet, /b/x.parquet: expected one file named x"):
+        evaluation("/a/x.parquet", "/b/x.parquet")
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done/0.jsonl").touch()
+    with pytest.raises(ValueError, match=f"trainer.validation_data_dir={tmp_path}: done in it holds results"):
+        evaluation("/a/new.parquet", "/a/done.parquet")
 
 
 def test_bypass_mode_asks_for_the_current_entropy():

@@ -293,7 +293,7 @@ def test_a_killed_run_goes_on_from_the_last_whole_checkpoint(command, root, task
 
     def whole() -> int:
         ledger = folder / "checkpoint_ledger.json"
-        return json.loads(ledger.read_text())["latest_step"] if ledger.exists() else 0
+        return json.loads(ledger.read_text())["latest_step"] or 0 if ledger.exists() else 0
 
     def in_a_step() -> bool:
         """After step 2 has been logged, and so its checkpoint saved, the next step's rollouts are under way."""
@@ -302,7 +302,7 @@ def test_a_killed_run_goes_on_from_the_last_whole_checkpoint(command, root, task
 
     def in_a_checkpoint() -> bool:
         """The folder of step 4 holds something, and the ledger doesn't name it yet."""
-        return whole() < 4 and any(path.is_file() for path in (folder / "global_step_4").rglob("*"))
+        return whole() < 4 and any(path.is_file() for path in (folder / "global_step_4/actor").rglob("*"))
 
     kill_when(in_a_step, words, {**os.environ, **own}, tmp_path / "first.log")
     assert whole() == 2

@@ -59,6 +59,8 @@ def prepare(config: DictConfig) -> None:
     AdvantageOptions.of(config.algorithm)
     requirements.provide(config, policy_loss)
     requirements.check_entropy_audit(config)
+    requirements.check_checkpoints(config)
+    requirements.check_evaluation(config)
 
 
 def _check_log_prob_micro_batches(config: DictConfig) -> None:

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, open_dict
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.trainer.ppo.entropy_advantages import OLD_POLICY_FIELDS
+from verl.trainer.ppo.utils import need_critic
 from verl.utils.entropy_audit import AuditOptions
 from verl.workers.utils.losses import statistics_taken
 
@@ -20,6 +23,17 @@ FSDP_STRATEGIES = ("fsdp", "fsdp2")
 
 #: Losses with a coefficient that this fork's trainer sets step by step.
 LOSSES_OF_THE_TRAINER = ("adaptive_entropy",)
+
+#: File inside a checkpoint's folder while the checkpoint is under way.
+UNFINISHED = ".unfinished"
+
+#: Keys below `trainer` that this fork's trainer reads, with the values that ask for nothing.
+KEYS_OF_THE_TRAINER = {
+    "save_after": 0,
+    "save_best_only": False,
+    "delete_old_best_checkpoint": False,
+    "best_metric_key": None,
+}
 
 #: Averages by which the trainer's `actor/entropy` is a mean over tokens.
 MEANS = ("token-mean", "seq-mean-token-mean")
@@ -157,3 +171,84 @@ def check_entropy_audit(config: DictConfig) -> None:
         if options.freq and value not in taken:
             expected = " or ".join(str(one).lower() for one in taken)
             raise ValueError(f"{key}={value}: expected {expected} with trainer.entropy_audit.freq={options.freq}")
+
+
+def check_checkpoints(config: DictConfig) -> None:
+    """A run that is asked for checkpoints saves some, and goes on from a whole one.
+
+    Raises:
+        ValueError: if it would save none, or not as its keys say, or go on from an unfinished one.
+    """
+    trainer = config.trainer
+    if trainer.resume_mode == "resume_path" and Path(str(trainer.resume_from_path), UNFINISHED).exists():
+        raise ValueError(
+            f"trainer.resume_from_path={trainer.resume_from_path}: expected a whole checkpoint; the run that wrote "
+            "this one was killed meanwhile"
+        )
+    if trainer.val_only:
+        return
+    if trainer.use_v1 and trainer.v1.trainer_mode == "steer":
+        _check_checkpoints_of_the_trainer(config)
+        return
+    other = f"trainer.v1.trainer_mode={trainer.v1.trainer_mode} and trainer.use_v1={str(trainer.use_v1).lower()}"
+    for key, off in KEYS_OF_THE_TRAINER.items():
+        value = trainer.get(key, off)
+        if value != off:
+            shown, expected = (str(one).lower() if isinstance(one, bool) else one for one in (value, off))
+            raise ValueError(f"trainer.{key}={shown}: expected {expected} with {other}, where nothing reads it")
+    marks = Path(trainer.default_local_dir).glob(f"global_step_*/{UNFINISHED}")
+    unfinished = sorted(mark.parent.name for mark in marks)
+    if unfinished:
+        raise ValueError(
+            f"trainer.default_local_dir={trainer.default_local_dir}: {', '.join(unfinished)} is unfinished: delete it, "
+            f"for a run with {other} would take it for whole"
+        )
+
+
+def _check_checkpoints_of_the_trainer(config: DictConfig) -> None:
+    trainer, checkpoint = config.trainer, config.actor_rollout_ref.actor.checkpoint
+    if trainer.save_best_only and trainer.test_freq <= 0:
+        raise ValueError(
+            f"trainer.test_freq={trainer.test_freq}: expected at least 1 with trainer.save_best_only=true, which saves "
+            "after validations only"
+        )
+    actor, critic = trainer.max_actor_ckpt_to_keep, trainer.max_critic_ckpt_to_keep
+    if actor != critic and need_critic(config):
+        raise ValueError(
+            f"trainer.max_critic_ckpt_to_keep={critic}: expected trainer.max_actor_ckpt_to_keep={actor}, for one "
+            "folder holds a step's actor and critic"
+        )
+    if trainer.get("remove_previous_ckpt_in_save"):
+        raise ValueError(
+            "trainer.remove_previous_ckpt_in_save=true: expected trainer.max_actor_ckpt_to_keep=1 instead, which "
+            "spares the best checkpoint"
+        )
+    if checkpoint.get("async_save"):
+        raise ValueError(
+            "actor.checkpoint.async_save=true: expected false, for the trainer counts a checkpoint as whole once it "
+            "has been saved"
+        )
+
+
+def check_evaluation(config: DictConfig) -> None:
+    """This fork's trainer evaluates one validation file after another and keeps their results by the files' names.
+
+    Raises:
+        ValueError: if two files have one name, or if there are results of that name already.
+    """
+    trainer, files = config.trainer, config.data.val_files
+    if not (trainer.val_only and trainer.use_v1 and trainer.v1.trainer_mode == "steer"):
+        return
+    by_name = defaultdict(list)
+    for file in [files] if isinstance(files, str) else files:
+        by_name[Path(file).stem].append(file)
+    for name, same in by_name.items():
+        if len(same) > 1:
+            raise ValueError(f"data.val_files: {', '.join(same)}: expected one file named {name}, as its results are")
+        results = Path(trainer.validation_data_dir or "", name)
+        empty = not results.exists() or results.is_dir() and not any(results.iterdir())
+        if trainer.validation_data_dir and not empty:
+            raise ValueError(
+                f"trainer.validation_data_dir={trainer.validation_data_dir}: {name} in it holds results: expected "
+                f"another folder, or none of {same[0]} among data.val_files"
+            )

@@ -3,7 +3,7 @@
 
 Keys below `trainer`, beside upstream's:
 
-    save_after                  no checkpoint before this step
+    save_after                  no checkpoint before this step, or before the last one where that is earlier
     save_best_only              a checkpoint only where the validation's metric is the best so far
     delete_old_best_checkpoint  the best checkpoint's predecessor goes once the new one is whole
     best_metric_key             the metric; null: the only val-core/.../acc/mean@N
@@ -13,14 +13,20 @@ Keys below `trainer`, beside upstream's:
 from __future__ import annotations
 
 import copy
+import logging
 import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import transfer_queue as tq
 from omegaconf import DictConfig, open_dict
 from torch.utils.data import DataLoader
 from transfer_queue import KVBatchMeta
 from verl.experimental.agent_loop import AgentLoopManager
+from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.trainer.ppo.core_algos import clip_ratios
 from verl.trainer.ppo.entropy_advantages import OLD_POLICY_FIELDS, old_policy
 from verl.trainer.ppo.run_ending import naming_a_full_disk
@@ -28,7 +34,7 @@ from verl.trainer.ppo.task_runner import is_batched
 from verl.trainer.ppo.utils import create_rl_dataset
 from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.adaptive_entropy import AdaptiveEntropyCoefficient
-from verl.trainer.ppo.v1.checkpoint_ledger import CheckpointLedger, metric_of
+from verl.trainer.ppo.v1.checkpoint_ledger import CheckpointLedger, metric_name, step_of
 from verl.trainer.ppo.v1.replay_buffer import DAPO_FILTERED_REWARD_COUNTS_KEY, ReplayBuffer
 from verl.trainer.ppo.v1.step_entropy_audit import audit_step
 from verl.trainer.ppo.v1.step_record import STEP_RECORD, StepRecord
@@ -40,6 +46,8 @@ from verl.utils.gc_heap import freeze_gc_heap
 from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 from verl.utils.transferqueue_utils import kv_batch_meta2batch_meta
 from verl.workers.rollout.llm_server import LLMServerClient
+
+logger = logging.getLogger(__name__)
 
 #: Seconds between two looks whether a step's rollouts are there; upstream waits 2, half of a small model's step.
 POLL_INTERVAL = 0.05
@@ -76,9 +84,31 @@ def balanced_partitions(workloads: list[int], k_partitions: int, equal_size: boo
 trainer_base.get_seqlen_balanced_partitions = balanced_partitions
 
 
+def metrics_of_files(by_file: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of several validation files as one.
+
+    Args:
+        by_file: each file's metrics by its name.
+
+    Returns:
+        Metric -> value. What more than one file has keeps each file's value: `val-core/SOURCE/acc/mean@1` of the file
+        F becomes `val-core/F/SOURCE/acc/mean@1`.
+    """
+    files = Counter(name for metrics in by_file.values() for name in metrics)
+    together = {}
+    for file, metrics in by_file.items():
+        for name, value in metrics.items():
+            section, _, rest = name.partition("/")
+            together[name if files[name] == 1 else f"{section}/{file}/{rest}"] = value
+    return together
+
+
 @register_trainer("steer")
 class SteerTrainer(PPOTrainerSync):
     """Upstream's synchronous trainer, with best checkpoints, safe resuming and whole batches of rollouts."""
+
+    total_training_steps: int
+    checkpoint_callback: CheckpointCallback
 
     def __init__(self, config: DictConfig) -> None:
         # Upstream compares the mode's name with "sync" to tell synchronous trainers.
@@ -156,19 +186,53 @@ class SteerTrainer(PPOTrainerSync):
         replay_buffer.poll_interval = POLL_INTERVAL
         return replay_buffer
 
+    def _init_dataloader(self) -> None:
+        """Upstream's, with the last step and the first that may be saved.
+
+        Upstream neither saves nor validates at a last step that comes by `trainer.total_epochs`.
+        """
+        super()._init_dataloader()
+        options = self.config.trainer
+        self.total_training_steps = min(self.total_training_steps, self.steps_per_epoch * options.total_epochs)
+        self.save_after = min(options.save_after, self.total_training_steps)
+        saves = options.save_freq > 0 or options.save_best_only or options.best_metric_key is not None
+        if saves and not options.val_only and self.save_after < options.save_after:
+            logger.warning(
+                "trainer.save_after=%d: the run has %d steps; its last may be saved",
+                options.save_after, self.total_training_steps,
+            )  # fmt: skip
+
     def _load_checkpoint(self) -> None:
-        resumes = self.config.trainer.resume_mode == "auto"
-        self.ledger = CheckpointLedger.open(self.folder) if resumes else CheckpointLedger(self.folder)
+        options = self.config.trainer
+        # An evaluation changes nothing in the folder, where a run may be training.
+        self.ledger = CheckpointLedger(self.folder) if options.val_only else self._open_ledger()
         super()._load_checkpoint()
         if self.entropy_coefficient and self.global_steps:
             resumed = (
-                self.folder / f"global_step_{self.global_steps}" if resumes else self.config.trainer.resume_from_path
+                self.folder / f"global_step_{self.global_steps}"
+                if options.resume_mode == "auto"
+                else options.resume_from_path
             )
             self.entropy_coefficient.load(Path(resumed))
-        if resumes and self.global_steps:
+        if options.resume_mode == "auto" and self.global_steps and not options.val_only:
             self.step_record = StepRecord.read(self.folder / f"global_step_{self.global_steps}")
         if self.step_record:
             self.last_entropy = self.step_record.metrics.get("actor/entropy")
+
+    def _open_ledger(self) -> CheckpointLedger:
+        """The folder's ledger for a run that goes on from one of its checkpoints, else an empty one."""
+        options = self.config.trainer
+        ledger = CheckpointLedger.open(self.folder)
+        if options.resume_mode != "auto":
+            resumed = Path(str(options.resume_from_path)).resolve()
+            step = step_of(resumed) if resumed.parent == self.folder else None
+            if options.resume_mode == "resume_path" and step is not None:
+                ledger.go_on_from(step)
+            else:
+                ledger = CheckpointLedger(self.folder)
+        if unknown := ledger.unknown():
+            logger.warning("%s: left alone, not in this run's ledger: %s", self.folder, ", ".join(unknown))
+        return ledger
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Upstream's, with the sums over the vocabulary for an audit, and the entropy's change since the last step."""
@@ -242,24 +306,30 @@ class SteerTrainer(PPOTrainerSync):
     def _save_checkpoint(self) -> None:
         """Upstream calls this every `trainer.save_freq` steps and at the last one."""
         options = self.config.trainer
-        if options.save_best_only or self.global_steps < options.save_after:
+        if options.save_best_only or self.global_steps < self.save_after:
             return
         self._save_whole_checkpoint()
-        if options.max_actor_ckpt_to_keep:
+        if (options.max_actor_ckpt_to_keep or 0) > 0:
             self.ledger.keep_latest(options.max_actor_ckpt_to_keep)
 
     def _save_whole_checkpoint(self) -> None:
-        keep = self.config.trainer.max_actor_ckpt_to_keep
+        options, callback = self.config.trainer, self.checkpoint_callback
+        events: list[dict] = []
         # Upstream's workers would count the best checkpoint among the latest: the ledger deletes, not they.
-        with open_dict(self.config):
-            self.config.trainer.max_actor_ckpt_to_keep = None
+        kept = {key: options[key] for key in ("max_actor_ckpt_to_keep", "max_critic_ckpt_to_keep")}
+        options.update(dict.fromkeys(kept))
+        # A user's callback may take long and copy the folder: it comes once the mark is gone.
+        self.checkpoint_callback = SimpleNamespace(on_save=lambda **event: events.append(event))  # type: ignore
+        self.ledger.begin(self.global_steps)
         super()._save_checkpoint()
-        with open_dict(self.config):
-            self.config.trainer.max_actor_ckpt_to_keep = keep
         if self.entropy_coefficient:
             self.entropy_coefficient.save(self.folder / f"global_step_{self.global_steps}")
         self._record_step()
         self.ledger.saved(self.global_steps)
+        options.update(kept)
+        self.checkpoint_callback = callback
+        for event in events:
+            callback.on_save(**event)
 
     def _record_step(self) -> None:
         """Into the checkpoint, what its step logs; on disk, its rollouts. Upstream's loop gets to that later.
@@ -298,29 +368,37 @@ class SteerTrainer(PPOTrainerSync):
         if not options.save_best_only and options.best_metric_key is None:
             return metrics
         # Looked up at every validation, so that a wrong key ends the run at the first.
-        value = metric_of(metrics, options.best_metric_key)
-        if self.global_steps >= max(1, options.save_after) and self.ledger.is_best(value):
+        name = metric_name(metrics, options.best_metric_key)
+        value = float(metrics[name])
+        self.ledger.measure_by(name)
+        if self.global_steps >= max(1, self.save_after) and self.ledger.is_best(value):
             if self.ledger.latest_step != self.global_steps:
                 self._save_whole_checkpoint()
             self.ledger.saved_best(self.global_steps, value, delete_old=options.delete_old_best_checkpoint)
+        elif self.global_steps >= max(1, self.total_training_steps) and self.ledger.latest_step is None:
+            logger.warning("%s=%s: no checkpoint yet, so the last step %d is saved", name, value, self.global_steps)
+            self._save_whole_checkpoint()
         if self.ledger.best_value is not None:
             metrics["training/best_metric"] = self.ledger.best_value
         return metrics
 
     def _validate_one_file_after_another(self) -> dict[str, float]:
         """Evaluation: each file's responses are on disk before the next file begins, so a killed run has them."""
-        folder = self.config.trainer.validation_data_dir
-        metrics: dict[str, float] = {}
+        folder, data = self.config.trainer.validation_data_dir, self.config.data
+        by_file = {}
         for file in self.val_dataset.data_files:
-            name = Path(file).stem
-            dataset = create_rl_dataset([file], self.config.data, self.tokenizer, self.processor, is_train=False)
+            name, samples = Path(file).stem, data.get("val_max_samples", -1)
+            dataset = create_rl_dataset(
+                [file], data, self.tokenizer, self.processor, is_train=False, max_samples=samples
+            )
             self.val_dataloader = DataLoader(dataset, batch_size=len(dataset), collate_fn=collate_fn)
             if folder:
+                shutil.rmtree(f"{folder}/{name}.part", ignore_errors=True)  # of a killed evaluation
                 with open_dict(self.config):
                     self.config.trainer.validation_data_dir = f"{folder}/{name}.part"
-            metrics |= super()._validate()
+            by_file[name] = super()._validate()
             if folder:
                 self._shutdown_dump_executor()
                 self._init_dump_executor()
                 os.replace(f"{folder}/{name}.part", f"{folder}/{name}")
-        return metrics
+        return metrics_of_files(by_file)
