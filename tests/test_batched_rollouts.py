@@ -1,108 +1,189 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rollouts in shares: what is stored, in which order, what becomes of a share that fails; what a step does without."""
+"""Rollouts in shares: what is stored, in which order, what is lost and what ends a run; what a step does without."""
 
 import asyncio
 import gc
+from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from ray.exceptions import ActorDiedError, RayTaskError
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorData, NonTensorStack
-from verl.trainer.ppo.v1 import agent_loop_batched, trainer_base
-from verl.trainer.ppo.v1.agent_loop_batched import BatchedAgentLoopWorker
+from transfer_queue import KVBatchMeta
+from verl.trainer.ppo import padding_utils, rollout_checks
+from verl.trainer.ppo.task_runner import BATCHED_MANAGER
+from verl.trainer.ppo.v1 import agent_loop_batched, replay_buffer, trainer_base, trainer_steer
+from verl.trainer.ppo.v1.agent_loop_batched import BatchedAgentLoopManager, BatchedAgentLoopWorker
+from verl.trainer.ppo.v1.lost_rollouts import LOST_IN_TRAINING
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.trainer.ppo.v1.rollout_wait import RolloutsFailed, RolloutWait
+from verl.trainer.ppo.v1.trainer_steer import SteerTrainer
 from verl.utils import seqlen_balancing
 from verl.utils.gc_heap import freeze_gc_heap
+from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.rollout.replica import TokenOutput
 
 PROMPTS, ROLLOUTS = 6, 3
 
 
 class Queue:
-    """What reaches the TransferQueue."""
+    """A TransferQueue without Ray: rows and tags by key. A write whose tags have the status `refused` fails."""
 
-    def __init__(self):
-        self.statuses, self.stored, self.fields = {}, [], {}
+    def __init__(self, refused=None):
+        self.statuses, self.rows, self.tags, self.refused = {}, {}, {}, refused
+
+    @property
+    def stored(self):
+        return list(self.rows)
 
     async def async_kv_batch_put(self, keys, partition_id, fields=None, tags=None):
+        if self.refused in [tag["status"] for tag in tags]:
+            raise TimeoutError("no answer from the storage")
         if fields is None:
             self.statuses |= {key: tag["status"] for key, tag in zip(keys, tags, strict=True)}
             return
         assert partition_id == "train" and all(tag["status"] == "success" for tag in tags)
-        self.stored += keys
+        self.kv_batch_put(keys, partition_id, fields, tags)
+
+    def kv_batch_put(self, keys, partition_id, fields=None, tags=None):
+        if fields is None:  # the trainer's, of prompts that it submits
+            return None
         for i, key in enumerate(keys):
-            self.fields[key] = {name: fields[name][i] for name in ("responses", "rm_scores", "prompts")}
+            row = {name: fields[name][i] for name in fields.keys()}
+            self.rows.setdefault(key, {}).update(
+                {name: value.data if isinstance(value, NonTensorData) else value for name, value in row.items()}
+            )
+        if tags:
+            self.tags |= dict(zip(keys, tags, strict=True))
+        return KVBatchMeta(partition_id=partition_id, keys=keys, tags=[self.tags[key] for key in keys])
+
+    def kv_batch_get(self, keys, partition_id, select_fields=None):
+        if select_fields is None:
+            return [self.rows[key] for key in keys]
+        names = [name for name in select_fields if all(name in self.rows[key] for key in keys)]
+        batch = list_of_dict_to_tensordict([{name: self.rows[key][name] for name in names} for key in keys])
+        # The real queue's columns are jagged, whatever the rows' lengths.
+        return TensorDict(
+            {
+                name: torch.nested.as_nested_tensor(list(column), layout=torch.jagged)
+                if isinstance(column, torch.Tensor)
+                else column
+                for name, column in batch.items()
+            },
+            batch_size=len(keys),
+        )
 
 
 class Servers:
-    """Answers a request by its seed and its prompt; earlier shares take longer, one may fail."""
+    """Answers a request by its prompt and its number within the prompt; earlier shares take longer.
 
-    def __init__(self, failing_prompt=None):
-        self.failing_prompt, self.calls, self.seeds = failing_prompt, [], []
+    Args:
+        answers: (prompt, number) -> what is answered in place of a response.
+        error: raised by every call with a request for prompt 0.
+    """
+
+    def __init__(self, answers=None, error=None):
+        self.answers, self.error, self.calls, self.seeds, self.params = answers or {}, error, [], [], []
 
     async def generate_batch(self, requests):
         self.calls.append(len(requests))
         await asyncio.sleep(0.05 / len(self.calls))
-        if any(request["prompt_ids"][0] == self.failing_prompt for request in requests):
-            raise RuntimeError("the server is gone")
-        self.seeds += [(request["prompt_ids"][0], request["sampling_params"]["seed"]) for request in requests]
-        return [
-            TokenOutput(token_ids=[request["prompt_ids"][0], 7], log_probs=None, extra_fields={"global_steps": 4})
-            for request in requests
-        ]
+        if self.error and any(request["prompt_ids"][0] == 0 for request in requests):
+            raise self.error
+        self.seeds += [(request["prompt_ids"][0], request["sampling_params"].get("seed")) for request in requests]
+        self.params += [request["sampling_params"] for request in requests]
+        place, responses = Counter(), []
+        for request in requests:
+            prompt = request["prompt_ids"][0]
+            response = TokenOutput(token_ids=[prompt, 7], log_probs=[-0.5, -1.5], extra_fields={"global_steps": 4})
+            responses.append(self.answers.get((prompt, place[prompt]), response))
+            place[prompt] += 1
+        return responses
+
+
+EMPTY = TokenOutput(token_ids=[], stop_reason="aborted", extra_fields={"global_steps": 4})
 
 
 class Grader:
-    """A reward worker's handle: each response's first token is its score."""
+    """A reward worker's handle, whose method is `remote` too: a response's first token is its score.
 
-    @property
-    def compute_score_batch(self):
-        async def remote(batch):
-            return [
-                {"reward_score": float(row[0]), "reward_extra_info": {"acc": float(row[0])}}
-                for row in batch.batch["responses"]
-            ]
+    Args:
+        grades: (prompt, number of the rollout) -> a score in place of that, or an exception that the grading raises.
+    """
 
-        return SimpleNamespace(remote=remote)
+    def __init__(self, grades=None):
+        self.grades, self.calls = grades or {}, Counter()
+        self.compute_score_batch = SimpleNamespace(remote=self._all)
+        self.compute_score = SimpleNamespace(remote=self._one)
+
+    def _grade(self, batch, i):
+        prompt, session = int(batch.batch["responses"][i, 0]), int(batch.non_tensor_batch["session_id"][i])
+        score = self.grades.get((prompt, session), float(prompt))
+        if isinstance(score, ActorDiedError):
+            raise score
+        if isinstance(score, Exception):
+            raise RayTaskError("compute_score", "a remote traceback", score).as_instanceof_cause()
+        return {"reward_score": score, "reward_extra_info": {"acc": score}}
+
+    async def _all(self, batch):
+        self.calls["batch"] += 1
+        return [self._grade(batch, i) for i in range(len(batch))]
+
+    async def _one(self, batch):
+        assert len(batch) == 1
+        self.calls["one"] += 1
+        return self._grade(batch, 0)
 
 
-def prompts():
+def prompts(**columns):
     columns = {
         "raw_prompt": NonTensorStack(*(NonTensorData([{"role": "user", "content": str(i)}]) for i in range(PROMPTS))),
         "uid": NonTensorStack(*(f"uid{i}" for i in range(PROMPTS))),
         "global_steps": NonTensorStack(*([4] * PROMPTS)),
         "extra_info": NonTensorStack(*(NonTensorData({"index": i}) for i in range(PROMPTS))),
-    }
+    } | columns
     return TensorDict(columns, batch_size=PROMPTS)
 
 
 @pytest.fixture
 def run(monkeypatch):
-    def run(together, **servers):
-        queue = Queue()
+    """Runs a batch to its end: what reached the TransferQueue, and the worker."""
+
+    def run(together=100, batch=None, grades=None, refused=None, untokenizable=None, length=5, **servers):
+        queue = Queue(refused)
         monkeypatch.setattr(agent_loop_batched.tq, "async_kv_batch_put", queue.async_kv_batch_put)
         monkeypatch.setattr(agent_loop_batched, "ROLLOUTS_TOGETHER", together)
         worker = object.__new__(BatchedAgentLoopWorker)
         worker.rollout_config = SimpleNamespace(
-            n=ROLLOUTS, temperature=1.0, top_p=1.0, top_k=-1, calculate_log_probs=False, full_determinism=True, seed=3,
-            response_length=5,
+            n=ROLLOUTS, temperature=1.0, top_p=0.9, top_k=20, calculate_log_probs=True, full_determinism=True, seed=3,
+            response_length=length, val_kwargs=SimpleNamespace(n=2, temperature=0.6, top_p=0.7, top_k=-1),
         )  # fmt: skip
-        worker.background_tasks, worker.reward_loop_worker_handles = set(), [Grader(), Grader()]
+        worker.background_tasks, worker.failure = set(), None
+        worker.reward_loop_worker_handles = [Grader(grades), Grader(grades)]
         worker.llm_client = Servers(**servers)
 
         async def initial_tokens(messages):
+            if messages[0]["content"] == untokenizable:
+                raise TypeError("the template wants a list")
             return [int(messages[0]["content"]), 9]
 
         worker.single_turn = SimpleNamespace(ct_build_initial_tokens=initial_tokens)
 
         async def to_the_end():
-            await worker.generate_sequences(prompts())
+            await worker.generate_sequences(prompts() if batch is None else batch)
             assert queue.stored == []
-            await asyncio.gather(*worker.background_tasks)
+            await asyncio.gather(*worker.background_tasks, return_exceptions=True)
 
         asyncio.run(to_the_end())
-        return queue, worker.llm_client
+        return queue, worker
 
     return run
 
@@ -114,27 +195,474 @@ KEYS = [f"uid{prompt}_{session}_0" for prompt in range(PROMPTS) for session in r
     ("together", "calls"), [(100, [18]), (9, [9, 9]), (7, [9, 9]), (5, [6, 6, 6]), (1, [3] * 6), (12, [12, 6])]
 )
 def test_shares_keep_the_batchs_order(run, together, calls):
-    queue, servers = run(together)
-    assert servers.calls == calls
-    assert queue.stored == KEYS
+    queue, worker = run(together)
+    assert worker.llm_client.calls == calls
+    assert queue.stored == KEYS and worker.failure is None
     assert queue.statuses == {f"uid{i}": "finished" for i in range(PROMPTS)}
-    for key, fields in queue.fields.items():
+    for key, fields in queue.rows.items():
         prompt = int(key[3])
         assert fields["responses"].tolist() == [prompt, 7] and fields["prompts"].tolist() == [prompt, 9]
         assert fields["rm_scores"].tolist() == [0, prompt]
+    # As long as none raises, a reward worker is called once for a share.
+    assert all(grader.calls == {"batch": len(calls)} for grader in worker.reward_loop_worker_handles)
 
 
 def test_a_rollouts_seed_does_not_depend_on_its_share(run):
-    one, many = (sorted(run(together)[1].seeds) for together in (100, 1))
+    one, many = (sorted(run(together)[1].llm_client.seeds) for together in (100, 1))
     assert one == many and len({seed for _, seed in one}) == PROMPTS * ROLLOUTS
 
 
-@pytest.mark.parametrize("failing", [0, 2, 5])
-def test_a_share_that_fails_fails_alone(run, failing, caplog):
-    queue, _ = run(ROLLOUTS, failing_prompt=failing)
-    assert queue.stored == [key for key in KEYS if int(key[3]) != failing]
-    assert queue.statuses == {f"uid{i}": "failure" if i == failing else "finished" for i in range(PROMPTS)}
-    assert "the server is gone" in caplog.text
+# What is lost alone.
+
+BAD = {
+    "its grading raises": ({"grades": {(2, 1): ValueError("not a\nnumber")}}, "grading: ValueError: not a number"),
+    "its score is not a number": ({"grades": {(2, 1): None}}, "grading: reward_score=None: expected a finite number"),
+    "its score is not finite": ({"grades": {(2, 1): float("nan")}}, "grading: reward_score=nan: expected a finite"),
+    "it is empty": ({"answers": {(2, 1): EMPTY}}, "generation: the response is empty, stop_reason=aborted"),
+    "its request fails": ({"answers": {(2, 1): "ValueError: too long"}}, "generation: ValueError: too long"),
+}
+
+
+@pytest.mark.parametrize("together", [100, 9, 1])
+@pytest.mark.parametrize("why", BAD)
+def test_a_bad_rollout_costs_that_one_rollout(run, together, why, caplog):
+    bad, told = BAD[why]
+    queue, worker = run(together, **bad)
+    assert queue.stored == [key for key in KEYS if key != "uid2_1_0"]
+    assert queue.statuses == {f"uid{i}": "failure" if i == 2 else "finished" for i in range(PROMPTS)}
+    assert {key: fields["rm_scores"].tolist() for key, fields in queue.rows.items()} == {
+        key: [0, int(key[3])] for key in queue.stored
+    }
+    assert worker.failure is None
+    assert [record.message for record in caplog.records if "rollout" in record.message][0].startswith(
+        f"rollout 1 of prompt uid2 is lost: {told}"
+    )
+
+
+def test_several_bad_rollouts_of_all_kinds(run, caplog):
+    grades = {(0, 0): KeyError("answer"), (5, 2): ZeroDivisionError(), (5, 1): float("inf")}
+    queue, worker = run(9, grades=grades, answers={(1, 0): EMPTY, (5, 0): "EngineGenerateError: "})
+    lost = {"uid0_0_0", "uid1_0_0", "uid5_0_0", "uid5_1_0", "uid5_2_0"}
+    assert queue.stored == [key for key in KEYS if key not in lost] and worker.failure is None
+    assert {uid for uid, status in queue.statuses.items() if status == "failure"} == {"uid0", "uid1", "uid5"}
+    assert sum("is lost" in record.message for record in caplog.records) == len(lost)
+
+
+def test_a_prompt_that_has_no_tokens_costs_its_own_rollouts(run, caplog):
+    queue, worker = run(untokenizable="3")
+    assert queue.stored == [key for key in KEYS if key[3] != "3"] and worker.failure is None
+    assert "rollout 2 of prompt uid3 is lost: tokenizing: TypeError: the template wants a list" in caplog.text
+
+
+# What ends a run.
+
+FATAL = {
+    "a server dies": ({"error": ActorDiedError()}, "generation: ActorDiedError: The actor died"),
+    "a reward worker dies": ({"grades": {(2, 1): ActorDiedError()}}, "grading: ActorDiedError: The actor died"),
+    "it dies once each is graded alone": (
+        {"grades": {(2, 1): ValueError("not a number"), (2, 2): ActorDiedError()}},
+        "grading: ActorDiedError: The actor died",
+    ),
+    "a status is not written": ({"refused": "finished"}, "TransferQueue: TimeoutError: no answer from the storage"),
+    "nor that they run": ({"refused": "running"}, "TransferQueue: TimeoutError: no answer from the storage"),
+    "rollouts are not written": ({"refused": "success"}, "TransferQueue: TimeoutError: no answer from the storage"),
+    "every grading raises": (
+        {"grades": {(i, j): ValueError("no such file") for i in range(PROMPTS) for j in range(ROLLOUTS)}},
+        "all 18 rollouts failed, the last by grading: ValueError: no such file",
+    ),
+}
+
+
+@pytest.mark.parametrize("together", [100, 9])
+@pytest.mark.parametrize("why", FATAL)
+def test_what_is_no_matter_of_a_rollout_is_kept_for_the_trainer(run, together, why):
+    fatal, told = FATAL[why]
+    queue, worker = run(together, **fatal)
+    assert isinstance(worker.failure, RolloutsFailed) and told in str(worker.failure)
+    assert "\n" not in str(worker.failure)
+    # The trainer would take a batch of which every prompt is done.
+    assert not queue.statuses or "running" in queue.statuses.values()
+
+
+def test_a_reward_function_is_not_to_blame_for_an_actor_that_it_asks(run):
+    class Died(Grader):
+        async def _all(self, batch):
+            raise RayTaskError("compute_score_batch", "a remote traceback", ActorDiedError()).as_instanceof_cause()
+
+    worker = run(grades={})[1]
+    worker.reward_loop_worker_handles = [Died()]
+
+    async def to_the_end():
+        await worker.generate_sequences(prompts())
+        await asyncio.gather(*worker.background_tasks, return_exceptions=True)
+
+    asyncio.run(to_the_end())
+    assert "grading: ActorDiedError" in str(worker.failure)
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"agent_name": NonTensorStack(*["single_turn_agent"] * 5, "tool_agent")}, "agent_name=tool_agent in the data"),
+        ({"agent_name": NonTensorData("tool_agent")}, "agent_name=tool_agent in the data"),
+        (
+            {
+                "raw_prompt": NonTensorStack(
+                    *[NonTensorData([{"role": "user", "content": "1"}])] * 5,
+                    NonTensorData([{"role": "user", "content": [{"type": "text"}, {"type": "image"}]}]),
+                )
+            },
+            "a prompt with image",
+        ),
+    ],
+)
+def test_what_the_batched_manager_does_not_serve_is_refused(run, columns, told):
+    with pytest.raises(RolloutsFailed, match=f"{told}: the batched manager serves text-only prompts of single_turn"):
+        run(batch=prompts(**columns))
+
+
+def test_single_turn_rows_are_served(run):
+    text = [NonTensorData([{"role": "user", "content": str(i)}]) for i in range(PROMPTS)]
+    agent = NonTensorStack(*["single_turn_agent"] * PROMPTS)
+    assert run(batch=prompts(raw_prompt=NonTensorStack(*text), agent_name=agent))[0].stored == KEYS
+
+
+# What is asked for and what is stored.
+
+
+def test_sampling_in_training_and_in_validation(run, monkeypatch):
+    *_, worker = run()
+    params = {"temperature": 1.0, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.0, "logprobs": True}
+    expected = params | {"temperature": 0.6, "top_p": 0.7, "top_k": -1}
+    assert worker._sampling_params(False, True) == params and worker._sampling_params(True, True) == expected
+    # Upstream: a prompt's own wish is heard in training only.
+    assert worker._sampling_params(True, False) == expected
+    assert worker._sampling_params(False, False) == params | {"temperature": 0, "top_p": 1.0, "top_k": -1}
+
+
+def test_a_rows_own_number_of_rollouts_and_whether_they_are_sampled(run):
+    numbers, sampled = NonTensorStack(1, 2, 3, 0, 5, 1), NonTensorStack(True, False, True, True, True, True)
+    queue, worker = run(batch=prompts(__rollout_n__=numbers, __do_sample__=sampled))
+    assert Counter(int(key[3]) for key in queue.stored) == {0: 1, 1: 2, 2: 3, 4: 5, 5: 1}
+    greedy = [params["temperature"] == 0 for params in worker.llm_client.params]
+    assert greedy == [False] + [True] * 2 + [False] * 9
+    assert not {"__rollout_n__", "__do_sample__"} & set(queue.rows["uid1_0_0"])
+
+
+def test_validation_asks_for_its_own_number_by_its_own_options(run, monkeypatch):
+    batch = prompts(validate=NonTensorData(True))
+    with monkeypatch.context() as patch:
+        patch.setattr(Queue, "async_kv_batch_put", put_of("val"))
+        queue, worker = run(batch=batch)
+    assert Counter(key[:4] for key in queue.stored) == {f"uid{i}": 2 for i in range(PROMPTS)}
+    assert {params["temperature"] for params in worker.llm_client.params} == {0.6}
+
+
+def put_of(partition):
+    async def put(self, keys, partition_id, fields=None, tags=None):
+        assert partition_id == partition
+        if fields is not None:
+            self.kv_batch_put(keys, partition_id, fields, tags)
+
+    return put
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_a_response_is_cut_with_its_log_probs_and_its_masks(run, length):
+    queue, _ = run(length=length)
+    kept = min(length, 2)
+    for key, fields in queue.rows.items():
+        prompt = int(key[3])
+        assert fields["responses"].tolist() == [prompt, 7][:kept]
+        assert fields["rollout_log_probs"].tolist() == [-0.5, -1.5][:kept]
+        assert fields["response_mask"].tolist() == fields["loss_mask"].tolist() == [1] * kept
+        assert fields["input_ids"].tolist() == [prompt, 9, *[prompt, 7][:kept]]
+        assert fields["position_ids"].tolist() == list(range(2 + kept))
+        assert fields["rm_scores"].tolist() == [0.0] * (kept - 1) + [prompt]
+        tag = queue.tags[key]
+        assert (tag["prompt_len"], tag["response_len"], tag["seq_len"]) == (2, kept, 2 + kept)
+
+
+# The trainer's part.
+
+
+def waiting_buffer(monkeypatch, partition, statuses):
+    """Upstream's replay buffer over a TransferQueue of prompts with these statuses, by uid, at step 7."""
+    tags = {uid: {"is_prompt": True, "global_steps": 7, "status": status} for uid, status in statuses.items()}
+    monkeypatch.setattr(replay_buffer.tq, "kv_list", lambda: {partition: tags})
+    return ReplayBuffer("sync", {}, None, "drop", {}, poll_interval=0), tags
+
+
+@pytest.mark.parametrize("failure", [RolloutsFailed("generation: it died"), KeyError("generation: it died")])
+@pytest.mark.parametrize("partition", ["train", "val"])
+def test_a_failure_ends_the_wait(monkeypatch, partition, failure):
+    buffer, _ = waiting_buffer(monkeypatch, partition, {"a": "finished", "b": "running", "c": "failure"})
+    RolloutWait(buffer, None, failure=lambda: failure)
+    kind = "" if isinstance(failure, RolloutsFailed) else "KeyError: '"
+    told = f"^waiting for the rollouts of step 7, partition {partition}: 2 of 3 prompts done: {kind}generation: it died"
+    with pytest.raises(RolloutsFailed, match=told):
+        buffer.sample(global_steps=7, partition_id=partition, batch_size=3)
+
+
+def test_a_wait_without_progress_ends(monkeypatch):
+    buffer, tags = waiting_buffer(monkeypatch, "train", {"a": "finished", "b": "running", "c": "running"})
+    polls = []
+
+    def clock():
+        """A second a poll; rollouts of `b` are done at the fourth and the ninth, and the prompt itself never."""
+        polls.append(len(polls))
+        if len(polls) in (4, 9):
+            tags[f"b_{len(polls)}_0"] = {"status": "success"}
+        return float(len(polls))
+
+    RolloutWait(buffer, 6, clock=clock)
+    with pytest.raises(
+        RolloutsFailed,
+        match="^trainer.rollout_timeout=6: waiting for the rollouts of step 7, partition train: 1 of 3 prompts done: "
+        "no rollout was done for 6 s",
+    ):
+        buffer.sample(global_steps=7, partition_id="train", batch_size=3)
+    assert 9 + 6 < len(polls) < 9 + 6 + 5
+
+
+def test_rollouts_that_come_are_waited_for(monkeypatch):
+    buffer, tags = waiting_buffer(monkeypatch, "train", {"a": "running", "b": "running"})
+    monkeypatch.setattr(replay_buffer.tq, "kv_clear", lambda partition_id, keys: None)
+    polls = []
+
+    def clock():
+        polls.append(len(polls))
+        if len(polls) % 5 == 0:
+            tags[f"a_{len(polls)}_0"] = {"status": "success"}
+        if len(polls) == 50:
+            tags["a"]["status"] = tags["b"]["status"] = "finished"
+        return float(len(polls))
+
+    RolloutWait(buffer, 7, clock=clock)
+    batch, _ = buffer.sample(global_steps=7, partition_id="train", batch_size=2)
+    assert len(batch.keys) == 10
+
+
+def test_a_new_step_begins_a_new_wait(monkeypatch):
+    buffer, tags = waiting_buffer(monkeypatch, "train", {"a": "running"})
+    now = 0.0
+    wait = RolloutWait(buffer, 10, clock=lambda: now)
+    buffer._sync_metadata_from_transfer_queue()
+    wait.wait_for_next_poll("train", 0.0)
+    now, tags["a"]["global_steps"] = 1000.0, 8
+    buffer._sync_metadata_from_transfer_queue()
+    wait.wait_for_next_poll("train", 0.0)
+    now = 1011.0
+    with pytest.raises(RolloutsFailed, match="step 8"):
+        wait.wait_for_next_poll("train", 0.0)
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    """The steer trainer without Ray: one rank, mini-batches of two prompts, GRPO."""
+    built = SteerTrainer.__new__(SteerTrainer)
+    built.batched, built.use_critic, built.global_steps, built.rollouts_asked = True, False, 7, {}
+    rollout = {"n": ROLLOUTS, "log_prob_micro_batch_size_per_gpu": 9, "log_prob_use_dynamic_bsz": False}
+    built.config = OmegaConf.create(
+        {
+            "trainer": {"rollout_timeout": 12, "critic_warmup": 0},
+            "algorithm": {"adv_estimator": "grpo", "use_kl_in_reward": False, "gamma": 1.0, "lam": 1.0},
+            "actor_rollout_ref": {"actor": {"ppo_mini_batch_size": 2}, "rollout": rollout, "ref": rollout},
+        }
+    )
+    built.actor_rollout_wg = SimpleNamespace(_dispatch_info={"actor": [0]})
+    built.tokenizer = SimpleNamespace(eos_token_id=1)
+    built.replay_buffer = SimpleNamespace(failure_keys={"train": set()})
+    return built
+
+
+def test_the_trainer_waits_by_its_key_and_learns_of_a_failure(run, trainer, monkeypatch, tmp_path):
+    """From a status that can't be written to the error of the trainer's own wait."""
+    buffer, _ = waiting_buffer(monkeypatch, "train", {f"uid{i}": "running" for i in range(PROMPTS)})
+    monkeypatch.setattr(trainer_steer.PPOTrainerSync, "_build_replay_buffer", lambda self: buffer)
+    monkeypatch.setattr(trainer_steer.PPOTrainerSync, "fit", lambda self, manager: None)
+    monkeypatch.setattr(trainer_steer, "freeze_gc_heap", lambda: None)
+    for name in ("VERL_FILE_LOGGER_PATH", "TENSORBOARD_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    trainer.folder, trainer.replay_buffer = tmp_path, trainer._build_replay_buffer()
+    assert trainer.rollout_wait.timeout == 12
+    manager = object.__new__(BatchedAgentLoopManager)
+    manager.worker = run(refused="finished")[1]
+    trainer.fit(manager)
+    with pytest.raises(RolloutsFailed, match="0 of 6 prompts done: writing to the TransferQueue: TimeoutError"):
+        trainer.replay_buffer.sample(global_steps=7, partition_id="train", batch_size=PROMPTS)
+
+
+#: Rollouts that are lost -> rows of the step: mini-batches of six.
+LACKING = {((2, 1),): 18, ((2, 1), (2, 2), (4, 0)): 18, tuple((i, 0) for i in range(6)): 12, ((0, 0), (0, 1)): 18}
+
+
+@pytest.mark.parametrize("lost", LACKING)
+def test_a_step_goes_on_without_the_lost(run, trainer, monkeypatch, lost):
+    """Upstream's own filling up and its GRPO, over what the batched manager has stored."""
+    scores = {(i, j): float((7 * i + 3 * j) % 5) for i in range(PROMPTS) for j in range(ROLLOUTS)}
+    queue, _ = run(9, grades=scores | dict.fromkeys(lost, ValueError()))
+    for module in (padding_utils, trainer_base):
+        monkeypatch.setattr(module, "tq", queue)
+    trainer.agent_loop_manager = SimpleNamespace(generate_sequences=lambda batch: None)
+    trainer.trainer_mode = "sync"
+    trainer._submit_batch_to_rollout(prompts())
+    trainer.replay_buffer.failure_keys["train"] = {f"uid{i}" for i, _ in lost}
+    batch, metrics = KVBatchMeta(partition_id="train", keys=queue.stored, tags=[*queue.tags.values()]), {}
+
+    batch = trainer._balance_batch(batch, metrics)
+    assert metrics[LOST_IN_TRAINING] == len(lost)
+    assert len(batch.keys) == LACKING[lost]
+    asked_of_workers = []
+    monkeypatch.setattr(
+        trainer_steer.PPOTrainerSync,
+        "_compute_ref_log_prob",
+        lambda self, batch, metrics: asked_of_workers.append(dict(batch.extra_info)) or batch,
+    )
+    trainer.batched = False
+    assert "micro_batch_size_per_gpu" not in trainer._compute_ref_log_prob(batch, metrics).extra_info
+    # 9 divides 18 rows of a rank, and 3 is what it shares with 12.
+    assert asked_of_workers == [{} if len(batch.keys) == 18 else {"micro_batch_size_per_gpu": 3}]
+
+    trainer._compute_advantage(batch, metrics)
+    for key in batch.keys:
+        advantages, tag = queue.rows[key]["advantages"], queue.tags[key]
+        if tag.get("is_padding"):
+            assert advantages.eq(0).all() and queue.rows[key]["response_mask"].eq(0).all()
+            continue
+        prompt, session = int(key[3]), int(key[5])
+        group = [scores[prompt, j] for j in range(ROLLOUTS) if (prompt, j) not in lost]
+        # Upstream's GRPO lets one that is alone have its score for an advantage.
+        mean, std = (np.mean(group), np.std(group, ddof=1)) if len(group) > 1 else (0.0, 1.0)
+        expected = (scores[prompt, session] - mean) / (std + 1e-6)
+        torch.testing.assert_close(advantages, torch.full((2,), expected, dtype=torch.float32))
+
+
+def test_a_whole_step_is_as_upstreams(run, trainer, monkeypatch):
+    queue, _ = run()
+    trainer.rollouts_asked = dict.fromkeys(queue.statuses, ROLLOUTS)
+    batch, metrics = KVBatchMeta(partition_id="train", keys=queue.stored, tags=[*queue.tags.values()]), {}
+    assert trainer._balance_batch(batch, metrics).keys == KEYS
+    assert metrics[LOST_IN_TRAINING] == 0
+
+
+# Validation.
+
+ASKED = {("aime", "a"): 4, ("aime", "b"): 4, ("aime", "c"): 4, ("gsm", "d"): 4}
+CORRECT = {"a": [1, 1, 0, 1], "b": [1, 0, 0, 0], "c": [0, 0, 1, 1], "d": [1, 1, 1, 0]}
+
+
+def validated(trainer, lost=frozenset()):
+    """The trainer's metrics of a validation without the samples `lost`, (prompt, number)."""
+    samples = [
+        (source, uid, value)
+        for source, uid in ASKED
+        for number, value in enumerate(CORRECT[uid])
+        if (uid, number) not in lost
+    ]
+    sources, uids, values = map(list, zip(*samples, strict=True))
+    infos = {
+        "reward": [2.0 * value - 1 for value in values],
+        "acc": list(map(float, values)),
+        "pred": list(map(str, values)),
+    }
+    return trainer._val_metrics_update(sources, uids, infos, [2] * len(uids), expected_acc_counts=dict(ASKED)), (
+        sources, uids, infos
+    )  # fmt: skip
+
+
+def test_a_whole_validation_has_upstreams_metrics_and_its_size(trainer):
+    metrics, (sources, uids, infos) = validated(trainer)
+    counts = {f"val-aux/{s}/{name}": n for s, size in (("aime", 12), ("gsm", 4)) for name, n in sizes(size, 0).items()}
+    theirs = trainer_steer.PPOTrainerSync._val_metrics_update(trainer, sources, uids, infos, [2] * 16, dict(ASKED))
+    assert metrics == theirs | counts and metrics["val-core/aime/acc/mean@4"] == 6 / 12
+
+
+def sizes(samples, lost):
+    return {"num_samples": samples, "num_lost": lost}
+
+
+@pytest.mark.parametrize(
+    ("lost", "aime"),
+    [
+        ({("a", 2)}, (1 + 1 / 4 + 2 / 4) / 3),
+        ({("b", 0), ("c", 1)}, (3 / 4 + 0 + 2 / 3) / 3),
+        ({(uid, 3) for uid in "abc"}, (2 / 3 + 1 / 3 + 1 / 3) / 3),
+        ({("b", number) for number in range(4)}, (3 / 4 + 2 / 4) / 2),
+    ],
+)
+def test_lost_samples_are_not_counted_as_wrong(trainer, lost, aime):
+    metrics, _ = validated(trainer, lost)
+    assert metrics["val-core/aime/acc/mean@4"] == pytest.approx(aime)
+    assert metrics["val-aux/aime/acc_success_only/mean@4"] == pytest.approx(aime)
+    assert metrics["val-aux/aime/reward/mean@4"] == pytest.approx(2 * aime - 1)
+    # Spread, best, worst and majority of four are those of the prompts that have four.
+    whole = [np.std(CORRECT[uid]) for uid in "abc" if uid not in {of for of, _ in lost}]
+    assert metrics.get("val-aux/aime/acc/std@4") == (pytest.approx(np.mean(whole)) if whole else None)
+    assert metrics["val-core/gsm/acc/mean@4"] == 3 / 4
+    assert {name.rpartition("@")[2] for name in metrics if "/mean@" in name} == {"4"}
+    assert metrics["val-aux/aime/num_samples"] == 12 - len(lost) and metrics["val-aux/aime/num_lost"] == len(lost)
+    assert metrics["val-aux/gsm/num_samples"] == 4 and metrics["val-aux/gsm/num_lost"] == 0
+
+
+def test_a_data_source_without_a_sample_is_told(trainer):
+    metrics, _ = validated(trainer, {("d", number) for number in range(4)})
+    assert metrics["val-aux/gsm/num_samples"] == 0 and metrics["val-aux/gsm/num_lost"] == 4
+    assert "val-core/gsm/acc/mean@4" not in metrics and metrics["val-core/aime/acc/mean@4"] == 6 / 12
+
+
+# Before Ray starts.
+
+
+def checked(tmp_path, agent_names=None, rollout=None, **trainer):
+    columns = {"prompt": [[{"role": "user", "content": "1"}]] * 3} | (
+        {"agent_name": agent_names} if agent_names else {}
+    )
+    pyarrow.parquet.write_table(pa.table(columns), tmp_path / "test.parquet")
+    pyarrow.parquet.write_table(pa.table({"prompt": ["1"]}), tmp_path / "train.parquet")
+    agent = {"agent_loop_manager_class": BATCHED_MANAGER, "default_agent_loop": "single_turn_agent"}
+    rollout = {"agent": agent, "enable_rollout_routing_replay": False} | (rollout or {})
+    files = {
+        "train_files": str(tmp_path / "train.parquet"),
+        "val_files": [str(tmp_path / "test.parquet"), "no.parquet"],
+    }
+    rollout_checks.check_rollouts(
+        OmegaConf.create({"trainer": trainer, "actor_rollout_ref": {"rollout": rollout}, "data": files})
+    )
+
+
+def test_what_can_be_served_passes(tmp_path):
+    checked(tmp_path)
+    checked(tmp_path, ["single_turn_agent"] * 3, rollout_timeout=None)
+    # Upstream's manager serves all.
+    checked(tmp_path, ["tool_agent"] * 3, {"agent": {"agent_loop_manager_class": None}}, rollout_timeout=0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"agent_names": ["single_turn_agent", "tool_agent", None]},
+            "data.val_files: .*test.parquet has rows with agent_name=tool",
+        ),
+        (
+            {"rollout": {"enable_rollout_routing_replay": True}},
+            "enable_rollout_routing_replay=True: the batched",
+        ),
+        (
+            {"rollout": {"agent": {"agent_loop_manager_class": BATCHED_MANAGER, "default_agent_loop": "tool_agent"}}},
+            "rollout.agent.default_agent_loop=tool_agent: the batched manager serves",
+        ),
+        ({"rollout_timeout": 0}, "trainer.rollout_timeout=0: expected seconds, more than 0, or null"),
+        ({"rollout_timeout": -1.5}, "trainer.rollout_timeout=-1.5: expected"),
+        ({"rollout_timeout": True}, "trainer.rollout_timeout=True: expected"),
+        ({"rollout_timeout": "1h"}, "trainer.rollout_timeout=1h: expected"),
+        ({"rollout_timeout": float("nan")}, "trainer.rollout_timeout=nan: expected"),
+    ],
+)
+def test_what_can_not_be_served_is_refused_before_ray_starts(tmp_path, changes, told):
+    with pytest.raises(ValueError, match=told):
+        checked(tmp_path, **changes)
 
 
 @given(st.lists(st.integers(1, 4000), min_size=4, max_size=12), st.sampled_from([1, 2, 4]))

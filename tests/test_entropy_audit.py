@@ -553,7 +553,8 @@ def trainer(monkeypatch, tmp_path):
                     "clip_ratio_low": 0.2,
                     "clip_ratio_high": 0.28,
                 },
-                "rollout": {"n": 4, "temperature": 0.7},
+                "rollout": {"n": 4, "temperature": 0.7, "log_prob_micro_batch_size_per_gpu": None},
+                "ref": {"log_prob_micro_batch_size_per_gpu": None},
             }
         }
     )

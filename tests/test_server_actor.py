@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The light actor class stands for the whole of the server behind it, and nothing that others import loads vLLM."""
 
+import asyncio
 import inspect
 import subprocess
 import sys
 
+import pytest
+from verl.workers.rollout.replica import TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_batched import BatchedVLLMHttpServer
 from verl.workers.rollout.vllm_server_actor import METHODS, VLLMServerActor
+from vllm.v1.engine.exceptions import EngineDeadError
 
 
 def test_every_public_method_of_the_server_is_passed_on():
@@ -25,3 +29,32 @@ loaded = [name for name in sys.modules if name.startswith(("vllm.entrypoints", "
 assert not loaded, loaded
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def server(*answers):
+    """A server that answers its requests so, and raises what is an exception."""
+    built, left = object.__new__(BatchedVLLMHttpServer), list(answers)
+
+    async def generate(request_id, prompt_ids, sampling_params):
+        answer = left.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    built.generate = generate
+    return built
+
+
+def requests(count):
+    return [{"prompt_ids": [1], "sampling_params": {}} for _ in range(count)]
+
+
+def test_a_request_that_fails_leaves_the_others_their_responses():
+    responses = [TokenOutput(token_ids=[token]) for token in (1, 2)]
+    batch = server(responses[0], ValueError("the prompt is too long"), responses[1]).generate_batch(requests(3))
+    assert asyncio.run(batch) == [responses[0], "ValueError: the prompt is too long", responses[1]]
+
+
+def test_a_dead_engine_is_no_matter_of_a_request():
+    with pytest.raises(EngineDeadError):
+        asyncio.run(server(TokenOutput(token_ids=[1]), EngineDeadError()).generate_batch(requests(2)))

@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 from verl.plugin.platform import get_platform
 from verl.trainer.ppo import requirements
 from verl.trainer.ppo.entropy_advantages import AdvantageOptions
+from verl.trainer.ppo.rollout_checks import check_rollouts
 from verl.trainer.ppo.run_ending import ActorsDied, WatchedRunner, reason_of
 from verl.trainer.ppo.task_runner import SteerTaskRunner
 from verl.utils.config import omega_conf_to_dataclass
@@ -51,6 +52,7 @@ def prepare(config: DictConfig) -> None:
             f"trainer.device={config.trainer.device}: verl's platform here is {platform}; expected {remedy}"
         )
     _check_log_prob_micro_batches(config)
+    check_rollouts(config)
     actor = config.actor_rollout_ref.actor
     try:
         policy_loss = omega_conf_to_dataclass(actor.policy_loss)
@@ -93,9 +95,9 @@ def main(config: DictConfig) -> None:
     except (ray.exceptions.RayError, ActorsDied) as error:
         # Its package imports the trainers, which this process does without.
         from verl.trainer.ppo.v1.checkpoint_ledger import UnknownMetric
+        from verl.trainer.ppo.v1.rollout_wait import RolloutsFailed
 
-        cause = getattr(error, "cause", None)
-        reason = str(cause) if isinstance(cause, UnknownMetric) else reason_of(error)
+        reason = reason_of(error, told_by=UnknownMetric | RolloutsFailed)
         if reason is None:
             raise
         # Before the line, which is then the last: workers' output is passed on until Ray has ended.

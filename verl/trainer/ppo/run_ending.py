@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import ray
@@ -115,18 +116,22 @@ def _ended(result: ray.ObjectRef, seconds: float) -> bool:
     return bool(ray.wait([result], timeout=seconds)[0])
 
 
-def reason_of(error: Exception) -> str | None:
+def reason_of(error: Exception, told_by: UnionType) -> str | None:
     """One line that says why a run ended with this error, or None where a traceback says it better.
 
     Args:
         error: what waiting for the task runner raised.
+        told_by: errors whose message says all.
     """
-    # The error may be there a moment before Ray's table of actors has the death.
+    # What died comes first, since it is mostly why something else failed. The error may be there a moment before Ray's
+    # table of actors has the death.
     for _ in range(10 if isinstance(error, ActorsDied | ray.exceptions.RayActorError) else 1):
         if died := dead_actors():
             return "; ".join(map(str, died))
         time.sleep(0.5)
     cause = getattr(error, "cause", None)
+    if isinstance(cause, told_by):
+        return str(cause)
     if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{cause}: make room and call the same command again, which goes on from the last whole checkpoint"
     return None

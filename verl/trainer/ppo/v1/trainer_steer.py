@@ -7,6 +7,7 @@ Keys below `trainer`, beside upstream's:
     save_best_only              a checkpoint only where the validation's metric is the best so far
     delete_old_best_checkpoint  the best checkpoint's predecessor goes once the new one is whole
     best_metric_key             the metric; null: the only val-core/.../acc/mean@N
+    rollout_timeout             seconds without a rollout done after which a run ends; null: never
     entropy_audit               every so many steps estimated entropy changes are held against the true ones
 """
 
@@ -14,15 +15,19 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import transfer_queue as tq
 from omegaconf import DictConfig, open_dict
+from tensordict import TensorDict
 from torch.utils.data import DataLoader
 from transfer_queue import KVBatchMeta
 from verl.experimental.agent_loop import AgentLoopManager
@@ -35,7 +40,9 @@ from verl.trainer.ppo.utils import create_rl_dataset
 from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.adaptive_entropy import AdaptiveEntropyCoefficient
 from verl.trainer.ppo.v1.checkpoint_ledger import CheckpointLedger, metric_name, step_of
+from verl.trainer.ppo.v1.lost_rollouts import LOST_IN_TRAINING, lost_rollouts, means_of_what_is_there, stored_samples
 from verl.trainer.ppo.v1.replay_buffer import DAPO_FILTERED_REWARD_COUNTS_KEY, ReplayBuffer
+from verl.trainer.ppo.v1.rollout_wait import ROLLOUT_TIMEOUT, RolloutWait
 from verl.trainer.ppo.v1.step_entropy_audit import audit_step
 from verl.trainer.ppo.v1.step_record import STEP_RECORD, StepRecord
 from verl.trainer.ppo.v1.trainer_base import register_trainer
@@ -147,6 +154,8 @@ class SteerTrainer(PPOTrainerSync):
         os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(self.folder / f"metrics{resumed}.jsonl"))
         os.environ.setdefault("TENSORBOARD_DIR", str(self.folder / "tensorboard"))
         freeze_gc_heap()
+        if self.batched:
+            self.rollout_wait.failure = lambda: agent_loop_manager.failure
         trainer = self.config.trainer
         last = self.global_steps >= self.total_training_steps
         if self._unlogged() and trainer.test_freq > 0 and (last or self.global_steps % trainer.test_freq == 0):
@@ -184,6 +193,8 @@ class SteerTrainer(PPOTrainerSync):
     def _build_replay_buffer(self) -> ReplayBuffer:
         replay_buffer = super()._build_replay_buffer()
         replay_buffer.poll_interval = POLL_INTERVAL
+        self.rollout_wait = RolloutWait(replay_buffer, self.config.trainer.get("rollout_timeout", ROLLOUT_TIMEOUT))
+        self.rollouts_asked: dict[str, int] = {}
         return replay_buffer
 
     def _init_dataloader(self) -> None:
@@ -201,6 +212,20 @@ class SteerTrainer(PPOTrainerSync):
                 "trainer.save_after=%d: the run has %d steps; its last may be saved",
                 options.save_after, self.total_training_steps,
             )  # fmt: skip
+
+    def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
+        """Upstream's, noting how many rollouts of each prompt are asked for."""
+        uids, usual = list(batch["uid"]), self.config.actor_rollout_ref.rollout.n
+        counts = list(batch["__rollout_n__"]) if "__rollout_n__" in batch else [usual] * len(uids)
+        self.rollouts_asked |= dict(zip(uids, map(int, counts), strict=True))
+        return super()._submit_batch_to_rollout(batch)
+
+    def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
+        """Upstream's, which fills up a batch that lacks rollouts; they are counted first."""
+        failed = self.replay_buffer.failure_keys[batch.partition_id]
+        metrics[LOST_IN_TRAINING] = lost_rollouts(self.rollouts_asked, failed, batch.keys)
+        self.rollouts_asked.clear()
+        return super()._balance_batch(batch, metrics, *args, **kwargs)
 
     def _load_checkpoint(self) -> None:
         options = self.config.trainer
@@ -239,7 +264,8 @@ class SteerTrainer(PPOTrainerSync):
         if self.entropy_audit.due(self.global_steps):
             batch.extra_info["calculate_sum_pi_squared"] = True
         self._leave_out(batch, UNREAD_BY_FORWARD_PASSES)
-        batch = super()._compute_old_log_prob(batch, metrics)
+        with self._fitting_micro_batches(batch, self.config.actor_rollout_ref.rollout):
+            batch = super()._compute_old_log_prob(batch, metrics)
         entropy = metrics.get("actor/entropy")
         if entropy is not None and self.last_entropy is not None:
             metrics["actor/entropy_change_per_step"] = entropy - self.last_entropy
@@ -249,7 +275,22 @@ class SteerTrainer(PPOTrainerSync):
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Upstream's, with the workers fetching what they read only."""
         self._leave_out(batch, UNREAD_BY_FORWARD_PASSES)
-        return super()._compute_ref_log_prob(batch, metrics)
+        with self._fitting_micro_batches(batch, self.config.actor_rollout_ref.ref):
+            return super()._compute_ref_log_prob(batch, metrics)
+
+    @contextmanager
+    def _fitting_micro_batches(self, batch: KVBatchMeta, options: DictConfig) -> Iterator[None]:
+        """Smaller micro-batches in a pass for log-probs over a batch that lacks a mini-batch or more of its rollouts.
+
+        Upstream fills it up to whole mini-batches, of which `log_prob_micro_batch_size_per_gpu` may be no divisor.
+        """
+        size = options.log_prob_micro_batch_size_per_gpu
+        if size and not options.log_prob_use_dynamic_bsz:
+            rows = len(batch) // (max(self.actor_rollout_wg._dispatch_info["actor"]) + 1)
+            if rows % size:
+                batch.extra_info["micro_batch_size_per_gpu"] = math.gcd(size, rows)
+        yield
+        batch.extra_info.pop("micro_batch_size_per_gpu", None)
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Upstream's, with what the estimator reads of the old policy at hand."""
@@ -381,6 +422,24 @@ class SteerTrainer(PPOTrainerSync):
         if self.ledger.best_value is not None:
             metrics["training/best_metric"] = self.ledger.best_value
         return metrics
+
+    def _val_metrics_update(
+        self,
+        data_sources: list[str],
+        sample_uids: list[str],
+        reward_extra_infos_dict: dict[str, list[Any]],
+        sample_turns: list[int],
+        expected_acc_counts: dict[tuple[str, str], int] | None = None,
+    ) -> dict[str, float]:
+        """Upstream's metrics of a validation, which count a sample that is not there as wrong: here it is left out."""
+        asked = expected_acc_counts or {}
+        stored, counts = stored_samples(data_sources, sample_uids, asked)
+        metrics = super()._val_metrics_update(
+            data_sources, sample_uids, reward_extra_infos_dict, sample_turns, expected_acc_counts=stored
+        )
+        if stored != asked:
+            metrics = means_of_what_is_there(metrics, data_sources, sample_uids, reward_extra_infos_dict, asked)
+        return metrics | counts
 
     def _validate_one_file_after_another(self) -> dict[str, float]:
         """Evaluation: each file's responses are on disk before the next file begins, so a killed run has them."""

@@ -15,6 +15,7 @@ from verl.workers.rollout.replica import RolloutReplicaRegistry, TokenOutput
 from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
 from verl.workers.rollout.vllm_server_actor import ServerClass
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.exceptions import EngineDeadError
 
 
 class BatchedVLLMHttpServer(vLLMHttpServer):
@@ -26,12 +27,30 @@ class BatchedVLLMHttpServer(vLLMHttpServer):
             # Asked for by rollout.full_determinism; vLLM has it as Triton kernels, which a CPU hasn't.
             os.environ.pop("VLLM_BATCH_INVARIANT", None)
 
-    async def generate_batch(self, requests: list[dict[str, Any]]) -> list[TokenOutput]:
-        """Responses to `requests`, each the keyword arguments of `generate` but its id, in their order."""
+    async def generate_batch(self, requests: list[dict[str, Any]]) -> list[TokenOutput | str]:
+        """Responses to `requests`, each the keyword arguments of `generate` but its id, in their order.
+
+        In place of a response there may be the error of its request, as text: an exception might not reach the caller.
+
+        Raises:
+            EngineDeadError: if the engine is gone.
+        """
         # Upstream would have vLLM build every response, its text too, anew at each token, and reads the last's tokens.
         for request in requests:
             request["sampling_params"] |= {"output_kind": RequestOutputKind.FINAL_ONLY, "detokenize": False}
-        return await asyncio.gather(*(self.generate(request_id=uuid4().hex, **request) for request in requests))
+        responses = await asyncio.gather(
+            *(self.generate(request_id=uuid4().hex, **request) for request in requests), return_exceptions=True
+        )
+        return [response_or_error(response) for response in responses]
+
+
+def response_or_error(response: TokenOutput | BaseException) -> TokenOutput | str:
+    """A response, or the text of its request's error; an error that is not the request's own is raised."""
+    if not isinstance(response, BaseException):
+        return response
+    if isinstance(response, EngineDeadError) or not isinstance(response, Exception):
+        raise response
+    return f"{type(response).__name__}: {response}"
 
 
 class BatchedVLLMReplica(vLLMReplica):
@@ -53,7 +72,7 @@ class BatchedLLMServerClient(LLMServerClient):
         super().__init__(*args, **kwargs)
         self.servers = servers
 
-    async def generate_batch(self, requests: list[dict[str, Any]]) -> list[TokenOutput]:
+    async def generate_batch(self, requests: list[dict[str, Any]]) -> list[TokenOutput | str]:
         """One call to each server; neighbours stay together, so that the rollouts of a prompt share its prefix."""
         share = -(-len(requests) // len(self.servers))
         calls = [
