@@ -3,7 +3,8 @@
 #   MODEL_PATH=outputs/steer_exp/global_step_120 bash run/eval.sh --only aime24,math500 hardware=gpu8
 #   MODEL_PATH  a Hugging Face folder, a hub id, or a checkpoint of ours (global_step_N), merged where it needs to be
 #   DATA_DIR    folder of the parquet files (data in the repository); missing ones are made
-#   OUTPUT_DIR  folder of the results (outputs in the repository); they go to eval/ below it, by model
+#   OUTPUT_DIR  folder of the results (outputs in the repository); they go to eval/ below it, to a folder for this model
+#               under these options
 #   --only A,B  these benchmarks, else all eight; a name is a file of DATA_DIR without .parquet
 # Further arguments are Hydra overrides.
 set -euo pipefail
@@ -14,6 +15,8 @@ if [ -z "${PYTHON:-}" ]; then
   [ -x "$PYTHON" ] || PYTHON=python3
 fi
 export PYTHON
+"$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("verl_steer") is None)' ||
+  { echo "eval.sh: $PYTHON has no verl_steer: run \`bash run/setup.sh\` or set PYTHON" >&2; exit 1; }
 
 benchmarks=aime24,aime25,amc23,math500,minerva_math,olympiadbench,gsm8k_test,omni
 if [ "${1:-}" = --only ]; then
@@ -22,28 +25,43 @@ if [ "${1:-}" = --only ]; then
 fi
 model=${MODEL_PATH:?eval.sh: MODEL_PATH: expected a Hugging Face folder, a hub id or a checkpoint (global_step_N)}
 
-# a checkpoint of ours: its Hugging Face export, made from the shards where the run didn't save one
+# a checkpoint of ours: the Hugging Face export that the run saved, else one merged from its shards; again where the
+# shards have changed since, or a kill stopped the merge
 if [ -d "$model/actor" ]; then
-  export_=$model/actor/huggingface
-  if ! ls "$export_"/*.safetensors >/dev/null 2>&1; then
-    "$PYTHON" -m verl.model_merger merge --backend fsdp --local_dir "$model/actor" --target_dir "$export_"
+  if ls "$model"/actor/huggingface/*.safetensors >/dev/null 2>&1; then
+    model=$model/actor/huggingface
+  else
+    merged=$model/actor/merged
+    shards=$(cd "$model/actor" && stat --format='%n %s %y' model_world_size_*.pt)
+    if [ "$(cat "$merged/shards" 2>/dev/null)" != "$shards" ]; then
+      rm -rf "$merged"
+      "$PYTHON" -m verl.model_merger merge --backend fsdp --local_dir "$model/actor" --target_dir "$merged"
+      echo "$shards" >"$merged/shards"
+    fi
+    model=$merged
   fi
-  name=$(basename "$(cd "$model/.." && pwd)")-$(basename "$model")
-  model=$export_
-else
-  name=$(basename "$model")
 fi
-results=$OUTPUT_DIR/eval/$name
+export MODEL_PATH=$model
 
 names=() files=()
 IFS=, read -ra names <<<"$benchmarks"
 for benchmark in "${names[@]}"; do
   file=$DATA_DIR/$benchmark.parquet
   [ -f "$file" ] || "$PYTHON" "$root/datasets/make_datasets.py" --only "$benchmark" --out "$DATA_DIR"
-  [ -f "$results/$benchmark/0.jsonl" ] || files+=("$file")
+  files+=("$file")
 done
-if [ ${#files[@]} -gt 0 ]; then
-  MODEL_PATH=$model bash "$root/run/launch.sh" eval "data.val_files=[$(IFS=, && echo "${files[*]}")]" \
+
+# the folder of this model under these options, then for each benchmark a link in it, named by what the file holds too
+places=$("$PYTHON" "$root/scripts/eval_folder.py" "$OUTPUT_DIR/eval" "${files[@]}" -- "$@")
+{ read -r results && mapfile -t files; } <<<"$places"
+echo "results: $results"
+names=() missing=()
+for file in "${files[@]}"; do
+  names+=("$(basename "$file" .parquet)")
+  [ -f "${file%.parquet}/0.jsonl" ] || missing+=("$file")
+done
+if [ ${#missing[@]} -gt 0 ]; then
+  bash "$root/run/launch.sh" eval "data.val_files=[$(IFS=, && echo "${missing[*]}")]" \
     trainer.default_local_dir="$results" trainer.validation_data_dir="$results" "$@"
 fi
 "$PYTHON" "$root/scripts/summarize_eval.py" "$results" --only "${names[@]}"

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results of an evaluation: a table, `results.json`, and every response with its grade in `responses.parquet`.
 
-    python scripts/summarize_eval.py outputs/eval/MODEL --only aime24 math500
+    python scripts/summarize_eval.py outputs/eval/MODEL-0123456789 --only aime24-0123456789 math500-0123456789
 
-Reads `BENCHMARK/0.jsonl` below the folder, one line a response, as run/eval.sh makes it. Responses to the same prompt
-are samples of one problem; k is their number. mean@k is the mean accuracy, maj@k the accuracy of the most frequent
-answer (of equals the first), pass@k the share of problems with a right one among k. Intervals are 95 % by bootstrap
-over problems.
+Reads `BENCHMARK/0.jsonl` below the folder, one line a response, as run/eval.sh makes it; a digest at the end of a
+benchmark's name is left out of what is shown. Responses to the same prompt are samples of one problem; k is their
+number. mean@k is the mean accuracy, maj@k the accuracy of the most frequent answer (of equals the first; a response
+without an answer has no vote, and a problem without any is wrong), pass@k the share of problems with a right one among
+k. Intervals are 95 % by bootstrap over problems.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -35,8 +37,11 @@ METRICS: dict[str, Callable[[pd.DataFrame], float]] = {
 
 def majority(samples: pd.DataFrame) -> bool:
     """Whether the most frequent answer of a problem's samples is right."""
-    answer = Counter(samples["pred"]).most_common(1)[0][0]
-    return bool(samples.loc[samples["pred"] == answer, "acc"].iloc[0])
+    answered = samples[samples["pred"].fillna("") != ""]
+    if answered.empty:
+        return False
+    answer = Counter(answered["pred"]).most_common(1)[0][0]
+    return bool(answered.loc[answered["pred"] == answer, "acc"].iloc[0])
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -85,7 +90,7 @@ def main() -> None:
         file = args.folder / name / "0.jsonl"
         if not file.is_file():
             sys.exit(f"summarize_eval: {file}: no responses; expected what run/eval.sh writes for {name}")
-        frames[name] = pd.read_json(file, lines=True, dtype={"pred": str, "gts": str})
+        frames[re.sub(r"-[0-9a-f]{10}$", "", name)] = pd.read_json(file, lines=True, dtype={"pred": str, "gts": str})
     results = {name: results_of(frame) for name, frame in frames.items()}
     average = {name: fmean(result[name]["value"] for result in results.values()) for name in METRICS}
     (args.folder / "results.json").write_text(json.dumps({"benchmarks": results, "average": average}, indent=2) + "\n")

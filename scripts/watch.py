@@ -35,6 +35,7 @@ COLUMNS = (
     ("seconds", "timing_s/step", "{:.1f}"),
 )
 GRACE = 20.0
+States = dict[Path, tuple[int, int]]  # of each metrics file, as `state` tells
 
 
 def main() -> int:
@@ -46,7 +47,7 @@ def main() -> int:
     args = parser.parse_args()
     console = Console()
     args.log.parent.mkdir(parents=True, exist_ok=True)
-    before = time.time()
+    before = {file: state(file) for file in args.metrics.glob("metrics*.jsonl")}
     with args.log.open("wb") as log:
         process = subprocess.Popen(
             args.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -68,12 +69,12 @@ def main() -> int:
     return process.returncode
 
 
-def show(console: Console, args: argparse.Namespace, process: subprocess.Popen[bytes], since: float) -> None:
+def show(console: Console, args: argparse.Namespace, process: subprocess.Popen[bytes], before: States) -> None:
     """Follow the metrics until the command has ended."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(f"{args.title}: starting Ray and vLLM (log: {args.log})", total=None)
-        reader = new_records(args.metrics, since)
+        reader = new_records(args.metrics, before)
         steps: int | None = None
         while True:
             ended = process.poll() is not None
@@ -88,12 +89,18 @@ def show(console: Console, args: argparse.Namespace, process: subprocess.Popen[b
             time.sleep(0.2)
 
 
-def new_records(folder: Path, since: float) -> Iterator[dict[str, Any] | None]:
-    """Records of the metrics files written after `since` (seconds since the epoch); None where there is none yet."""
+def state(file: Path) -> tuple[int, int]:
+    """Size and time of change, by which a file differs once it is written again: a file server has its own clock."""
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def new_records(folder: Path, before: States) -> Iterator[dict[str, Any] | None]:
+    """Records of the metrics files written since they were as in `before`; None where there is none yet."""
     offsets: dict[Path, int] = {}
     while True:
         for file in sorted(folder.glob("metrics*.jsonl")):
-            if file.stat().st_mtime < since:
+            if state(file) == before.get(file):
                 continue
             with file.open("rb") as stream:
                 stream.seek(offsets.get(file, 0))

@@ -104,11 +104,13 @@ class LaptopRun:
         """The last whole checkpoint by the ledger, 0 without one."""
         ledger = self.folder / "checkpoint_ledger.json"
         entries = json.loads(ledger.read_text()) if ledger.exists() else {}
-        return entries.get("latest_step") or max(entries.get("saved_steps") or [0])
+        return max(entries.get("saved_steps", ()), default=0)
 
     def begun(self) -> int:
         """The last checkpoint that has a folder, whole or not."""
-        return max((int(path.name.rpartition("_")[2]) for path in self.folder.glob("global_step_*")), default=0)
+        return max(
+            (int(path.name.removeprefix("global_step_")) for path in self.folder.glob("global_step_*")), default=0
+        )
 
     def metrics_file(self) -> Path | None:
         """Where the present start logs, once it does."""
@@ -297,7 +299,7 @@ VICTIMS = {
     "trainer": ("ray::SteerTaskRunner", "SteerTaskRunner"),
     "FSDP worker": ("ray::WorkerDict", "WorkerDict"),
     "vLLM server": ("ray::VLLMServerActor", "VLLMServerActor"),
-    "vLLM engine": ("VLLM::EngineCore", "VLLMServerActor"),
+    "vLLM engine": ("VLLM::EngineCore", "EngineCore"),
     "reward worker": ("ray::RewardLoopWorker", "RewardLoopWorker"),
     "storage unit": ("ray::SimpleStorageUnit", "SimpleStorageUnit"),
     "queue's controller": ("ray::TransferQueueController", "TransferQueueController"),
@@ -315,8 +317,9 @@ def test_campaign_of_dead_processes(kind, victim_run):
     victim = min((p for p in processes if title_of(p).startswith(title)), key=psutil.Process.create_time)
     victim.send_signal(signal.SIGKILL)
     line = line_of_end(victim_run, processes)
-    actor = victim if title.startswith("ray::") else victim.parent
-    assert name in line and (kind == "vLLM engine" or f"pid {actor.pid} " in line)
+    print(line)
+    # The engine is a child of its server's, which says what it knows: no pid.
+    assert name in line and (kind == "vLLM engine" or f"pid {victim.pid} " in line)
 
 
 def line_of_end(run: LaptopRun, processes: list[psutil.Process]) -> str:
@@ -356,6 +359,7 @@ def test_campaign_of_a_full_disk(reference, small_disk, root, task):
     run.start()
     run.wait_for("checkpoint")
     line = line_of_end(run, run.processes())
+    print(line)
     assert "No space left on device" in line and str(run.folder) in line
     assert run.whole() == 2
     load(run.folder / "global_step_2")

@@ -9,6 +9,7 @@ import runpy
 import shutil
 import sys
 from html.parser import HTMLParser
+from itertools import permutations
 
 import matplotlib
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 from scipy.stats import pearsonr, spearmanr
 from tabular_audit import tabular_audit
 from verl.utils import report_figures as figures
+from verl.utils.metrics_files import in_order, next_file
 from verl.utils.report_page import (
     ReportOptions,
     coloured_responses,
@@ -126,11 +128,11 @@ def run_with(audit, name="run"):
 
 
 def test_a_resumed_run_goes_on_where_its_last_file_starts(tmp_path):
-    """By time, whatever the names; null, as verl writes NaN, is no value; a torn last line is passed over."""
-    write_metrics(tmp_path, [(step, {"a": step}) for step in range(10)], when=100)
-    write_metrics(tmp_path, [(step, {"a": 10 + step}) for step in (5, 6, 7)], "metrics_from_5.jsonl", when=200)
+    """The last by number; null, as verl writes NaN, is no value; a torn last line is passed over."""
+    write_metrics(tmp_path, [(step, {"a": step}) for step in range(10)])
+    write_metrics(tmp_path, [(step, {"a": 10 + step}) for step in (5, 6, 7)], next_file(tmp_path, 5).name)
     torn = '{"step":4,"data":{"a":99'
-    write_metrics(tmp_path, [(3, {"b": 1}), (4, {"a": None, "b": 2})], "metrics_from_3.jsonl", when=300, tail=torn)
+    write_metrics(tmp_path, [(3, {"b": 1}), (4, {"a": None, "b": 2})], next_file(tmp_path, 3).name, tail=torn)
     run = read_run(tmp_path)
     assert run.series("a") == {0: 0, 1: 1, 2: 2, 3: 3}
     assert run.series("b") == {3: 1, 4: 2}
@@ -141,11 +143,44 @@ def test_only_finite_numbers_are_values():
     assert Run("a", None, {step: {"a": value} for step, value in enumerate(values)}).series("a") == {0: 1, 6: 0.5}
 
 
-def test_a_copy_without_times_is_read_by_the_steps_in_its_names(tmp_path):
-    for start in (0, 5, 10):
-        name = f"metrics_from_{start}.jsonl" if start else "metrics.jsonl"
-        write_metrics(tmp_path, [(step, {"a": 100 * start + step}) for step in range(start, 12)], name)
-    assert read_run(tmp_path).series("a") == {step: 100 * (step // 5 * 5) + step for step in range(12)}
+#: Names of a run's files by the steps that its starts went on from, as they are and as they were.
+COUNTED = {0: "metrics.jsonl", 40: "metrics_from_40_start_2.jsonl", 80: "metrics_from_80_start_3.jsonl"}
+UNCOUNTED = {0: "metrics.jsonl", 40: "metrics_from_40.jsonl", 80: "metrics_from_80.jsonl"}
+
+
+@pytest.mark.parametrize("names", [COUNTED, UNCOUNTED])
+@pytest.mark.parametrize("order", list(permutations((0, 40, 80))))
+def test_a_copy_of_a_run_that_was_resumed_twice_is_whole_whatever_its_times(tmp_path, names, order):
+    """A copy gives the files times in the order that it reads the folder; steps to 50, 41 to 105 and 81 to 120."""
+    for when, start in enumerate(order):
+        steps = range(start + 1, {0: 50, 40: 105, 80: 120}[start] + 1)
+        write_metrics(tmp_path, [(step, {"a": 1000 * start + step}) for step in steps], names[start], when=when)
+    expected = {step: 1000 * (0 if step <= 40 else 40 if step <= 80 else 80) + step for step in range(1, 121)}
+    assert read_run(tmp_path).series("a") == expected
+
+
+def test_each_start_of_a_run_has_a_metrics_file_of_its_own(tmp_path):
+    """From none, from 40 twice, from 80, from 40 again; then all over, from none. Nine starts don't go before ten."""
+    (tmp_path / "metrics_of_another.jsonl").touch()
+    for start in (0, 40, 40, 80, 40, 0, *[5] * 5):
+        file = next_file(tmp_path, start)
+        assert not file.exists()
+        records = [(step, {f"from {start}": step}) for step in (start, start + 1)]
+        write_metrics(tmp_path, records, file.name)
+    assert in_order(tmp_path)[-1].name == "metrics_from_5_start_12.jsonl"
+    assert read_run(tmp_path).steps == {0: {"from 0": 0}, 1: {"from 0": 1}, 5: {"from 5": 5}, 6: {"from 5": 6}}
+
+
+def test_the_first_metrics_file_is_called_as_ever(tmp_path):
+    assert next_file(tmp_path, 0).name == "metrics.jsonl"
+    write_metrics(tmp_path, [(1, {})], "metrics_from_40.jsonl")
+    assert next_file(tmp_path, 40).name == "metrics_from_40_start_2.jsonl"
+
+
+def test_a_start_that_logged_nothing_takes_nothing_away(tmp_path):
+    write_metrics(tmp_path, [(1, {"a": 1}), (2, {"a": 2})])
+    write_metrics(tmp_path, [], next_file(tmp_path, 1).name)
+    assert read_run(tmp_path).series("a") == {1: 1, 2: 2}
 
 
 def test_a_run_may_be_one_file_of_verls_logger(tmp_path):

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,6 +56,17 @@ def test_watch_shows_a_line_a_step_and_keeps_the_rest_in_the_log(command, root, 
     lines = [line for line in result.stdout.splitlines() if line.startswith("toy ")]
     assert lines[1] == "toy          step   1/2  reward -0.500  entropy 0.500  accuracy 0.250"
     assert "Total training steps" not in result.stdout and "Total training steps" in (tmp_path / "toy.log").read_text()
+
+
+def test_watch_of_a_resumed_run_shows_its_new_steps_only(command, root, tmp_path):
+    """Whatever the times: the first start's file is older than this one's, but says that it is of tomorrow."""
+    for name in ("metrics.jsonl", "metrics_from_1_start_2.jsonl"):
+        (tmp_path / name).write_text('{"step": 1, "data": {"actor/entropy": 9.0}}\n')
+        os.utime(tmp_path / name, (time.time() + 86_400,) * 2)
+    resumed = RUN.replace("/metrics.jsonl", "/metrics_from_1_start_3.jsonl").replace("range(3)", "range(2, 3)")
+    result = command(*watch(root, tmp_path, sys.executable, "-c", resumed, tmp_path))
+    lines = [line for line in result.stdout.splitlines() if line.startswith("toy ")]
+    assert lines == ["toy          step   2/2  reward -0.500  entropy 0.333  accuracy 0.250"]
 
 
 def test_watch_tells_why_a_run_failed(command, root, tmp_path):
@@ -237,3 +249,152 @@ def test_evaluation_by_hand(command, root, tmp_path):
     assert benchmark["mean"]["value"] == 0.5 and benchmark["mean"]["interval"] == pytest.approx([1 / 3, 2 / 3])
     assert benchmark["maj"]["value"] == 0.5 and benchmark["pass"]["value"] == 1.0
     assert len(pd.read_parquet(tmp_path / "responses.parquet")) == 6
+
+
+def test_a_response_without_an_answer_has_no_vote(command, root, tmp_path):
+    """One right answer among two empty ones, then no answer at all, then a tie, of which the first counts."""
+    samples = {
+        "one": [("", False), (None, False), ("1", True)],
+        "none": [("", False), ("", False), (None, True)],
+        "tie": [("", False), ("1", True), ("2", False)],
+    }
+    rows = [
+        {"input": problem, "output": "", "gts": "1", "score": 1.0 if acc else -1.0, "acc": acc, "pred": pred}
+        for problem, answers in samples.items()
+        for pred, acc in answers
+    ]
+    (tmp_path / "toy").mkdir()
+    pd.DataFrame(rows).to_json(tmp_path / "toy/0.jsonl", lines=True, orient="records")
+    result = command(sys.executable, root / "scripts/summarize_eval.py", tmp_path, "--only", "toy")
+    assert result.returncode == 0, result.stderr
+    benchmark = json.loads((tmp_path / "results.json").read_text())["benchmarks"]["toy"]
+    assert benchmark["maj"]["value"] == pytest.approx(2 / 3)
+
+
+#: Stands for the interpreter: answers each benchmark with the model's weights, and merges shards by copying one.
+EVALUATOR = """
+import json, os, pathlib, sys
+arguments = sys.argv[1:]
+if arguments[:2] == ["-m", "verl.trainer.main_ppo"]:
+    options = dict(word.split("=", 1) for word in arguments if "=" in word)
+    (weights,) = pathlib.Path(os.environ["MODEL_PATH"]).glob("*.safetensors")
+    for file in map(pathlib.Path, options["data.val_files"].strip("[]").split(",")):
+        with open(os.environ["CALLS"], "a") as calls:
+            calls.write(file.stem.split("-")[0] + "\\n")
+        row = {"input": "1 + 1", "output": weights.read_text() + " " + file.read_text(), "gts": "2", "acc": False}
+        folder = pathlib.Path(options["trainer.validation_data_dir"], file.stem)
+        folder.mkdir(parents=True)
+        (folder / "0.jsonl").write_text(json.dumps(row | {"pred": "", "score": -1.0}) + "\\n")
+elif arguments[:2] == ["-m", "verl.model_merger"]:
+    source, target = (pathlib.Path(arguments[arguments.index(word) + 1]) for word in ("--local_dir", "--target_dir"))
+    target.mkdir(parents=True, exist_ok=True)
+    (shard,) = source.glob("model_world_size_*.pt")
+    (target / "model.safetensors").write_text(shard.read_text())
+    sys.exit("STOP" in os.environ)
+elif not (arguments[0] == "-c" or arguments[:2] == ["-m", "verl_steer"]):
+    os.execv(os.environ["REAL"], [os.environ["REAL"], *arguments])
+"""
+
+
+@pytest.fixture
+def evaluated(command, root, tmp_path):
+    """run/eval.sh with that interpreter: the folder of results, the responses by benchmark, and what was generated."""
+    program, python, calls = tmp_path / "interpreter.py", tmp_path / "python", tmp_path / "calls"
+    program.write_text(EVALUATOR)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{program}" "$@"\n')
+    python.chmod(0o755)
+    (tmp_path / "data").mkdir()
+    for name in ("first", "second"):
+        (tmp_path / f"data/{name}.parquet").write_text(name)
+    environment = {"PYTHON": str(python), "REAL": sys.executable, "CALLS": str(calls)}
+    environment |= {"DATA_DIR": str(tmp_path / "data"), "OUTPUT_DIR": str(tmp_path / "out")}
+
+    def run(model, *overrides, only="first", fails=False, **more):
+        calls.write_text("")
+        words = ("bash", root / "run/eval.sh", "--only", only, "hardware=cpu", *overrides)
+        result = command(*words, **{**environment, "MODEL_PATH": str(model), **more})
+        assert (result.returncode != 0) == fails, result.stdout + result.stderr
+        if fails:
+            return result.stderr
+        folder = re.findall(r"^results: (.*)/results.json", result.stdout, re.MULTILINE)[0]
+        responses = pd.read_parquet(folder + "/responses.parquet")
+        return folder, dict(zip(responses["benchmark"], responses["output"], strict=True)), calls.read_text().split()
+
+    return run
+
+
+def write_weights(folder, text, name="model.safetensors"):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text)
+    return folder
+
+
+def test_checkpoints_of_the_same_name_share_no_responses(evaluated, tmp_path):
+    for seed in ("seed1", "seed2"):
+        checkpoint = tmp_path / seed / "steer_exp/global_step_9"
+        write_weights(checkpoint / "actor/huggingface", seed)
+        folder, responses, _ = evaluated(checkpoint)
+        assert responses == {"first": f"{seed} first"} and "/eval/steer_exp-global_step_9-" in folder
+
+
+def test_an_evaluation_is_done_once_under_each_set_of_options(evaluated, tmp_path):
+    model = write_weights(tmp_path / "model", "weights")
+    sampling = "actor_rollout_ref.rollout.val_kwargs"
+    folder, _, generated = evaluated(model, f"{sampling}.n=1", f"{sampling}.top_k=5")
+    assert generated == ["first"]
+    again, _, generated = evaluated(model, f"{sampling}.top_k=5", only="first,second", OUTPUT_DIR=f"{tmp_path}/./out/")
+    assert again == folder and generated == ["second"]
+    again, responses, generated = evaluated(model, f"{sampling}.top_k=5", only="second,first")
+    assert again == folder and generated == [] and set(responses) == {"first", "second"}
+    others = (f"{sampling}.temperature=0.5", f"{sampling}.top_k=6", "data.max_response_length=9")
+    folders = {evaluated(model, other)[::2] == (folder, []) for other in others}
+    assert folders == {False} and len(list((tmp_path / "out/eval").iterdir())) == 1 + len(others)
+
+
+def test_settings_tell_what_a_folder_of_results_is_of(evaluated, tmp_path):
+    model = write_weights(tmp_path / "model", "weights")
+    (tmp_path / "link").symlink_to(model)
+    folder, *_ = evaluated("link/../model", "actor_rollout_ref.rollout.val_kwargs.temperature=0.5", cwd=tmp_path)
+    with open(folder + "/settings.json") as file:
+        config = json.load(file)["config"]
+    assert config["actor_rollout_ref"]["rollout"]["val_kwargs"]["temperature"] == 0.5
+    written = model / "model.safetensors"
+    path = {"path": str(model), "files": {written.name: [7, written.stat().st_mtime_ns]}}
+    assert config["actor_rollout_ref"]["model"]["path"] == path
+
+
+def test_replaced_files_are_noticed(evaluated, tmp_path):
+    """Weights of the same size at the same path, and a benchmark of the same name."""
+    model = write_weights(tmp_path / "model", "old")
+    folder, *_ = evaluated(model)
+    write_weights(model, "new")
+    other, responses, _ = evaluated(model)
+    assert other != folder and responses == {"first": "new first"}
+    (tmp_path / "data/first.parquet").write_text("other rows")
+    assert evaluated(model) == (other, {"first": "new other rows"}, ["first"])
+
+
+def test_a_checkpoint_is_merged_once_and_again_where_its_shards_change(evaluated, tmp_path):
+    actor = tmp_path / "steer_exp/global_step_9/actor"
+    shard = "model_world_size_1_rank_0.pt"
+    write_weights(actor, "old", shard)
+    write_weights(actor / "huggingface", "{}", "config.json")
+    evaluated(actor.parent, fails=True, STOP="in the merge")
+    folder, responses, generated = evaluated(actor.parent)
+    assert responses == {"first": "old first"} and generated == ["first"]
+    assert evaluated(actor.parent) == (folder, responses, [])
+    write_weights(actor, "new", shard)
+    other, responses, _ = evaluated(actor.parent)
+    assert other != folder and responses == {"first": "new first"}
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("no.such.key=1", "eval.sh: Could not override 'no.such.key'"),
+        ("data.val_files=[a]", "eval.sh: data.val_files=[a]: data.val_files can't be set here; expected --only"),
+    ],
+)
+def test_an_evaluation_refuses_an_option_before_ray_starts(evaluated, tmp_path, override, message):
+    assert message in evaluated(write_weights(tmp_path / "model", ""), override, fails=True)
+    assert (tmp_path / "calls").read_text() == ""

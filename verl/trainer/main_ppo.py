@@ -97,7 +97,7 @@ def main(config: DictConfig) -> None:
         from verl.trainer.ppo.v1.checkpoint_ledger import UnknownMetric
         from verl.trainer.ppo.v1.rollout_wait import RolloutsFailed
 
-        reason = reason_of(error, told_by=UnknownMetric | RolloutsFailed)
+        reason = reason_of(error, told_by=(UnknownMetric, RolloutsFailed))
         if reason is None:
             raise
         # Before the line, which is then the last: workers' output is passed on until Ray has ended.

@@ -23,6 +23,7 @@ from typing import Any
 
 import pandas as pd
 from scipy.stats import t as student_t
+from verl.utils.metrics_files import in_order, start_of
 
 ENTROPY, WEIGHT = "actor/entropy", "actor/token_weights_mean"
 TOKENS, SECONDS = "perf/total_num_tokens", "perf/time_per_step"
@@ -33,7 +34,6 @@ AUDIT_COLUMNS = (
     *("prob", "entropy", "advantage", "ratio", "clipped", "weight", "true_change"),
 )
 
-_RESUMED = re.compile(r"_from_(\d+)$")
 _SEED = re.compile(r"^seed[-_=]?\d+[-_. ]?|[-_. ]?seed[-_=]?\d+", re.IGNORECASE)
 
 
@@ -86,32 +86,29 @@ def _read_audit(file: Path) -> pd.DataFrame:
 def read_run(path: Path) -> Run:
     """Read a run: its folder with `metrics*.jsonl`, or one file of verl's `file` logger.
 
-    A resumed run goes on in a new file. What earlier files logged beyond the step where it starts is not part of the
-    run any more. A torn last line, as a killed run leaves it, is passed over.
+    A resumed run goes on in a new file (`verl.utils.metrics_files`). What earlier files logged beyond the step where it
+    starts is not part of the run any more. A torn last line, as a killed run leaves it, is passed over.
 
     Raises:
         ValueError: if there are no metrics, or a line is not a record.
     """
     path = path.resolve()
-    files = [path] if path.is_file() else sorted(path.glob("metrics*.jsonl"), key=_age)
+    files = [path] if path.is_file() else in_order(path)
     folder = path.parent if path.is_file() else path
     run = Run(method_of(folder if files != [path] or path.stem.startswith("metrics") else path.with_suffix("")), folder)
     for file in files:
         records = list(_records(file))
         if records:
-            start = records[0]["step"]
+            _, checkpoint = start_of(file)
+            start = (
+                records[0]["step"] if checkpoint is None else checkpoint or -1
+            )  # one that begins again keeps nothing
             run.steps = {step: data for step, data in run.steps.items() if step <= start}
         for record in records:
             run.steps.setdefault(record["step"], {}).update(record["data"])
     if not run.steps:
         raise ValueError(f"{path}: no metrics*.jsonl; expected a run with `file` among trainer.logger")
     return run
-
-
-def _age(file: Path) -> tuple[int, int]:
-    """Order of a run's files: by time, and by the step they resume from where a copy has lost the times."""
-    resumed = _RESUMED.search(file.stem)
-    return file.stat().st_mtime_ns, int(resumed[1]) if resumed else 0
 
 
 def _records(file: Path) -> Iterator[dict[str, Any]]:

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
 from typing import Any
 
 import ray
@@ -116,7 +115,7 @@ def _ended(result: ray.ObjectRef, seconds: float) -> bool:
     return bool(ray.wait([result], timeout=seconds)[0])
 
 
-def reason_of(error: Exception, told_by: UnionType) -> str | None:
+def reason_of(error: Exception, told_by: tuple[type[Exception], ...]) -> str | None:
     """One line that says why a run ended with this error, or None where a traceback says it better.
 
     Args:

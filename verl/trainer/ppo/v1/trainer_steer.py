@@ -50,6 +50,7 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.entropy_audit import AuditOptions, AuditRequest
 from verl.utils.gc_heap import freeze_gc_heap
+from verl.utils.metrics_files import next_file
 from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 from verl.utils.transferqueue_utils import kv_batch_meta2batch_meta
 from verl.workers.rollout.llm_server import LLMServerClient
@@ -149,9 +150,7 @@ class SteerTrainer(PPOTrainerSync):
 
     def fit(self, agent_loop_manager: AgentLoopManager) -> None:
         """Train; the loggers that write files do so in `trainer.default_local_dir` unless the environment says else."""
-        # Upstream's file logger empties its file, so a resumed run gets one of its own.
-        resumed = f"_from_{self.global_steps}" if self.global_steps else ""
-        os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(self.folder / f"metrics{resumed}.jsonl"))
+        os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(next_file(self.folder, self.global_steps)))
         os.environ.setdefault("TENSORBOARD_DIR", str(self.folder / "tensorboard"))
         freeze_gc_heap()
         if self.batched:

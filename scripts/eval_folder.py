@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where an evaluation's results go: a folder for one model under one set of options. Makes it, with `settings.json`.
+
+    MODEL_PATH=Qwen/Qwen2.5-Math-7B python scripts/eval_folder.py outputs/eval data/aime24.parquet -- [overrides]
+
+The folder is called by the model and a digest of `settings.json`, which holds all that decides responses and grades:
+the resolved configuration `eval`; in it, for each local file or folder such as the model, the real path and each
+file's size and time of change; and the grading code. What is equal in all of it shares responses, nothing else does.
+
+Prints the folder and, for each benchmark, a link in it to the file, whose name ends in a digest of the file's content.
+verl calls the responses by that name, so a changed benchmark is another one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from importlib.metadata import distribution
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+OVERLAY = Path(__file__).resolve().parents[1] / "verl"
+#: What run/eval.sh sets, and verl's training data, which an evaluation doesn't read.
+PLACES = ("data.val_files", "data.train_files", "trainer.default_local_dir", "trainer.validation_data_dir")
+
+
+class UpstreamConfigs(SearchPathPlugin):
+    """verl's own configurations, found without the seconds that importing verl takes."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("verl", f"file://{distribution('verl').locate_file('verl/trainer/config')}")
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:10]
+
+
+def files_of(path: Path) -> dict[str, list[int]]:
+    """Name -> size in bytes and time of change in ns, of a file or of the files in a folder.
+
+    Weights take too long to read at every call.
+    """
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.name[0] != "."}
+
+
+def with_files(value: Any, key: str = "") -> Any:
+    """A configuration with real path and files in place of each value that names a local file or folder to read."""
+    if isinstance(value, dict):
+        return {name: with_files(one, name) for name, one in value.items()}
+    if isinstance(value, str) and value and key.endswith("path") and key != "save_path":
+        path = Path(value).expanduser().resolve()
+        if path.exists():
+            return {"path": str(path), "files": files_of(path)}
+    return value
+
+
+def settings_of(overrides: list[str]) -> dict[str, Any]:
+    """What decides the responses and grades of an evaluation with these Hydra overrides and this environment."""
+    with initialize_config_dir(str(OVERLAY / "trainer/config"), version_base=None):
+        config = compose("eval", overrides)
+    for place in PLACES:
+        OmegaConf.update(config, place, None)
+    graders = sorted((OVERLAY / "utils/reward_score").glob("*.py"))
+    return {
+        "config": with_files(OmegaConf.to_container(config, resolve=True)),
+        "grading": digest(b"".join(file.read_bytes() for file in graders)),
+    }
+
+
+def name_of(model: str) -> str:
+    """`steer_exp-global_step_9` for a checkpoint and for what lies in it, else the last part of the path or hub id."""
+    checkpoint = re.search(r"([^/]+)/(global_step_\d+)(/|$)", model)
+    return f"{checkpoint[1]}-{checkpoint[2]}" if checkpoint else Path(model).name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder of all evaluations")
+    parser.add_argument("benchmarks", type=Path, nargs="+", help="parquet files")
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    args, overrides = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
+    for override in overrides:
+        if (key := override.lstrip("+~").partition("=")[0]) in PLACES:
+            sys.exit(f"eval.sh: {override}: {key} can't be set here; expected --only, DATA_DIR or OUTPUT_DIR instead")
+    Plugins.instance().register(UpstreamConfigs)
+    try:
+        settings = settings_of(overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        sys.exit(f"eval.sh: {error}")
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    model = settings["config"]["actor_rollout_ref"]["model"]["path"]
+    name = name_of(model["path"] if isinstance(model, dict) else model)
+    folder = args.out.resolve() / f"{name}-{digest(text.encode())}"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "settings.json").write_text(text)
+    print(folder)
+    for file in args.benchmarks:
+        link = folder / f"{file.stem}-{digest(file.read_bytes())}.parquet"
+        link.unlink(missing_ok=True)
+        link.symlink_to(file.resolve())
+        print(link)
+
+
+if __name__ == "__main__":
+    main()
