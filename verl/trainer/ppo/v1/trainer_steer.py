@@ -13,7 +13,6 @@ Keys below `trainer`, beside upstream's:
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import os
@@ -41,10 +40,10 @@ from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.adaptive_entropy import AdaptiveEntropyCoefficient
 from verl.trainer.ppo.v1.checkpoint_ledger import CheckpointLedger, metric_name, step_of
 from verl.trainer.ppo.v1.lost_rollouts import LOST_IN_TRAINING, lost_rollouts, means_of_what_is_there, stored_samples
-from verl.trainer.ppo.v1.replay_buffer import DAPO_FILTERED_REWARD_COUNTS_KEY, ReplayBuffer
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.rollout_wait import ROLLOUT_TIMEOUT, RolloutWait
 from verl.trainer.ppo.v1.step_entropy_audit import audit_step
-from verl.trainer.ppo.v1.step_record import STEP_RECORD, StepRecord
+from verl.trainer.ppo.v1.step_record import RecordsSteps
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.dataset.rl_dataset import collate_fn
@@ -112,7 +111,7 @@ def metrics_of_files(by_file: Mapping[str, Mapping[str, float]]) -> dict[str, fl
 
 
 @register_trainer("steer")
-class SteerTrainer(PPOTrainerSync):
+class SteerTrainer(RecordsSteps, PPOTrainerSync):
     """Upstream's synchronous trainer, with best checkpoints, safe resuming and whole batches of rollouts."""
 
     total_training_steps: int
@@ -128,10 +127,6 @@ class SteerTrainer(PPOTrainerSync):
         self.entropy_coefficient = AdaptiveEntropyCoefficient.of(config.actor_rollout_ref.actor.policy_loss)
         self.entropy_audit = AuditOptions.of(config.trainer)
         self.last_entropy: float | None = None
-        self.step_record: StepRecord | None = None
-        self.dumped_step: int | None = None
-        #: What `step` made last: its batch, metrics and times.
-        self.last_step: tuple[KVBatchMeta, dict, dict] | None = None
         self.batched = is_batched(config)
         if self.batched:
             from verl.workers.rollout.vllm_rollout import vllm_batched
@@ -155,39 +150,8 @@ class SteerTrainer(PPOTrainerSync):
         freeze_gc_heap()
         if self.batched:
             self.rollout_wait.failure = lambda: agent_loop_manager.failure
-        trainer = self.config.trainer
-        last = self.global_steps >= self.total_training_steps
-        if self._unlogged() and trainer.test_freq > 0 and (last or self.global_steps % trainer.test_freq == 0):
-            # The run was killed before the step's validation was logged.
-            trainer.val_before_train = True
         with naming_a_full_disk(self.folder):
             super().fit(agent_loop_manager)
-            self._mark_logged()
-
-    def on_train_begin(self) -> None:
-        """Log the step that the run goes on from, if it was killed before it had done so."""
-        super().on_train_begin()
-        if record := self._unlogged():
-            self.logger.log(data=record.metrics, step=self.global_steps - 1)
-
-    def on_step_begin(self) -> None:
-        """The step before has been logged."""
-        super().on_step_begin()
-        self._mark_logged()
-
-    def step(self, metrics: dict, timing_raw: dict) -> KVBatchMeta:
-        """Upstream's; a checkpoint takes what came out."""
-        batch = super().step(metrics, timing_raw)
-        self.last_step = batch, metrics, timing_raw
-        return batch
-
-    def _unlogged(self) -> StepRecord | None:
-        return None if self.step_record is None or self.step_record.logged else self.step_record
-
-    def _mark_logged(self) -> None:
-        if record := self._unlogged():
-            record.logged = True
-            record.write()
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         replay_buffer = super()._build_replay_buffer()
@@ -239,7 +203,7 @@ class SteerTrainer(PPOTrainerSync):
             )
             self.entropy_coefficient.load(Path(resumed))
         if options.resume_mode == "auto" and self.global_steps and not options.val_only:
-            self.step_record = StepRecord.read(self.folder / f"global_step_{self.global_steps}")
+            self.read_step_record(self.folder / f"global_step_{self.global_steps}")
         if self.step_record:
             self.last_entropy = self.step_record.metrics.get("actor/entropy")
 
@@ -364,41 +328,12 @@ class SteerTrainer(PPOTrainerSync):
         super()._save_checkpoint()
         if self.entropy_coefficient:
             self.entropy_coefficient.save(self.folder / f"global_step_{self.global_steps}")
-        self._record_step()
+        self.write_step_record(self.folder / f"global_step_{self.global_steps}")
         self.ledger.saved(self.global_steps)
         options.update(kept)
         self.checkpoint_callback = callback
         for event in events:
             callback.on_save(**event)
-
-    def _record_step(self) -> None:
-        """Into the checkpoint, what its step logs; on disk, its rollouts. Upstream's loop gets to that later.
-
-        Nothing where a resumed run's first validation found the best value before any step.
-        """
-        if self.last_step is None:
-            return
-        batch, metrics, timing = self.last_step
-        metrics, timing = dict(metrics), {"step": sum(timing.values()), **timing}
-        metrics.pop(DAPO_FILTERED_REWARD_COUNTS_KEY, None)
-        # Upstream's loop computes the metrics once more, and these counts add up.
-        counts = copy.deepcopy(self._rollout_moe_lb_metrics_accumulator)  # type: ignore[has-type]
-        self._compute_metrics(
-            batch, metrics, timing, self.global_steps, epoch=(self.global_steps - 1) // self.steps_per_epoch
-        )
-        self._rollout_moe_lb_metrics_accumulator = counts
-        self.step_record = StepRecord(self.folder / f"global_step_{self.global_steps}" / STEP_RECORD, metrics)
-        self.step_record.write()
-        if folder := self.config.trainer.get("rollout_data_dir"):
-            self._log_rollout_data(batch, timing, folder)
-            for dump in self._dump_futures:
-                dump.result()
-
-    def _log_rollout_data(self, batch: KVBatchMeta, timing_raw: dict, rollout_data_dir: str) -> None:
-        """Upstream's, once a step."""
-        if self.dumped_step != self.global_steps:
-            super()._log_rollout_data(batch, timing_raw, rollout_data_dir)
-            self.dumped_step = self.global_steps
 
     def _validate(self) -> dict[str, float]:
         options = self.config.trainer
