@@ -29,9 +29,10 @@ class Upstream(PPOTrainer):
         self.folder, self.events, self.total_training_steps, self.steps_per_epoch = folder, events, STEPS, STEPS
         trainer = {
             "project_name": "p", "experiment_name": "e", "logger": ["file"], "total_epochs": 1, "save_freq": 1,
-            "test_freq": 2, "val_before_train": False, "rollout_data_dir": str(folder / "rollouts"), **options,
+            "test_freq": 2, "val_before_train": False, "rollout_data_dir": str(folder / "rollouts"),
+            "v1": {"trainer_mode": "sync"}, **options,
         }  # fmt: skip
-        self.config = OmegaConf.create({"trainer": trainer | {"v1": {"trainer_mode": "sync"}}, "skip": {}, "global_profiler": {"steps": None}})
+        self.config = OmegaConf.create({"trainer": trainer, "skip": {}, "global_profiler": {"steps": None}})
         self._rollout_moe_lb_metrics_accumulator = {"times": 0}
         self.trainer_mode, self.prev_step_profile = "sync", False
         self._init_dump_executor()
