@@ -333,24 +333,6 @@ def line_of_end(run: LaptopRun, processes: list[psutil.Process]) -> str:
     return lines[-1]
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """Mounts a file system of so many bytes, and changes its size when called again."""
-    folder = tmp_path / "small_disk"
-    folder.mkdir()
-
-    def mount(size: int) -> Path:
-        how = f"{'remount,' if folder.is_mount() else ''}size={size}"
-        result = subprocess.run(["mount", "-t", "tmpfs", "-o", how, "tmpfs", folder], capture_output=True, text=True)
-        if result.returncode:
-            pytest.skip(f"this machine mounts no file system: {result.stderr.strip()}")
-        return folder
-
-    yield mount
-    if folder.is_mount():
-        subprocess.run(["umount", "--lazy", folder], check=True)
-
-
 def test_campaign_of_a_full_disk(reference, small_disk, root, task):
     """There is room for two checkpoints and a half; with more, the same command goes on."""
     unharmed, _ = reference
