@@ -38,3 +38,21 @@ def command():
         )
 
     return run
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a file system of so many bytes, and changes its size when called again."""
+    folder = tmp_path / "small_disk"
+    folder.mkdir()
+
+    def mount(size: int) -> Path:
+        how = f"{'remount,' if folder.is_mount() else ''}size={size}"
+        result = subprocess.run(["mount", "-t", "tmpfs", "-o", how, "tmpfs", folder], capture_output=True, text=True)
+        if result.returncode:
+            pytest.skip(f"this machine mounts no file system: {result.stderr.strip()}")
+        return folder
+
+    yield mount
+    if folder.is_mount():
+        subprocess.run(["umount", "--lazy", folder], check=True)

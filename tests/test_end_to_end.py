@@ -4,15 +4,11 @@
 import json
 import math
 import os
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import verl_steer
@@ -265,57 +261,3 @@ def test_every_method_trains(method, command, root, task, tmp_path):
     data = metrics(tmp_path / method)[1]
     assert math.isfinite(data["actor/pg_loss"]) and math.isfinite(data["actor/grad_norm"])
     assert ("actor/token_weights_mean" in data) == method.startswith("steer")
-
-
-def kill_when(ready, words, environment, log):
-    """Start a run and kill -9 every process of it at the moment `ready()` holds."""
-    with open(log, "w") as output:
-        run = subprocess.Popen([str(w) for w in words], env=environment, stdout=output, stderr=subprocess.STDOUT)
-    while not ready():
-        assert run.poll() is None, f"the run ended before it could be killed: see {log}"
-        time.sleep(0.002)
-    processes = [*psutil.Process(run.pid).children(recursive=True), psutil.Process(run.pid)]
-    for process in processes:
-        process.kill()
-    psutil.wait_procs(processes[:-1], timeout=30)
-    run.wait()
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_from_the_last_whole_checkpoint(command, root, task, tmp_path):
-    """Killed in the middle of a step, then in the middle of a checkpoint; the same command goes on each time."""
-    folder = tmp_path / "steer_exp"
-    words = (
-        "bash", root / "run/run_exp.sh", "task=arithmetic", "hardware=cpu", *SMALL, "trainer.total_training_steps=6",
-        "trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.save_freq=1",
-    )  # fmt: skip
-    own = {"PYTHON": sys.executable, "OUTPUT_DIR": str(tmp_path), "TASK_DIR": str(task)}
-
-    def whole() -> int:
-        ledger = folder / "checkpoint_ledger.json"
-        return json.loads(ledger.read_text())["latest_step"] or 0 if ledger.exists() else 0
-
-    def in_a_step() -> bool:
-        """After step 2 has been logged, and so its checkpoint saved, the next step's rollouts are under way."""
-        file = folder / "metrics.jsonl"
-        return whole() == 2 and file.exists() and '"step":2' in file.read_text().replace(" ", "")
-
-    def in_a_checkpoint() -> bool:
-        """The folder of step 4 holds something, and the ledger doesn't name it yet."""
-        return whole() < 4 and any(path.is_file() for path in (folder / "global_step_4/actor").rglob("*"))
-
-    kill_when(in_a_step, words, {**os.environ, **own}, tmp_path / "first.log")
-    assert whole() == 2
-    kill_when(in_a_checkpoint, words, {**os.environ, **own}, tmp_path / "second.log")
-    assert whole() == 3 and (folder / "global_step_4").is_dir()
-    result = command(*words, **own)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    assert whole() == 6
-    went_on = [json.loads(line)["step"] for line in (folder / "metrics_from_3_start_3.jsonl").read_text().splitlines()]
-    assert went_on == [4, 5, 6]
-    saved = sorted(folder.glob("global_step_*"))
-    assert len(saved) == 6 and len({sum(path.is_file() for path in step.rglob("*")) for step in saved}) == 1
-    for step in saved:
-        AutoModelForCausalLM.from_pretrained(step / "actor/huggingface")
-        for file in (*step.glob("actor/*.pt"), step / "data.pt"):
-            torch.load(file, weights_only=False)

@@ -16,6 +16,7 @@ from verl.plugin.platform import get_platform
 from verl.trainer.ppo import requirements
 from verl.trainer.ppo.entropy_advantages import AdvantageOptions
 from verl.trainer.ppo.rollout_checks import check_rollouts
+from verl.trainer.ppo.run_ending import ActorsDied, WatchedRunner, reason_of
 from verl.trainer.ppo.task_runner import SteerTaskRunner
 from verl.utils.config import omega_conf_to_dataclass
 
@@ -89,17 +90,20 @@ def main(config: DictConfig) -> None:
     except ValueError as error:
         sys.exit(f"steer-verl: {error}")
     if config.trainer.v1.trainer_mode == "steer":
-        _upstream.TaskRunnerV1 = SteerTaskRunner
+        _upstream.TaskRunnerV1 = WatchedRunner(SteerTaskRunner)
     try:
         _upstream.main.__wrapped__(config)
-    except ray.exceptions.RayTaskError as error:
+    except (ray.exceptions.RayError, ActorsDied) as error:
         # Its package imports the trainers, which this process does without.
         from verl.trainer.ppo.v1.checkpoint_ledger import UnknownMetric
         from verl.trainer.ppo.v1.rollout_wait import RolloutsFailed
 
-        if not isinstance(error.cause, UnknownMetric | RolloutsFailed):
+        reason = reason_of(error, told_by=(UnknownMetric, RolloutsFailed))
+        if reason is None:
             raise
-        sys.exit(f"steer-verl: {error.cause}")
+        # Before the line, which is then the last: workers' output is passed on until Ray has ended.
+        ray.shutdown()
+        sys.exit(f"steer-verl: {reason}")
 
 
 if __name__ == "__main__":

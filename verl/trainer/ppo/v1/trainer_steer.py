@@ -32,6 +32,7 @@ from transfer_queue import KVBatchMeta
 from verl.experimental.agent_loop import AgentLoopManager
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.trainer.ppo.entropy_advantages import batch_fields, fields_read
+from verl.trainer.ppo.run_ending import naming_a_full_disk
 from verl.trainer.ppo.task_runner import is_batched
 from verl.trainer.ppo.utils import create_rl_dataset
 from verl.trainer.ppo.v1 import trainer_base
@@ -41,6 +42,7 @@ from verl.trainer.ppo.v1.lost_rollouts import LOST_IN_TRAINING, lost_rollouts, m
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.rollout_wait import ROLLOUT_TIMEOUT, RolloutWait
 from verl.trainer.ppo.v1.step_entropy_audit import audit_step
+from verl.trainer.ppo.v1.step_record import RecordsSteps
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.dataset.rl_dataset import collate_fn
@@ -108,7 +110,7 @@ def metrics_of_files(by_file: Mapping[str, Mapping[str, float]]) -> dict[str, fl
 
 
 @register_trainer("steer")
-class SteerTrainer(PPOTrainerSync):
+class SteerTrainer(RecordsSteps, PPOTrainerSync):
     """Upstream's synchronous trainer, with best checkpoints, safe resuming and whole batches of rollouts."""
 
     total_training_steps: int
@@ -147,7 +149,8 @@ class SteerTrainer(PPOTrainerSync):
         freeze_gc_heap()
         if self.batched:
             self.rollout_wait.failure = lambda: agent_loop_manager.failure
-        super().fit(agent_loop_manager)
+        with naming_a_full_disk(self.folder):
+            super().fit(agent_loop_manager)
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         replay_buffer = super()._build_replay_buffer()
@@ -198,6 +201,10 @@ class SteerTrainer(PPOTrainerSync):
                 else options.resume_from_path
             )
             self.entropy_coefficient.load(Path(resumed))
+        if options.resume_mode == "auto" and self.global_steps and not options.val_only:
+            self.read_step_record(self.folder / f"global_step_{self.global_steps}")
+        if self.step_record:
+            self.last_entropy = self.step_record.metrics.get("actor/entropy")
 
     def _open_ledger(self) -> CheckpointLedger:
         """The folder's ledger for a run that goes on from one of its checkpoints, else an empty one."""
@@ -320,6 +327,7 @@ class SteerTrainer(PPOTrainerSync):
         super()._save_checkpoint()
         if self.entropy_coefficient:
             self.entropy_coefficient.save(self.folder / f"global_step_{self.global_steps}")
+        self.write_step_record(self.folder / f"global_step_{self.global_steps}")
         self.ledger.saved(self.global_steps)
         options.update(kept)
         self.checkpoint_callback = callback

@@ -49,6 +49,9 @@ class SteerFSDPEngineWithLMHead(EntropyAudit, TokenWeightNormalizer, _upstream.F
 
     def initialize(self) -> None:
         """Upstream's; from then on garbage collection passes over what it made."""
+        # verl has read it, and keeps it in the model's configuration too: nobody could load a checkpoint that asks for
+        # an implementation which only this fork registers.
+        vars(self.model_config.hf_config).pop("attn_implementation", None)
         super().initialize()
         freeze_gc_heap()
 
