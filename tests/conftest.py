@@ -16,7 +16,8 @@ settings.load_profile("repeatable")
 
 ROOT = Path(__file__).resolve().parents[1]
 
-exit_status = 0
+#: Set at the end of a session; a wrong argument ends pytest before there is one.
+exit_status: int | None = None
 
 
 @atexit.register
@@ -25,21 +26,16 @@ def leave() -> None:
 
     Its hundreds of lines would follow pytest's last one, and it has no switch for them.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_status)
+    if exit_status is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_status)
 
 
 def pytest_sessionfinish(exitstatus: int) -> None:
     """What `leave` ends with."""
     global exit_status
     exit_status = exitstatus
-
-
-def pytest_internalerror() -> None:
-    """The session then has no end of its own."""
-    global exit_status
-    exit_status = pytest.ExitCode.INTERNAL_ERROR
 
 
 @pytest.fixture(scope="session")
