@@ -59,9 +59,9 @@ class RecordsSteps:
     def fit(self, agent_loop_manager: AgentLoopManager) -> None:
         """The trainer's, which first does what is left to do of the step that it goes on from."""
         options = self.config.trainer
-        last = self.global_steps >= self.total_training_steps
-        if self._unlogged() and options.test_freq > 0 and (last or self.global_steps % options.test_freq == 0):
-            options.val_before_train = True
+        if self._unlogged() and options.test_freq > 0:
+            last = self.global_steps >= self.total_training_steps
+            options.val_before_train |= last or self.global_steps % options.test_freq == 0
         super().fit(agent_loop_manager)  # type: ignore[misc]
         self._mark_logged()
 
