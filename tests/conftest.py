@@ -38,6 +38,12 @@ def pytest_sessionfinish(exitstatus: int) -> None:
     exit_status = exitstatus
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of several processes one begins with the real runs, which take the longest."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.get_closest_marker("e2e") is None)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""

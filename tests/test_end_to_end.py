@@ -45,7 +45,10 @@ def task(tmp_path_factory, command, root):
 def quickstart(tmp_path_factory, command, root, task):
     """The README's first command, for two steps, with a checkpoint at the end."""
     out = tmp_path_factory.mktemp("quickstart")
-    overrides = (*SMALL, *GREEDY, "trainer.total_training_steps=2", "trainer.test_freq=2", "trainer.save_freq=2")
+    overrides = (
+        *SMALL, *GREEDY, "trainer.total_training_steps=2", "trainer.test_freq=2", "trainer.save_freq=2",
+        "actor_rollout_ref.rollout.full_determinism=true",
+    )  # fmt: skip
     venv = str(Path(sys.executable).parents[1])
     environment = {"OUTPUT_DIR": str(out), "TASK_DIR": str(task), "STEER_VENV": venv, "COLUMNS": "160"}
     result = command("bash", root / "run/quickstart.sh", *overrides, cwd="/", **environment)
@@ -195,24 +198,25 @@ def test_audited_steps_and_their_report(trained, command, root, tmp_path):
     assert "covariance" in (tmp_path / "report.html").read_text() and len(list(tmp_path.rglob("*.svg"))) >= 5
 
 
-def test_a_run_repeats_bit_for_bit_with_and_without_an_audit(command, root, task, tmp_path):
-    """Each rollout has a seed of its own, so two runs sample the same; then the audit changes no weight."""
-    checkpoints = []
-    for freq in (0, 1):
-        out = tmp_path / str(freq)
-        result = command(
-            "bash", root / "run/run_exp.sh", "task=arithmetic", "hardware=cpu", *SMALL,
-            f"trainer.entropy_audit.freq={freq}", "actor_rollout_ref.rollout.full_determinism=true",
-            "trainer.total_training_steps=2", "trainer.save_freq=2", "trainer.val_before_train=false",
-            "trainer.test_freq=-1", OUTPUT_DIR=str(out), TASK_DIR=str(task),
-        )  # fmt: skip
-        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-        assert ("entropy_audit/tokens" in metrics(out / "steer_exp")[2]) == bool(freq)
-        saved = out / "steer_exp/global_step_2/actor/huggingface"
-        checkpoints.append(AutoModelForCausalLM.from_pretrained(saved).state_dict())
-    start = AutoModelForCausalLM.from_pretrained(task / "model").state_dict()
-    assert all(checkpoints[0][name].equal(weight) for name, weight in checkpoints[1].items())
-    assert not any(start[name].equal(weight) for name, weight in checkpoints[1].items() if weight.dim() == 2)
+def test_a_run_repeats_bit_for_bit_with_an_audit(quickstart, command, root, task, tmp_path):
+    """Each rollout has a seed of its own, so two runs sample the same; the audit changes no weight."""
+    out, *_ = quickstart
+    result = command(
+        "bash", root / "run/run_exp.sh", "task=arithmetic", "hardware=cpu", *SMALL, "data.seed=42",
+        "actor_rollout_ref.rollout.full_determinism=true", "trainer.entropy_audit.freq=1",
+        "trainer.total_training_steps=2", "trainer.save_freq=2", "trainer.val_before_train=false",
+        "trainer.test_freq=-1", OUTPUT_DIR=str(tmp_path), TASK_DIR=str(task),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    plain, audited = (run / "steer_exp" for run in (out, tmp_path))
+    assert "entropy_audit/tokens" in metrics(audited)[2] and "entropy_audit/tokens" not in metrics(plain)[2]
+    saved = "global_step_2/actor/huggingface"
+    start, ours, theirs = (
+        AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        for folder in (task / "model", plain / saved, audited / saved)
+    )
+    assert all(theirs[name].equal(weight) for name, weight in ours.items())
+    assert not any(start[name].equal(weight) for name, weight in ours.items() if weight.dim() == 2)
 
 
 def test_evaluation_of_the_best_checkpoint(trained, command, root, task, tmp_path):

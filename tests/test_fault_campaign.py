@@ -3,7 +3,7 @@
 
 A run of `STEER_CAMPAIGN_KILLS` (20) kills and as many starts is held against one that was never killed:
 
-    bash run/test.sh -m slow -k campaign -s
+    bash run/test.sh -m slow -k campaign -n 0 -s
 """
 
 import json
