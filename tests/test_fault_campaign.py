@@ -40,6 +40,8 @@ OVERRIDES = (
     "hardware=cpu",
     "data.train_batch_size=4",
     "data.val_max_samples=16",
+    # Without a seed each start validates on a sample of its own.
+    "data.seed=42",
     "actor_rollout_ref.actor.ppo_mini_batch_size=2",
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4",
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16",
