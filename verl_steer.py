@@ -60,7 +60,10 @@ class Graft:
         package, *parts = name.split(".")
         if package != "verl" or not parts:
             return None
-        file = OVERLAY.joinpath(*parts).with_suffix(".py")
+        place = OVERLAY.joinpath(*parts)
+        if (package_file := place / "__init__.py").is_file():
+            return importlib.util.spec_from_file_location(name, package_file, submodule_search_locations=[str(place)])
+        file = place.with_suffix(".py")
         return importlib.util.spec_from_file_location(name, file) if file.is_file() else None
 
 
@@ -89,7 +92,8 @@ def upstream(namespace: MutableMapping[str, object]) -> ModuleType:
 def overlay_modules() -> Iterator[str]:
     """Names of all modules that the overlay holds, such as `verl.trainer.ppo.core_algos`."""
     for file in sorted(OVERLAY.rglob("*.py")):
-        yield ".".join(("verl", *file.relative_to(OVERLAY).with_suffix("").parts))
+        module = file.parent if file.name == "__init__.py" else file.with_suffix("")
+        yield ".".join(("verl", *module.relative_to(OVERLAY).parts))
 
 
 def check_installed() -> None:
@@ -139,6 +143,6 @@ if __name__ == "__main__":
 else:
     sys.meta_path.insert(0, Graft)  # type: ignore[arg-type]
     try:
-        importlib.import_module("verl.plugin.platform.platform_cpu")
+        importlib.import_module("verl.steer.cpu.platform")
     except Exception as error:
         failure = error

@@ -32,6 +32,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from verl.steer.token_metrics import token_metrics
 from verl.trainer.ppo.core_algos import (
     ENTROPY_CHANGE_ESTIMATORS,
     ENTROPY_CHANGE_FLOOR,
@@ -43,7 +44,6 @@ from verl.trainer.ppo.core_algos import (
     estimate_entropy_change,
     ppo_clipped,
 )
-from verl.utils.token_metrics import token_metrics
 from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 
 LOSS, WEIGHTS = "loss, forward and backward", "token weights alone"

@@ -20,8 +20,8 @@ import matplotlib
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from verl.utils import report_figures
-from verl.utils.run_metrics import AUDIT_FIGURES, COLUMNS, Run, audit_summary, group_seeds, read_run, summary
+from verl.steer.report import figures as report_figures
+from verl.steer.report.run_metrics import AUDIT_FIGURES, COLUMNS, Run, audit_summary, group_seeds, read_run, summary
 
 
 def table(methods: dict[str, list[Run]]) -> Table:

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.utils.logging import disable_progress_bar
-from verl.utils.dataset.arithmetic import (
+from verl.steer.tasks.arithmetic import (
     DEFAULT_DIFFICULTY,
     DIFFICULTIES,
     SPLITS,
@@ -32,7 +32,7 @@ from verl.utils.dataset.arithmetic import (
     split_of,
     worked_solution,
 )
-from verl.utils.reward_score.arithmetic import compute_score
+from verl.steer.tasks.arithmetic_score import compute_score
 
 # Part of the stamp: raise it whenever the same settings give another result.
 VERSION = 2

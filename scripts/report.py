@@ -15,8 +15,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from verl.utils.report_page import ReportOptions, write_report
-from verl.utils.run_metrics import read_run
+from verl.steer.report.page import ReportOptions, write_report
+from verl.steer.report.run_metrics import read_run
 
 
 def main() -> None:

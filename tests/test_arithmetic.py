@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from verl.utils.dataset.arithmetic import (
+from verl.steer.tasks.arithmetic import (
     DEFAULT_DIFFICULTY,
     DIFFICULTIES,
     make_problem,
@@ -21,7 +21,7 @@ from verl.utils.dataset.arithmetic import (
     split_of,
     worked_solution,
 )
-from verl.utils.reward_score.arithmetic import compute_score
+from verl.steer.tasks.arithmetic_score import compute_score
 
 PROGRAM = Path(__file__).parents[1] / "scripts" / "make_laptop_task.py"
 

@@ -18,16 +18,19 @@ from ray.exceptions import ActorDiedError, RayTaskError
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorData, NonTensorStack
 from transfer_queue import KVBatchMeta
-from verl.trainer.ppo import padding_utils, rollout_checks
-from verl.trainer.ppo.task_runner import BATCHED_MANAGER
-from verl.trainer.ppo.v1 import agent_loop_batched, replay_buffer, trainer_base, trainer_steer
-from verl.trainer.ppo.v1.agent_loop_batched import BatchedAgentLoopManager, BatchedAgentLoopWorker
-from verl.trainer.ppo.v1.lost_rollouts import LOST_IN_TRAINING
+from verl.steer import trainer as trainer_steer
+from verl.steer.gc_heap import freeze_gc_heap
+from verl.steer.rollout import batched_manager as agent_loop_batched
+from verl.steer.rollout import checks as rollout_checks
+from verl.steer.rollout.batched_manager import BatchedAgentLoopManager, BatchedAgentLoopWorker
+from verl.steer.rollout.lost_rollouts import LOST_IN_TRAINING
+from verl.steer.rollout.wait import RolloutsFailed, RolloutWait
+from verl.steer.task_runner import BATCHED_MANAGER
+from verl.steer.trainer import SteerTrainer
+from verl.trainer.ppo import padding_utils
+from verl.trainer.ppo.v1 import replay_buffer, trainer_base
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
-from verl.trainer.ppo.v1.rollout_wait import RolloutsFailed, RolloutWait
-from verl.trainer.ppo.v1.trainer_steer import SteerTrainer
 from verl.utils import seqlen_balancing
-from verl.utils.gc_heap import freeze_gc_heap
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.rollout.replica import TokenOutput
 

@@ -7,9 +7,9 @@ import math
 import os
 
 import pytest
-from verl.trainer.ppo.requirements import UNFINISHED
-from verl.trainer.ppo.v1 import checkpoint_ledger
-from verl.trainer.ppo.v1.checkpoint_ledger import LEDGER, TRACKER, CheckpointLedger, UnknownMetric, metric_name, step_of
+from verl.steer import checkpoint_ledger
+from verl.steer.checkpoint_ledger import LEDGER, TRACKER, CheckpointLedger, UnknownMetric, metric_name, step_of
+from verl.steer.requirements import UNFINISHED
 from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 
 

@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from omegaconf import OmegaConf
+from verl.steer import trainer as trainer_steer
+from verl.steer.checkpoint_ledger import CheckpointLedger, step_of
+from verl.steer.methods.adaptive_entropy import COEFFICIENT_FILE, AdaptiveEntropyCoefficient
+from verl.steer.requirements import UNFINISHED
+from verl.steer.trainer import SteerTrainer, metrics_of_files
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
-from verl.trainer.ppo.requirements import UNFINISHED
-from verl.trainer.ppo.v1 import trainer_steer
-from verl.trainer.ppo.v1.adaptive_entropy import COEFFICIENT_FILE, AdaptiveEntropyCoefficient
-from verl.trainer.ppo.v1.checkpoint_ledger import CheckpointLedger, step_of
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
-from verl.trainer.ppo.v1.trainer_steer import SteerTrainer, metrics_of_files
 from verl.utils.checkpoint.checkpoint_manager import BaseCheckpointManager, find_latest_ckpt_path
 
 METRIC = "val-core/a/acc/mean@1"

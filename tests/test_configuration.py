@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
+from verl.steer.audit.scores import AuditOptions
+from verl.steer.methods.advantages import AdvantageOptions
 from verl.trainer import main_ppo
 from verl.trainer.ppo.core_algos import (
     BASE_LOSSES,
@@ -18,9 +20,7 @@ from verl.trainer.ppo.core_algos import (
     get_adv_estimator_fn,
     get_policy_loss_fn,
 )
-from verl.trainer.ppo.entropy_advantages import AdvantageOptions
 from verl.utils.config import omega_conf_to_dataclass
-from verl.utils.entropy_audit import AuditOptions
 from verl.workers.config import PolicyLossConfig
 
 import verl_steer
@@ -365,7 +365,7 @@ def test_bad_value_ends_a_launcher_in_one_line(command, root):
         (
             ["trainer.v1.trainer_mode=sync"],
             "trainer.v1.trainer_mode=sync: expected steer with rollout.agent.agent_loop_manager_class=verl.trainer."
-            "ppo.v1.agent_loop_batched.BatchedAgentLoopManager (null: upstream's manager)",
+            "steer.rollout.batched_manager.BatchedAgentLoopManager (null: upstream's manager)",
         ),
         (
             ["trainer.use_v1=false"],

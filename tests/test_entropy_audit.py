@@ -17,12 +17,9 @@ from tensordict import TensorDict
 from test_entropy_truth import STEP, entropy, gradient, policies
 from test_policy_loss import actor_config
 from transfer_queue import KVBatchMeta
-from verl.trainer.config import CheckpointConfig
-from verl.trainer.ppo.core_algos import compute_token_weights, ppo_clipped, signed_entropy_change
-from verl.trainer.ppo.v1 import step_entropy_audit, trainer_steer
-from verl.utils import tensordict_utils as tu
-from verl.utils.dataset.dataset_utils import DatasetPadMode
-from verl.utils.entropy_audit import (
+from verl.steer import trainer as trainer_steer
+from verl.steer.audit import step as step_entropy_audit
+from verl.steer.audit.scores import (
     AUDITED_ESTIMATORS,
     AuditOptions,
     AuditRequest,
@@ -32,7 +29,11 @@ from verl.utils.entropy_audit import (
     signed_estimates,
     write_tokens,
 )
-from verl.utils.run_metrics import Run
+from verl.steer.report.run_metrics import Run
+from verl.trainer.config import CheckpointConfig
+from verl.trainer.ppo.core_algos import compute_token_weights, ppo_clipped, signed_entropy_change
+from verl.utils import tensordict_utils as tu
+from verl.utils.dataset.dataset_utils import DatasetPadMode
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.utils.losses import ppo_loss

@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
-from verl.utils.run_metrics import read_run
+from verl.steer.report.run_metrics import read_run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 

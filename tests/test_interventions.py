@@ -14,17 +14,17 @@ from omegaconf import OmegaConf
 from tensordict import TensorDict
 from test_policy_loss import NoHostSynchronisation, actor_config, gradient
 from test_token_weights import random_batch
-from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla, get_adv_estimator_fn, get_policy_loss_fn
-from verl.trainer.ppo.entropy_advantages import (
+from verl.steer.audit.scores import AuditOptions
+from verl.steer.methods.adaptive_entropy import AdaptiveEntropyCoefficient
+from verl.steer.methods.advantages import (
     FIELDS_READ,
     AdvantageOptions,
     batch_fields,
     entropy_weighted_rewards,
     fields_read,
 )
-from verl.trainer.ppo.entropy_interventions import QUADRANTS, dynamic_clip_bounds, in_quadrant
-from verl.trainer.ppo.v1.adaptive_entropy import AdaptiveEntropyCoefficient
-from verl.utils.entropy_audit import AuditOptions
+from verl.steer.methods.losses import QUADRANTS, dynamic_clip_bounds, in_quadrant
+from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla, get_adv_estimator_fn, get_policy_loss_fn
 from verl.workers.utils.losses import statistics_taken
 
 LOSSES = ("adaptive_entropy", "entropy_shaped_advantage", "dynamic_clip", "high_entropy_tokens", "quadrant")
@@ -480,7 +480,7 @@ def test_options_by_hand():
 @pytest.fixture
 def trainer(monkeypatch):
     """The steer trainer without Ray: upstream's methods return what they were called with."""
-    from verl.trainer.ppo.v1 import trainer_steer
+    from verl.steer import trainer as trainer_steer
 
     seen = {"arguments": {}}
 

@@ -7,14 +7,14 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 from test_configuration import CONFIGS, POLICY_LOSS, validated
+from verl.steer.methods.advantages import AdvantageOptions
+from verl.steer.methods.losses import QUADRANTS
 from verl.trainer.ppo.core_algos import (
     BASE_LOSSES,
     ENTROPY_CHANGE_ESTIMATORS,
     TOKEN_WEIGHT_MAPS,
     TOKEN_WEIGHT_NORMALIZERS,
 )
-from verl.trainer.ppo.entropy_advantages import AdvantageOptions
-from verl.trainer.ppo.entropy_interventions import QUADRANTS
 
 
 def rows(root):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorData, NonTensorStack
-from verl.utils import jagged_rows
+from verl.steer.engine import jagged_rows
 from verl.utils import tensordict_utils as tu
 
 

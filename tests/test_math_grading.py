@@ -7,8 +7,8 @@ import runpy
 from pathlib import Path
 
 import pytest
-from verl.utils.reward_score import math_boxed, steer
-from verl.utils.reward_score.math_normalize import normalize
+from verl.steer.grading import boxed, score
+from verl.steer.grading.normalize import normalize
 
 # Ground truth, an answer, and whether the training rule and the evaluation rule accept it.
 TABLE = [
@@ -207,7 +207,7 @@ TABLE = [
 @pytest.mark.parametrize("truth, answer, trained, evaluated", TABLE)
 def test_equal_forms(truth, answer, trained, evaluated):
     for rule, expected in (("train", trained), ("eval", evaluated)):
-        result = math_boxed.compute_score(rf"So it is \boxed{{{answer}}}.", truth, rule=rule)
+        result = boxed.compute_score(rf"So it is \boxed{{{answer}}}.", truth, rule=rule)
         assert (result["acc"], result["score"]) == (expected, 1.0 if expected else -1.0), (rule, result)
 
 
@@ -248,20 +248,20 @@ EXTRACTION = [
 
 @pytest.mark.parametrize("response, expected", EXTRACTION)
 def test_last_answer(response, expected):
-    assert math_boxed.last_answer(response) == expected
+    assert boxed.last_answer(response) == expected
 
 
 def test_training_reads_only_the_last_300_characters():
     box = r"\boxed{7}"
-    assert math_boxed.compute_score(box + " " * (300 - len(box)), "7")["acc"]
-    assert not math_boxed.compute_score(box + " " * (301 - len(box)), "7")["acc"]
-    assert math_boxed.compute_score(box + " " * 5_000, "7", rule="eval")["acc"]
+    assert boxed.compute_score(box + " " * (300 - len(box)), "7")["acc"]
+    assert not boxed.compute_score(box + " " * (301 - len(box)), "7")["acc"]
+    assert boxed.compute_score(box + " " * 5_000, "7", rule="eval")["acc"]
 
 
 def test_evaluation_takes_an_answer_from_a_sentence_only_where_there_is_no_other():
-    assert math_boxed.compute_score("The final answer is $7$. I hope it is correct.", "7", rule="eval")["acc"]
-    assert not math_boxed.compute_score("The final answer is $7$.", "7", rule="train")["acc"]
-    assert not math_boxed.compute_score(r"\boxed{8}, though the answer is 7", "7", rule="eval")["acc"]
+    assert boxed.compute_score("The final answer is $7$. I hope it is correct.", "7", rule="eval")["acc"]
+    assert not boxed.compute_score("The final answer is $7$.", "7", rule="train")["acc"]
+    assert not boxed.compute_score(r"\boxed{8}, though the answer is 7", "7", rule="eval")["acc"]
 
 
 UNREADABLE = [
@@ -284,45 +284,45 @@ UNREADABLE = [
 @pytest.mark.parametrize("rule", ["train", "eval"])
 def test_a_truth_that_cannot_be_read_accepts_nothing_else(truth, rule):
     for answer in ("", "$ $", "0", "17", "x", "5+17", r"\frac{1}{2}+17"):
-        assert not math_boxed.compute_score(rf"\boxed{{{answer}}}", truth, rule=rule)["acc"], answer
-        assert not math_boxed.compute_score(rf"Answer: {answer}", truth, rule=rule)["acc"], answer
+        assert not boxed.compute_score(rf"\boxed{{{answer}}}", truth, rule=rule)["acc"], answer
+        assert not boxed.compute_score(rf"Answer: {answer}", truth, rule=rule)["acc"], answer
 
 
 def test_a_part_of_an_answer_is_not_the_answer():
     for line in (r"\frac{1}{2}+17" + "\\", r"17+\boxed\frac{1}{2}", r"17+\fbox\frac{1}{2}"):
-        assert not math_boxed.compute_score(f"Answer: {line}", r"\frac{1}{2}", rule="eval")["acc"], line
+        assert not boxed.compute_score(f"Answer: {line}", r"\frac{1}{2}", rule="eval")["acc"], line
 
 
 def test_an_answer_of_more_than_2000_characters_is_wrong():
     for truth, answer in (("x", "x"), (r"\frac{1}{2}", "0.5")):
         for length, expected in ((2_000, True), (2_001, False)):
             response = rf"\boxed{{{answer.ljust(length)}}}"
-            assert math_boxed.compute_score(response, truth, rule="eval")["acc"] is expected
-    assert math_boxed.compute_score(rf"\boxed{{{'x'.rjust(2_001)}}}", "x", rule="eval")["pred"] == ""
+            assert boxed.compute_score(response, truth, rule="eval")["acc"] is expected
+    assert boxed.compute_score(rf"\boxed{{{'x'.rjust(2_001)}}}", "x", rule="eval")["pred"] == ""
 
 
 def test_numbers_of_more_than_100_digits_are_compared_as_text_only():
     for digits, expected in ((100, True), (101, False)):
         number = "1" + "0" * (digits - 1)
-        assert math_boxed.compute_score(rf"\boxed{{10^{{{digits - 1}}}}}", number, rule="eval")["acc"] is expected
-        assert math_boxed.compute_score(rf"\boxed{{{number}}}", number, rule="eval")["acc"]
+        assert boxed.compute_score(rf"\boxed{{10^{{{digits - 1}}}}}", number, rule="eval")["acc"] is expected
+        assert boxed.compute_score(rf"\boxed{{{number}}}", number, rule="eval")["acc"]
 
 
 def test_result_has_the_same_keys_and_types_whatever_was_graded():
     types = {"score": float, "acc": bool, "pred": str, "timed_out": bool}
     for source in ("math_dapo", "omni", "arithmetic"):
         for response in (r"\boxed{7}", r"\boxed{\sqrt{49}}", "nothing"):
-            result = steer.compute_score(source, response, "7")
+            result = score.compute_score(source, response, "7")
             assert {key: type(value) for key, value in result.items()} == types
             assert not result["timed_out"]
-    assert math_boxed.compute_score(r"\boxed{$\dfrac12$}", "7")["pred"] == r"\frac{1}{2}"
+    assert boxed.compute_score(r"\boxed{$\dfrac12$}", "7")["pred"] == r"\frac{1}{2}"
 
 
 def test_unknown_rule_is_refused():
     with pytest.raises(ValueError, match="rule='strict'"):
-        math_boxed.compute_score("", "", rule="strict")
+        boxed.compute_score("", "", rule="strict")
     with pytest.raises(ValueError, match="rule='strict'"):
-        steer.compute_score("math_dapo", "", "", rule="strict")
+        score.compute_score("math_dapo", "", "", rule="strict")
 
 
 # The data sources of the authors' files, whatever is unsure (the last three) by all the names it may have.
@@ -344,7 +344,7 @@ def test_dispatch_by_data_source(data_source):
     evaluated = data_source != "math_dapo"
     by_rule = {"auto": evaluated, "train": False, "eval": True}
     for rule, expected in by_rule.items():
-        result = steer.compute_score(data_source, r"\boxed{0.5}", r"\frac{1}{2}", {"index": 0}, rule=rule)
+        result = score.compute_score(data_source, r"\boxed{0.5}", r"\frac{1}{2}", {"index": 0}, rule=rule)
         assert result["acc"] is expected, rule
 
 
@@ -356,15 +356,15 @@ def test_the_data_sources_that_this_project_writes_are_known(root):
 
 
 def test_other_sources_go_to_verl():
-    assert steer.compute_score("openai/gsm8k", "#### 7", "7") == 1.0
+    assert score.compute_score("openai/gsm8k", "#### 7", "7") == 1.0
     with pytest.raises(NotImplementedError, match="no_such_source"):
-        steer.compute_score("no_such_source", "", "")
+        score.compute_score("no_such_source", "", "")
 
 
 def test_verls_own_dispatch_is_untouched():
     from verl.utils import reward_score
 
-    assert reward_score.default_compute_score.__code__.co_filename != steer.__file__
+    assert reward_score.default_compute_score.__code__.co_filename != score.__file__
     assert reward_score.get_default_compute_score("naive") is reward_score.default_compute_score
 
 
@@ -372,7 +372,7 @@ def test_verls_hook_finds_the_grader_and_passes_options():
     from omegaconf import OmegaConf
     from verl.trainer.ppo.reward import get_custom_reward_fn
 
-    hook = {"path": "pkg://verl.utils.reward_score.steer", "name": "compute_score", "reward_kwargs": {"rule": "train"}}
+    hook = {"path": "pkg://verl.steer.grading.score", "name": "compute_score", "reward_kwargs": {"rule": "train"}}
     score = get_custom_reward_fn(OmegaConf.create({"reward": {"custom_reward_function": hook}}))
     call = {"data_source": "math500", "ground_truth": r"\frac{1}{2}", "extra_info": {}}
     assert score(solution_str=r"\boxed{1/2}", **call)["acc"]
@@ -414,8 +414,8 @@ def test_real_ground_truths(name, rows, rule):
     assert source in PUBLISHED[name]
     accepted, rejected, exceptions = 0, 0, []
     for truth, count in truths.items():
-        right = steer.compute_score(source, rf"Hence it is \boxed{{{truth}}}.", truth, rule=rule)["score"] == 1.0
-        wrong = steer.compute_score(source, rf"Hence \boxed{{{_plus_one(truth)}}}.", truth, rule=rule)["score"] == -1.0
+        right = score.compute_score(source, rf"Hence it is \boxed{{{truth}}}.", truth, rule=rule)["score"] == 1.0
+        wrong = score.compute_score(source, rf"Hence \boxed{{{_plus_one(truth)}}}.", truth, rule=rule)["score"] == -1.0
         accepted += count * right
         rejected += count * wrong
         if not (right and wrong):

@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from verl.utils.reward_score import math_boxed, math_symbolic
+from verl.steer.grading import boxed, symbolic
 
 TIMEOUT = 0.5  # seconds of CPU time that a symbolic comparison may take here
 RETURNS = 600.0  # seconds after which a grader that hasn't returned counts as stuck, on a busy machine too
-SERVER = Path(math_symbolic.__file__).with_name("math_symbolic_server.py")
+SERVER = Path(symbolic.__file__).with_name("symbolic_server.py")
 
 
 def box(answer: str) -> str:
@@ -109,12 +109,12 @@ TRUTHS = ["7", r"\frac{x^2+1}{2}"]
 
 
 def grade(response: str, truth: str, rule: str = "eval") -> dict:
-    return math_boxed.compute_score(response, truth, rule=rule, timeout=TIMEOUT)
+    return boxed.compute_score(response, truth, rule=rule, timeout=TIMEOUT)
 
 
 def assert_grading_works() -> None:
-    assert math_boxed.compute_score(box(r"\sqrt{8}"), r"2\sqrt{2}", rule="eval", timeout=60.0)["acc"]
-    assert not math_boxed.compute_score(box(r"\sqrt{9}"), r"2\sqrt{2}", rule="eval", timeout=60.0)["acc"]
+    assert boxed.compute_score(box(r"\sqrt{8}"), r"2\sqrt{2}", rule="eval", timeout=60.0)["acc"]
+    assert not boxed.compute_score(box(r"\sqrt{9}"), r"2\sqrt{2}", rule="eval", timeout=60.0)["acc"]
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +129,12 @@ def test_a_hostile_response_is_graded_and_the_next_one_too(thread, response, tmp
     monkeypatch.chdir(tmp_path)
     for truth in TRUTHS:
         for rule in ("train", "eval"):
-            starts = math_symbolic.comparer.starts
+            starts = symbolic.comparer.starts
             result = thread.submit(grade, response, truth, rule).result(timeout=RETURNS)
             assert result.keys() == {"score", "acc", "pred", "timed_out"}
             json.dumps(result, ensure_ascii=False).encode()
-            assert len(result["pred"]) <= math_boxed.MAX_PRED
-            assert math_symbolic.comparer.starts - starts <= 2, "one response replaced the child more than once"
+            assert len(result["pred"]) <= boxed.MAX_PRED
+            assert symbolic.comparer.starts - starts <= 2, "one response replaced the child more than once"
         assert_grading_works()
     assert not list(tmp_path.iterdir())
 
@@ -157,7 +157,7 @@ def test_a_comparison_that_uses_up_its_cpu_time_says_so():
 
 
 def test_time_that_the_machine_withholds_does_not_count(monkeypatch):
-    comparer = math_symbolic.SymbolicComparer()
+    comparer = symbolic.SymbolicComparer()
     assert comparer.equivalent("1/2", "0.5", timeout=60.0)
     child = comparer._child.process
     child.send_signal(signal.SIGSTOP)
@@ -165,12 +165,12 @@ def test_time_that_the_machine_withholds_does_not_count(monkeypatch):
     assert comparer.equivalent("1/4", "0.25", TIMEOUT) is True
     assert comparer.starts == 1
 
-    monkeypatch.setattr(math_symbolic, "WALL_PER_CPU", 0.1)
+    monkeypatch.setattr(symbolic, "WALL_PER_CPU", 0.1)
     comparer._child.process.send_signal(signal.SIGSTOP)
     assert comparer.equivalent("1/4", "0.25", timeout=60.0) is True
     assert comparer.starts == 2
 
-    monkeypatch.setattr(math_symbolic, "ATTEMPTS", 1)
+    monkeypatch.setattr(symbolic, "ATTEMPTS", 1)
     comparer._child.process.send_signal(signal.SIGSTOP)
     assert comparer.equivalent("1/4", "0.25", timeout=5.0) is None
     assert comparer.equivalent("1/4", "0.25", timeout=60.0) is True
@@ -179,14 +179,14 @@ def test_time_that_the_machine_withholds_does_not_count(monkeypatch):
 
 def test_a_child_that_was_killed_from_outside_is_replaced():
     assert_grading_works()
-    child = math_symbolic.comparer._child.process
+    child = symbolic.comparer._child.process
     child.kill()
     child.wait()
     assert_grading_works()
 
 
 def test_a_comparison_that_ends_the_child_counts_as_different():
-    comparer = math_symbolic.SymbolicComparer()
+    comparer = symbolic.SymbolicComparer()
     assert comparer.equivalent("1/2", "0.5", timeout=60.0)
     killer = threading.Timer(0.3, comparer._child.process.send_signal, [signal.SIGSEGV])
     killer.start()
@@ -198,10 +198,10 @@ def test_a_comparison_that_ends_the_child_counts_as_different():
 
 def test_a_forked_process_gets_a_child_of_its_own():
     assert_grading_works()
-    ours = math_symbolic.comparer
+    ours = symbolic.comparer
     pid = os.fork()
     if pid == 0:
-        os._exit(0 if math_symbolic.comparer is not ours and math_symbolic.comparer.starts == 0 else 1)
+        os._exit(0 if symbolic.comparer is not ours and symbolic.comparer.starts == 0 else 1)
     assert os.waitpid(pid, 0)[1] == 0
     assert_grading_works()
 
@@ -215,7 +215,7 @@ def _gone(pid: int) -> bool:
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
 def test_the_child_dies_with_a_killed_worker(busy):
     program = (
-        "from verl.utils.reward_score.math_symbolic import comparer\n"
+        "from verl.steer.grading.symbolic import comparer\n"
         "comparer.equivalent('1/2', '0.5', timeout=60.0)\n"
         "print(comparer._child.process.pid, flush=True)\n"
         + ("comparer.equivalent('5', '(10^{9})!', timeout=3.0)\n" if busy else "")
@@ -232,7 +232,7 @@ def test_the_child_dies_with_a_killed_worker(busy):
 
 
 def test_a_missing_library_is_named(monkeypatch):
-    comparer = math_symbolic.SymbolicComparer()
+    comparer = symbolic.SymbolicComparer()
     monkeypatch.setattr(sys, "path", [path for path in sys.path if "site-packages" not in path])
     with pytest.raises(RuntimeError, match="import math_verify"):
         comparer.equivalent("1/2", "0.5")

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
-from verl.models.transformers import packed_attention
+from verl.steer.cpu import packed_attention
 
 LENGTHS = (5, 1, 9, 3)
 

@@ -17,9 +17,9 @@ import pandas as pd
 import pytest
 from scipy.stats import pearsonr, spearmanr
 from tabular_audit import tabular_audit
-from verl.utils import report_figures as figures
-from verl.utils.metrics_files import in_order, next_file
-from verl.utils.report_page import (
+from verl.steer.report import figures
+from verl.steer.report.metrics_files import in_order, next_file
+from verl.steer.report.page import (
     ReportOptions,
     coloured_responses,
     figure_text,
@@ -28,7 +28,7 @@ from verl.utils.report_page import (
     visible,
     write_report,
 )
-from verl.utils.run_metrics import Run, group_seeds, method_of, over_seeds, read_run, summary
+from verl.steer.report.run_metrics import Run, group_seeds, method_of, over_seeds, read_run, summary
 
 HOSTILE = (
     "<script>document.title='owned'</script>",

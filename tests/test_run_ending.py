@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from verl.trainer.ppo.run_ending import PROBE, naming_a_full_disk
+from verl.steer.run_ending import PROBE, naming_a_full_disk
 
 
 def write(file, size):
@@ -39,7 +39,7 @@ def test_other_errors_pass(small_disk):
 PROGRAM = """
 import os, signal, sys, time
 import ray
-from verl.trainer.ppo.run_ending import ActorsDied, WatchedRunner, dead_actors, reason_of
+from verl.steer.run_ending import ActorsDied, WatchedRunner, dead_actors, reason_of
 
 @ray.remote
 class Storage:
@@ -72,7 +72,7 @@ class Runner:
 
 if __name__ == "__main__":
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
-    import verl.trainer.ppo.run_ending as run_ending
+    import verl.steer.run_ending as run_ending
     run_ending.LOOK_EVERY = run_ending.GRACE = 1.0
     for how in sys.argv[1:]:
         seen = len(dead_actors())

@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
+from verl.steer.rollout.server_actor import METHODS, VLLMServerActor
+from verl.steer.rollout.vllm_batched import BatchedVLLMHttpServer
 from verl.workers.rollout.replica import TokenOutput
-from verl.workers.rollout.vllm_rollout.vllm_batched import BatchedVLLMHttpServer
-from verl.workers.rollout.vllm_server_actor import METHODS, VLLMServerActor
 from vllm.v1.engine.exceptions import EngineDeadError
 
 
@@ -24,7 +24,7 @@ def test_a_worker_loads_the_rollout_and_the_actor_without_vllm():
 import sys
 import verl.workers.engine_workers
 import verl.workers.rollout.vllm_rollout.vllm_rollout
-import verl.workers.rollout.vllm_server_actor
+import verl.steer.rollout.server_actor
 loaded = [name for name in sys.modules if name.startswith(("vllm.entrypoints", "vllm.engine", "vllm.v1.engine"))]
 assert not loaded, loaded
 """

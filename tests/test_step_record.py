@@ -8,11 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from omegaconf import OmegaConf
+from verl.steer.report.metrics_files import next_file
+from verl.steer.report.run_metrics import read_run
+from verl.steer.step_record import STEP_RECORD, RecordsSteps, StepRecord
 from verl.trainer.ppo.v1 import trainer_base
-from verl.trainer.ppo.v1.step_record import STEP_RECORD, RecordsSteps, StepRecord
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
-from verl.utils.metrics_files import next_file
-from verl.utils.run_metrics import read_run
 
 STEPS = 4
 ACCURACY = "val-core/a/acc/mean@1"

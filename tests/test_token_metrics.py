@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_policy_loss import NoHostSynchronisation, actor_config, micro_batch, steer_loss
 from test_token_weights import random_batch
-from verl.trainer.ppo import entropy_interventions
+from verl.steer.methods import losses as entropy_interventions
+from verl.steer.token_metrics import PROBABILITY_BINS, QUADRANTS, token_metrics
 from verl.trainer.ppo.core_algos import estimate_entropy_change, ppo_clipped
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType
-from verl.utils.token_metrics import PROBABILITY_BINS, QUADRANTS, token_metrics
 from verl.workers.utils.losses import ppo_loss
 
 CLIP = (0.2, 0.28, 10.0)

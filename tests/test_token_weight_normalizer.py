@@ -15,9 +15,7 @@ import torch.distributed
 import torch.multiprocessing
 from tensordict import TensorDict
 from test_policy_loss import actor_config
-from verl.trainer.ppo.core_algos import EntropyChangeRange, estimate_entropy_change
-from verl.utils import tensordict_utils as tu
-from verl.workers.engine.fsdp.token_weight_normalizer import (
+from verl.steer.engine.normalizer import (
     NOTHING_VALID,
     RANGE_FILE,
     TokenWeightNormalizer,
@@ -25,6 +23,8 @@ from verl.workers.engine.fsdp.token_weight_normalizer import (
     mean_range,
     old_policy_range,
 )
+from verl.trainer.ppo.core_algos import EntropyChangeRange, estimate_entropy_change
+from verl.utils import tensordict_utils as tu
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.utils.losses import ppo_loss
 

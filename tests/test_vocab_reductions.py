@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from verl.utils.kernel import vocab_reductions as module
-from verl.utils.kernel.vocab_reductions import vocab_reductions
+from verl.steer.engine import vocab_reductions as module
+from verl.steer.engine.vocab_reductions import vocab_reductions
 
 RTOL = 1e-5
 FIELDS = ("log_prob", "entropy", "sum_pi_squared", "sum_pi_squared_log_pi")
@@ -463,7 +463,7 @@ def test_triton_forward_compiles_for_hopper(dtype, squares):
 
     if "nvidia" not in triton.backends.backends:
         pytest.skip("this triton has no CUDA backend")
-    kernels = importlib.import_module("verl.utils.kernel.vocab_reductions_triton")
+    kernels = importlib.import_module("verl.steer.engine.vocab_reductions_triton")
     lanes = kernels.NUM_WARPS * 32 * (16 // (2 if dtype == "bf16" else 4))
     constants = {
         "HAS_TEMPERATURE": True,

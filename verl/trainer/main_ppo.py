@@ -13,11 +13,11 @@ from hydra.errors import InstantiationException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig
 from verl.plugin.platform import get_platform
-from verl.trainer.ppo import requirements
-from verl.trainer.ppo.entropy_advantages import AdvantageOptions
-from verl.trainer.ppo.rollout_checks import check_rollouts
-from verl.trainer.ppo.run_ending import ActorsDied, WatchedRunner, reason_of
-from verl.trainer.ppo.task_runner import SteerTaskRunner
+from verl.steer import requirements
+from verl.steer.methods.advantages import AdvantageOptions
+from verl.steer.rollout.checks import check_rollouts
+from verl.steer.run_ending import ActorsDied, WatchedRunner, reason_of
+from verl.steer.task_runner import SteerTaskRunner
 from verl.utils.config import omega_conf_to_dataclass
 
 import verl_steer
@@ -95,8 +95,8 @@ def main(config: DictConfig) -> None:
         _upstream.main.__wrapped__(config)
     except (ray.exceptions.RayError, ActorsDied) as error:
         # Its package imports the trainers, which this process does without.
-        from verl.trainer.ppo.v1.checkpoint_ledger import UnknownMetric
-        from verl.trainer.ppo.v1.rollout_wait import RolloutsFailed
+        from verl.steer.checkpoint_ledger import UnknownMetric
+        from verl.steer.rollout.wait import RolloutsFailed
 
         reason = reason_of(error, told_by=(UnknownMetric, RolloutsFailed))
         if reason is None:

@@ -17,7 +17,7 @@ Notation, for a token a sampled in a state s: prob = pi(a|s) under the policy be
 under the policy that the batch was scored with, ratio = prob / old_prob, entropys = H(pi_old(.|s)) in nats. Every
 tensor is (batch, response_length), and arithmetic is in float32 whatever the model's dtype.
 
-The other interventions that this fork compares STEER with are in `entropy_interventions` and `entropy_advantages`.
+The other interventions that this fork compares STEER with are in `verl.steer.methods`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
-from verl.utils.token_metrics import token_metrics
+from verl.steer.token_metrics import token_metrics
 
 from verl_steer import upstream
 
@@ -538,4 +538,5 @@ def clip_ratios(config: Any) -> tuple[float, float, float]:
 
 
 # They register themselves, and take from this module what is above.
-from verl.trainer.ppo import entropy_advantages, entropy_interventions  # noqa: E402, F401
+from verl.steer.methods import advantages as _advantages  # noqa: E402, F401
+from verl.steer.methods import losses as _losses  # noqa: E402, F401

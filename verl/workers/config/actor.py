@@ -41,7 +41,7 @@ class PolicyLossConfig(_upstream.PolicyLossConfig):
         advantage_entropy_alpha, advantage_entropy_kappa: of `loss_mode=entropy_shaped_advantage`. Default 0.4 and 2.
         dynamic_clip_low, dynamic_clip_high: of `loss_mode=dynamic_clip`. Default 0.16 and 0.2.
         high_entropy_share: share of the tokens that `loss_mode=high_entropy_tokens` trains on. Default 0.2.
-        quadrant: tokens that `loss_mode=quadrant` scales, one of entropy_interventions.QUADRANTS. Default
+        quadrant: tokens that `loss_mode=quadrant` scales, one of losses.QUADRANTS. Default
             "positive_likely".
         quadrant_weight: their weight. Default 0.5.
         quadrant_probability: tokens at least as probable are likely. Default None: exp(-H), state by state.
@@ -77,7 +77,8 @@ class PolicyLossConfig(_upstream.PolicyLossConfig):
 
     def __post_init__(self) -> None:
         # core_algos imports this module.
-        from verl.trainer.ppo import core_algos, entropy_interventions
+        from verl.steer.methods import losses
+        from verl.trainer.ppo import core_algos
 
         self._check_token_weights(core_algos)
         self._check_upstreams(core_algos)
@@ -86,7 +87,7 @@ class PolicyLossConfig(_upstream.PolicyLossConfig):
         self._number("dynamic_clip_low", 0.16, low=0.0, strict=True)
         self._number("dynamic_clip_high", 0.2, low=0.0, strict=True)
         self._number("high_entropy_share", 0.2, low=0.0, high=1.0, strict=True)
-        self._choice("quadrant", "positive_likely", entropy_interventions.QUADRANTS)
+        self._choice("quadrant", "positive_likely", losses.QUADRANTS)
         self._number("quadrant_weight", 0.5, low=0.0)
         self._number("quadrant_probability", None, low=0.0, high=1.0, strict=True)
         self._number("target_entropy", 0.2, low=0.0, strict=True)

@@ -15,7 +15,7 @@ class FSDPEngineConfig(_upstream.FSDPEngineConfig):
     """Upstream's fields and one more.
 
     Args:
-        one_pass_reductions: log-prob and entropy from one reading of the logits (verl.utils.kernel.vocab_reductions)
+        one_pass_reductions: log-prob and entropy from one reading of the logits (verl.steer.engine.vocab_reductions)
             in place of upstream's separate functions. `entropy_from_logits_with_chunking` and `entropy_checkpointing`
             have nothing left to do then.
     """

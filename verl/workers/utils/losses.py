@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict
+from verl.steer.token_metrics import token_metrics
 from verl.trainer.ppo.core_algos import clipped_by_loss, estimate_entropy_change, get_policy_loss_fn
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType, Metric
-from verl.utils.token_metrics import token_metrics
 from verl.workers.config import ActorConfig
 from verl.workers.utils.padding import no_padding_2_padding
 
@@ -86,7 +86,7 @@ def ppo_loss(
         config: the actor's configuration.
         model_output: nested tensors of the forward pass: `log_probs` and, if asked for, `entropy`, `sum_pi_squared`
             and `sum_pi_squared_log_pi`.
-        data: one micro-batch of nested tensors; its flag `token_metrics` asks for those of `verl.utils.token_metrics`,
+        data: one micro-batch of nested tensors; its flag `token_metrics` asks for those of `verl.steer.token_metrics`,
             which STEER's loss has anyway.
         dp_group: the data-parallel process group.
 

@@ -6,4 +6,4 @@ from verl_steer import upstream
 _upstream = upstream(globals())
 
 # Registers itself. Upstream imports this module wherever it looks a trainer up, and no other does.
-from verl.trainer.ppo.v1 import trainer_steer  # noqa: E402, F401
+from verl.steer import trainer as trainer_steer  # noqa: E402, F401

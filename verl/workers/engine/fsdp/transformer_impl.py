@@ -11,15 +11,15 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
-from verl.models.transformers import packed_attention  # noqa: F401 - registers packed_sdpa
-from verl.utils import jagged_rows  # noqa: F401 - takes mini-batches and micro-batches apart
+from verl.steer.audit.update import EntropyAudit
+from verl.steer.cpu import packed_attention  # noqa: F401 - registers packed_sdpa
+from verl.steer.engine import jagged_rows  # noqa: F401 - takes mini-batches and micro-batches apart
+from verl.steer.engine.normalizer import TokenWeightNormalizer
+from verl.steer.engine.vocab_reductions import vocab_reductions
+from verl.steer.gc_heap import freeze_gc_heap
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_name
-from verl.utils.gc_heap import freeze_gc_heap
-from verl.utils.kernel.vocab_reductions import vocab_reductions
 from verl.workers.engine.base import EngineRegistry
-from verl.workers.engine.fsdp.entropy_audit import EntropyAudit
-from verl.workers.engine.fsdp.token_weight_normalizer import TokenWeightNormalizer
 
 from verl_steer import upstream
 

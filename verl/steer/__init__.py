@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this fork adds that has no counterpart in verl."""

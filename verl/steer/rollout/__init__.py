@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rollouts generated, graded and stored a batch at a time."""

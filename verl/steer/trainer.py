@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainer of this fork, `trainer.v1.trainer_mode=steer`: upstream's synchronous one and what runs here need.
+
+Keys below `trainer`, beside upstream's:
+
+    save_after                  no checkpoint before this step, or before the last one where that is earlier
+    save_best_only              a checkpoint only where the validation's metric is the best so far
+    delete_old_best_checkpoint  the best checkpoint's predecessor goes once the new one is whole
+    best_metric_key             the metric; null: the only val-core/.../acc/mean@N
+    rollout_timeout             seconds without a rollout done after which a run ends; null: never
+    entropy_audit               every so many steps estimated entropy changes are held against the true ones
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import transfer_queue as tq
+from omegaconf import DictConfig, open_dict
+from tensordict import TensorDict
+from torch.utils.data import DataLoader
+from transfer_queue import KVBatchMeta
+from verl.experimental.agent_loop import AgentLoopManager
+from verl.steer.audit.scores import AuditOptions, AuditRequest
+from verl.steer.audit.step import audit_step
+from verl.steer.checkpoint_ledger import CheckpointLedger, metric_name, step_of
+from verl.steer.gc_heap import freeze_gc_heap
+from verl.steer.methods.adaptive_entropy import AdaptiveEntropyCoefficient
+from verl.steer.methods.advantages import batch_fields, fields_read
+from verl.steer.report.metrics_files import next_file
+from verl.steer.rollout.lost_rollouts import LOST_IN_TRAINING, lost_rollouts, means_of_what_is_there, stored_samples
+from verl.steer.rollout.wait import ROLLOUT_TIMEOUT, RolloutWait
+from verl.steer.run_ending import naming_a_full_disk
+from verl.steer.step_record import RecordsSteps
+from verl.steer.task_runner import is_batched
+from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
+from verl.trainer.ppo.utils import create_rl_dataset
+from verl.trainer.ppo.v1 import trainer_base
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
+from verl.trainer.ppo.v1.trainer_base import register_trainer
+from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.dataset.rl_dataset import collate_fn
+from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
+from verl.utils.transferqueue_utils import kv_batch_meta2batch_meta
+from verl.workers.rollout.llm_server import LLMServerClient
+
+logger = logging.getLogger(__name__)
+
+#: Seconds between two looks whether a step's rollouts are there; upstream waits 2, half of a small model's step.
+POLL_INTERVAL = 0.05
+
+#: Columns of tensors that an update of the actor doesn't read: the critic's, and what only the trainer reads.
+UNREAD_BY_UPDATES = frozenset({"dummy_tensor", "log_probs", "returns", "rm_scores", "rollout_log_probs", "values"})
+
+#: The same of a pass for log-probs, which reads whole sequences and nothing of how they were rewarded.
+UNREAD_BY_FORWARD_PASSES = UNREAD_BY_UPDATES | {
+    "advantages",
+    "entropy",
+    "old_log_probs",
+    "prompts",
+    "responses",
+}
+
+
+def balanced_partitions(workloads: list[int], k_partitions: int, equal_size: bool) -> list[list[int]]:
+    """Upstream's `get_seqlen_balanced_partitions`, whose search takes long for a single share of a batch too.
+
+    Args:
+        workloads: of each sequence.
+        k_partitions: shares, one for each data-parallel rank.
+        equal_size: as many sequences in each.
+
+    Returns:
+        For each share the places of its sequences, ascending.
+    """
+    if k_partitions == 1:
+        return [list(range(len(workloads)))]
+    return get_seqlen_balanced_partitions(workloads, k_partitions=k_partitions, equal_size=equal_size)
+
+
+trainer_base.get_seqlen_balanced_partitions = balanced_partitions
+
+
+def metrics_of_files(by_file: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of several validation files as one.
+
+    Args:
+        by_file: each file's metrics by its name.
+
+    Returns:
+        Metric -> value. What more than one file has keeps each file's value: `val-core/SOURCE/acc/mean@1` of the file
+        F becomes `val-core/F/SOURCE/acc/mean@1`.
+    """
+    files = Counter(name for metrics in by_file.values() for name in metrics)
+    together = {}
+    for file, metrics in by_file.items():
+        for name, value in metrics.items():
+            section, _, rest = name.partition("/")
+            together[name if files[name] == 1 else f"{section}/{file}/{rest}"] = value
+    return together
+
+
+@register_trainer("steer")
+class SteerTrainer(RecordsSteps, PPOTrainerSync):
+    """Upstream's synchronous trainer, with best checkpoints, safe resuming and whole batches of rollouts."""
+
+    total_training_steps: int
+    checkpoint_callback: CheckpointCallback
+
+    def __init__(self, config: DictConfig) -> None:
+        # Upstream compares the mode's name with "sync" to tell synchronous trainers.
+        with open_dict(config):
+            config.trainer.v1.trainer_mode = "sync"
+        super().__init__(config)
+        self.folder = Path(config.trainer.default_local_dir).resolve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.entropy_coefficient = AdaptiveEntropyCoefficient.of(config.actor_rollout_ref.actor.policy_loss)
+        self.entropy_audit = AuditOptions.of(config.trainer)
+        self.last_entropy: float | None = None
+        self.batched = is_batched(config)
+        if self.batched:
+            from verl.steer.rollout import vllm_batched
+
+            vllm_batched.register()
+            trainer_base.LLMServerManager = vllm_batched.BatchedLLMServerManager  # the name that `_setup` makes one by
+
+    def get_llm_client(self) -> LLMServerClient:
+        """The client that the agent loops generate by."""
+        if not self.batched:
+            return super().get_llm_client()
+        from verl.steer.rollout.vllm_batched import BatchedLLMServerClient
+
+        servers = self.llm_server_manager.server_handles
+        return self.llm_server_manager.get_client(client_cls=BatchedLLMServerClient, servers=servers)
+
+    def fit(self, agent_loop_manager: AgentLoopManager) -> None:
+        """Train; the loggers that write files do so in `trainer.default_local_dir` unless the environment says else."""
+        os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(next_file(self.folder, self.global_steps)))
+        os.environ.setdefault("TENSORBOARD_DIR", str(self.folder / "tensorboard"))
+        freeze_gc_heap()
+        if self.batched:
+            self.rollout_wait.failure = lambda: agent_loop_manager.failure
+        with naming_a_full_disk(self.folder):
+            super().fit(agent_loop_manager)
+
+    def _build_replay_buffer(self) -> ReplayBuffer:
+        replay_buffer = super()._build_replay_buffer()
+        replay_buffer.poll_interval = POLL_INTERVAL
+        self.rollout_wait = RolloutWait(replay_buffer, self.config.trainer.get("rollout_timeout", ROLLOUT_TIMEOUT))
+        self.rollouts_asked: dict[str, int] = {}
+        return replay_buffer
+
+    def _init_dataloader(self) -> None:
+        """Upstream's, with the last step and the first that may be saved.
+
+        Upstream neither saves nor validates at a last step that comes by `trainer.total_epochs`.
+        """
+        super()._init_dataloader()
+        options = self.config.trainer
+        self.total_training_steps = min(self.total_training_steps, self.steps_per_epoch * options.total_epochs)
+        self.save_after = min(options.save_after, self.total_training_steps)
+        saves = options.save_freq > 0 or options.save_best_only or options.best_metric_key is not None
+        if saves and not options.val_only and self.save_after < options.save_after:
+            logger.warning(
+                "trainer.save_after=%d: the run has %d steps; its last may be saved",
+                options.save_after, self.total_training_steps,
+            )  # fmt: skip
+
+    def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
+        """Upstream's, noting how many rollouts of each prompt are asked for."""
+        uids, usual = list(batch["uid"]), self.config.actor_rollout_ref.rollout.n
+        counts = list(batch["__rollout_n__"]) if "__rollout_n__" in batch else [usual] * len(uids)
+        self.rollouts_asked |= dict(zip(uids, map(int, counts), strict=True))
+        return super()._submit_batch_to_rollout(batch)
+
+    def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
+        """Upstream's, which fills up a batch that lacks rollouts; they are counted first."""
+        failed = self.replay_buffer.failure_keys[batch.partition_id]
+        metrics[LOST_IN_TRAINING] = lost_rollouts(self.rollouts_asked, failed, batch.keys)
+        self.rollouts_asked.clear()
+        return super()._balance_batch(batch, metrics, *args, **kwargs)
+
+    def _load_checkpoint(self) -> None:
+        options = self.config.trainer
+        # An evaluation changes nothing in the folder, where a run may be training.
+        self.ledger = CheckpointLedger(self.folder) if options.val_only else self._open_ledger()
+        super()._load_checkpoint()
+        if self.entropy_coefficient and self.global_steps:
+            resumed = (
+                self.folder / f"global_step_{self.global_steps}"
+                if options.resume_mode == "auto"
+                else options.resume_from_path
+            )
+            self.entropy_coefficient.load(Path(resumed))
+        if options.resume_mode == "auto" and self.global_steps and not options.val_only:
+            self.read_step_record(self.folder / f"global_step_{self.global_steps}")
+        if self.step_record:
+            self.last_entropy = self.step_record.metrics.get("actor/entropy")
+
+    def _open_ledger(self) -> CheckpointLedger:
+        """The folder's ledger for a run that goes on from one of its checkpoints, else an empty one."""
+        options = self.config.trainer
+        ledger = CheckpointLedger.open(self.folder)
+        if options.resume_mode != "auto":
+            resumed = Path(str(options.resume_from_path)).resolve()
+            step = step_of(resumed) if resumed.parent == self.folder else None
+            if options.resume_mode == "resume_path" and step is not None:
+                ledger.go_on_from(step)
+            else:
+                ledger = CheckpointLedger(self.folder)
+        if unknown := ledger.unknown():
+            logger.warning("%s: left alone, not in this run's ledger: %s", self.folder, ", ".join(unknown))
+        return ledger
+
+    def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """Upstream's, with the sums over the vocabulary for an audit, and the entropy's change since the last step."""
+        if self.entropy_audit.due(self.global_steps):
+            batch.extra_info["calculate_sum_pi_squared"] = True
+        self._leave_out(batch, UNREAD_BY_FORWARD_PASSES)
+        with self._fitting_micro_batches(batch, self.config.actor_rollout_ref.rollout):
+            batch = super()._compute_old_log_prob(batch, metrics)
+        entropy = metrics.get("actor/entropy")
+        if entropy is not None and self.last_entropy is not None:
+            metrics["actor/entropy_change_per_step"] = entropy - self.last_entropy
+        self.last_entropy = entropy
+        return batch
+
+    def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """Upstream's, with the workers fetching what they read only."""
+        self._leave_out(batch, UNREAD_BY_FORWARD_PASSES)
+        with self._fitting_micro_batches(batch, self.config.actor_rollout_ref.ref):
+            return super()._compute_ref_log_prob(batch, metrics)
+
+    @contextmanager
+    def _fitting_micro_batches(self, batch: KVBatchMeta, options: DictConfig) -> Iterator[None]:
+        """Smaller micro-batches in a pass for log-probs over a batch that lacks a mini-batch or more of its rollouts.
+
+        Upstream fills it up to whole mini-batches, of which `log_prob_micro_batch_size_per_gpu` may be no divisor.
+        """
+        size = options.log_prob_micro_batch_size_per_gpu
+        if size and not options.log_prob_use_dynamic_bsz:
+            rows = len(batch) // (max(self.actor_rollout_wg._dispatch_info["actor"]) + 1)
+            if rows % size:
+                batch.extra_info["micro_batch_size_per_gpu"] = math.gcd(size, rows)
+        yield
+        batch.extra_info.pop("micro_batch_size_per_gpu", None)
+
+    def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """Upstream's, with what the estimator reads of the batch beside upstream's arguments at hand."""
+        fields = fields_read(self.config.algorithm)
+        if not fields:
+            return super()._compute_advantage(batch, metrics)
+        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(fields))
+        padded = data.to_padded_tensor()
+        with batch_fields({field: padded[field] for field in fields}):
+            return super()._compute_advantage(batch, metrics)
+
+    def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """Upstream's, with what the workers need for this fork's losses and metrics, and the entropy audit."""
+        actor = self.config.actor_rollout_ref.actor
+        self._leave_out(batch, UNREAD_BY_UPDATES)
+        batch.extra_info["calculate_sum_pi_squared"] = actor.calculate_sum_pi_squared
+        batch.extra_info["token_metrics"] = actor.policy_loss.loss_mode != "entropy_control"
+        if self.entropy_coefficient:
+            coefficient = self.entropy_coefficient.step(metrics["actor/entropy"])
+            batch.extra_info["entropy_coeff"] = metrics["actor/entropy_coeff"] = coefficient
+        if not self.entropy_audit.due(self.global_steps):
+            return super()._update_actor(batch, metrics)
+        batch.extra_info["entropy_audit"] = self._audit_request(len(batch))
+        batch = super()._update_actor(batch, metrics)
+        # Upstream puts `actor/` before the workers' metrics.
+        for name in [name for name in metrics if name.startswith("actor/entropy_audit/")]:
+            metrics[name.removeprefix("actor/")] = metrics.pop(name)
+        temperature = self.config.actor_rollout_ref.rollout.temperature
+        metrics |= audit_step(batch, self.actor_rollout_wg, temperature)
+        return batch
+
+    def _leave_out(self, batch: KVBatchMeta, unread: frozenset[str]) -> None:
+        """Have the workers fetch neither the columns named nor objects.
+
+        Upstream sends them every column: tensors a row at a time, and the data set's, such as the prompt's text, each
+        row's wrapped in an object. What the batched manager writes holds no object that they read.
+        """
+        if self.batched:
+            columns = kv_batch_meta2batch_meta(batch).field_schema
+            batch.fields = [
+                name for name, column in columns.items() if not column["is_non_tensor"] and name not in unread
+            ]
+
+    def _audit_request(self, rollouts: int) -> AuditRequest:
+        actor = self.config.actor_rollout_ref.actor
+        mini_batches = rollouts // (actor.ppo_mini_batch_size * self.config.actor_rollout_ref.rollout.n)
+        return AuditRequest(
+            step=self.global_steps,
+            folder=str(self.folder / "audit"),
+            tokens=self.entropy_audit.tokens,
+            mini_batches=mini_batches * actor.ppo_epochs,
+        )
+
+    def _save_checkpoint(self) -> None:
+        """Upstream calls this every `trainer.save_freq` steps and at the last one."""
+        options = self.config.trainer
+        if options.save_best_only or self.global_steps < self.save_after:
+            return
+        self._save_whole_checkpoint()
+        if (options.max_actor_ckpt_to_keep or 0) > 0:
+            self.ledger.keep_latest(options.max_actor_ckpt_to_keep)
+
+    def _save_whole_checkpoint(self) -> None:
+        options, callback = self.config.trainer, self.checkpoint_callback
+        events: list[dict] = []
+        # Upstream's workers would count the best checkpoint among the latest: the ledger deletes, not they.
+        kept = {key: options[key] for key in ("max_actor_ckpt_to_keep", "max_critic_ckpt_to_keep")}
+        options.update(dict.fromkeys(kept))
+        # A user's callback may take long and copy the folder: it comes once the mark is gone.
+        self.checkpoint_callback = SimpleNamespace(on_save=lambda **event: events.append(event))  # type: ignore
+        self.ledger.begin(self.global_steps)
+        super()._save_checkpoint()
+        if self.entropy_coefficient:
+            self.entropy_coefficient.save(self.folder / f"global_step_{self.global_steps}")
+        self.write_step_record(self.folder / f"global_step_{self.global_steps}")
+        self.ledger.saved(self.global_steps)
+        options.update(kept)
+        self.checkpoint_callback = callback
+        for event in events:
+            callback.on_save(**event)
+
+    def _validate(self) -> dict[str, float]:
+        options = self.config.trainer
+        if options.val_only:
+            return self._validate_one_file_after_another()
+        metrics = super()._validate()
+        if not options.save_best_only and options.best_metric_key is None:
+            return metrics
+        # Looked up at every validation, so that a wrong key ends the run at the first.
+        name = metric_name(metrics, options.best_metric_key)
+        value = float(metrics[name])
+        self.ledger.measure_by(name)
+        if self.global_steps >= max(1, self.save_after) and self.ledger.is_best(value):
+            if self.ledger.latest_step != self.global_steps:
+                self._save_whole_checkpoint()
+            self.ledger.saved_best(self.global_steps, value, delete_old=options.delete_old_best_checkpoint)
+        elif self.global_steps >= max(1, self.total_training_steps) and self.ledger.latest_step is None:
+            logger.warning("%s=%s: no checkpoint yet, so the last step %d is saved", name, value, self.global_steps)
+            self._save_whole_checkpoint()
+        if self.ledger.best_value is not None:
+            metrics["training/best_metric"] = self.ledger.best_value
+        return metrics
+
+    def _val_metrics_update(
+        self,
+        data_sources: list[str],
+        sample_uids: list[str],
+        reward_extra_infos_dict: dict[str, list[Any]],
+        sample_turns: list[int],
+        expected_acc_counts: dict[tuple[str, str], int] | None = None,
+    ) -> dict[str, float]:
+        """Upstream's metrics of a validation, which count a sample that is not there as wrong: here it is left out."""
+        asked = expected_acc_counts or {}
+        stored, counts = stored_samples(data_sources, sample_uids, asked)
+        metrics = super()._val_metrics_update(
+            data_sources, sample_uids, reward_extra_infos_dict, sample_turns, expected_acc_counts=stored
+        )
+        if stored != asked:
+            metrics = means_of_what_is_there(metrics, data_sources, sample_uids, reward_extra_infos_dict, asked)
+        return metrics | counts
+
+    def _validate_one_file_after_another(self) -> dict[str, float]:
+        """Evaluation: each file's responses are on disk before the next file begins, so a killed run has them."""
+        folder, data = self.config.trainer.validation_data_dir, self.config.data
+        by_file = {}
+        for file in self.val_dataset.data_files:
+            name, samples = Path(file).stem, data.get("val_max_samples", -1)
+            dataset = create_rl_dataset(
+                [file], data, self.tokenizer, self.processor, is_train=False, max_samples=samples
+            )
+            self.val_dataloader = DataLoader(dataset, batch_size=len(dataset), collate_fn=collate_fn)
+            if folder:
+                shutil.rmtree(f"{folder}/{name}.part", ignore_errors=True)  # of a killed evaluation
+                with open_dict(self.config):
+                    self.config.trainer.validation_data_dir = f"{folder}/{name}.part"
+            by_file[name] = super()._validate()
+            if folder:
+                self._shutdown_dump_executor()
+                self._init_dump_executor()
+                os.replace(f"{folder}/{name}.part", f"{folder}/{name}")
+        return metrics_of_files(by_file)
