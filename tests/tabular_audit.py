@@ -4,13 +4,15 @@
 import pandas as pd
 import torch
 from verl.trainer.ppo.core_algos import (
+    ClipRatios,
+    LossInputs,
     compute_token_weights,
     estimate_entropy_change,
     ppo_clipped,
 )
 
 WORDS = ("So ", "the ", "answer", " is", " 4", "2", ".\n", "wait", ",", " <b>", "&amp;", " $x$")
-LEARNING_RATE, CLIP = 0.05, (0.2, 0.28, 10.0)
+LEARNING_RATE, CLIP = 0.05, ClipRatios(0.2, 0.28, 10.0)
 
 
 def entropy_of(logits):
@@ -40,9 +42,10 @@ def tabular_audit(steps=(1, 2), mini_batches=2, responses=6, length=30, linear=F
             with torch.no_grad():
                 entropy = entropy_of(logits)
                 scored = (advantages, entropy, old_log_prob, log_prob)
-                clipped = torch.logical_or(*ppo_clipped(advantages, old_log_prob, log_prob, *CLIP))
+                inputs = LossInputs(old_log_prob, log_prob, advantages, mask, entropy)
+                clipped = torch.logical_or(*ppo_clipped(inputs, CLIP))
                 estimates = {
-                    f"omega_{name}": estimate_entropy_change(*scored, name, *CLIP)
+                    f"omega_{name}": estimate_entropy_change(inputs, name, CLIP)
                     for name in ("released", "clip_aware", "squared")
                 }
                 weights = compute_token_weights(*scored, mask, 0.8, 1.2 if linear else 1.0, linear)

@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tensordict import TensorDict
+from verl.steer.config import FSDPEngineConfig
+from verl.steer.engine.fsdp import SteerFSDPEngineWithLMHead
+from verl.steer.replacements import replace_in_worker
 from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.dataset_utils import DatasetPadMode
 from verl.utils.device import get_device_name
-from verl.workers.config import FSDPEngineConfig
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp import transformer_impl
-from verl.workers.engine.fsdp.transformer_impl import SteerFSDPEngineWithLMHead
 
 LENGTHS, VOCABULARY = [5, 1, 7, 3], 33
 
@@ -115,7 +116,14 @@ def test_without_the_option_the_engine_is_upstreams():
     assert FSDPEngineConfig().one_pass_reductions is False
 
 
-def test_a_reference_model_on_a_cpu_is_not_offloaded_to_pinned_memory():
+def test_a_reference_model_on_a_cpu_is_not_offloaded_to_pinned_memory(monkeypatch):
     if get_device_name() != "cpu":
         pytest.skip("a platform with an accelerator")
-    assert transformer_impl._upstream.CPUOffloadPolicy(pin_memory=True).pin_memory is False
+    for module, name in (
+        (transformer_impl, "CPUOffloadPolicy"),
+        (tu, "index_select_tensor_dict"),
+        (tu, "chunk_tensordict"),
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name))
+    replace_in_worker()
+    assert transformer_impl.CPUOffloadPolicy(pin_memory=True).pin_memory is False

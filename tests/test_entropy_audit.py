@@ -16,6 +16,7 @@ from scipy.stats import pearsonr, spearmanr
 from tensordict import TensorDict
 from test_entropy_truth import STEP, entropy, gradient, policies
 from test_policy_loss import actor_config
+from test_token_weights import CLIP, loss_inputs
 from transfer_queue import KVBatchMeta
 from verl.steer import trainer as trainer_steer
 from verl.steer.audit import step as step_entropy_audit
@@ -29,14 +30,17 @@ from verl.steer.audit.scores import (
     signed_estimates,
     write_tokens,
 )
+from verl.steer.config import FSDPEngineConfig
+from verl.steer.engine import fsdp  # noqa: F401 - registers the engine
+from verl.steer.loss import ppo_loss
+from verl.steer.options import from_config
 from verl.steer.report.run_metrics import Run
 from verl.trainer.config import CheckpointConfig
 from verl.trainer.ppo.core_algos import compute_token_weights, ppo_clipped, signed_entropy_change
 from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.dataset_utils import DatasetPadMode
-from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+from verl.workers.config import FSDPOptimizerConfig, HFModelConfig
 from verl.workers.engine.base import EngineRegistry
-from verl.workers.utils.losses import ppo_loss
 
 COLUMNS = (
     "step mini_batch token_id text response position prob entropy advantage ratio clipped omega_released "
@@ -44,22 +48,26 @@ COLUMNS = (
 ).split()
 
 
+def options(section):
+    return from_config(AuditOptions, section, "trainer.entropy_audit")
+
+
 def test_options():
-    assert AuditOptions.of({}) == AuditOptions.of({"entropy_audit": {"freq": None, "tokens": None}}) == AuditOptions()
+    assert options(None) == options({"freq": None, "tokens": None}) == AuditOptions() == AuditOptions(0, 4096)
     assert not any(AuditOptions().due(step) for step in range(10))
-    every_third = AuditOptions.of({"entropy_audit": {"freq": 3, "tokens": 100}})
+    every_third = options({"freq": 3, "tokens": 100})
     assert [step for step in range(1, 10) if every_third.due(step)] == [3, 6, 9] and every_third.tokens == 100
 
 
 @pytest.mark.parametrize("value", [-1, 1.5, "often", True])
 def test_a_bad_option_gives_one_line(value):
     with pytest.raises(ValueError, match=r"^trainer.entropy_audit.freq=.*: expected an integer of at least 0$"):
-        AuditOptions.of({"entropy_audit": {"freq": value}})
+        options({"freq": value})
 
 
 def test_an_unknown_option_is_named():
     with pytest.raises(ValueError, match=r"^trainer.entropy_audit.frequency: unknown; expected one of freq, tokens$"):
-        AuditOptions.of({"entropy_audit": {"frequency": 1}})
+        options({"frequency": 1})
 
 
 def test_the_covariance_by_hand():
@@ -110,10 +118,11 @@ def tabular(spread=1.5, off_policy=0.3):
     old_logits, logits, actions, advantages = policies(spread, off_policy)
     step, old_log_prob, log_prob = gradient(old_logits, logits, actions, advantages)
     pi, log_pi = logits.softmax(-1), logits.log_softmax(-1)
-    sums = pi.square().sum(-1), (pi.square() * log_pi).sum(-1)
-    estimates = signed_estimates(
-        advantages, entropy(old_logits), entropy(logits), old_log_prob, log_prob, *sums, clip=(0.2, 0.28, 10.0)
-    )
+    inputs = loss_inputs(
+        advantages, entropy(old_logits), old_log_prob, log_prob, current_entropys=entropy(logits),
+        sum_pi_squared=pi.square().sum(-1), sum_pi_squared_log_pi=(pi.square() * log_pi).sum(-1),
+    )  # fmt: skip
+    estimates = signed_estimates(inputs, CLIP)
     estimates["covariance"] = covariance_estimate(log_prob, advantages, log_prob.mean(), advantages.mean())
     return estimates, entropy(logits + STEP * step) - entropy(logits)
 
@@ -364,11 +373,12 @@ def test_the_estimates_and_the_weights_are_core_algos(audit):
         for name in ("old_log_probs", "entropy", "advantages")
     )
     log_prob = torch.tensor(tokens["prob"].to_numpy()).log()
-    scored, clip = (advantages, old_entropy, old_log_prob, log_prob), (0.2, 0.28, 10.0)
+    scored = (advantages, old_entropy, old_log_prob, log_prob)
+    inputs = loss_inputs(*scored)
     for name in ("released", "clip_aware", "squared"):
         told = torch.tensor(tokens[f"omega_{name}"].to_numpy())
-        torch.testing.assert_close(told, signed_entropy_change(*scored, name, *clip), rtol=1e-4, atol=1e-7)
-    assert np.array_equal(tokens["clipped"], torch.logical_or(*ppo_clipped(advantages, old_log_prob, log_prob, *clip)))
+        torch.testing.assert_close(told, signed_entropy_change(inputs, name, CLIP), rtol=1e-4, atol=1e-7)
+    assert np.array_equal(tokens["clipped"], torch.logical_or(*ppo_clipped(inputs, CLIP)))
     torch.testing.assert_close(torch.tensor(tokens["ratio"].to_numpy()), (log_prob - old_log_prob).exp())
     for mini_batch, rows in tokens.groupby("mini_batch"):
         told, log, advantage = columns(rows, "omega_covariance", "prob", "advantage")
@@ -411,10 +421,10 @@ def test_the_weights_are_those_that_the_loss_gave(model_folder, tmp_path, monkey
 
     given, inner = [], core_algos.reweighted_policy_loss
 
-    def spy(base_loss, token_weights, old_log_prob, *args, **kwargs):
+    def spy(base_loss, token_weights, inputs, *args, **kwargs):
         valid = token_weights > 0
-        given.extend(zip(old_log_prob[valid].tolist(), token_weights[valid].tolist(), strict=True))
-        return inner(base_loss, token_weights, old_log_prob, *args, **kwargs)
+        given.extend(zip(inputs.old_log_prob[valid].tolist(), token_weights[valid].tolist(), strict=True))
+        return inner(base_loss, token_weights, inputs, *args, **kwargs)
 
     monkeypatch.setattr(core_algos, "reweighted_policy_loss", spy)
     batches = mini_batches(dynamic, entropy_audit=AuditRequest(1, str(tmp_path), 1000, MINI_BATCHES))

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import pearsonr, spearmanr
+from test_token_weights import CLIP, loss_inputs
 from verl.trainer.ppo.core_algos import (
     ENTROPY_CHANGE_ESTIMATORS,
     estimate_entropy_change,
@@ -37,7 +38,7 @@ def policies(spread, off_policy, seed=0):
     return old_logits, logits, actions, normal(STATES)
 
 
-def gradient(old_logits, logits, actions, advantages, clip=(0.2, 0.28, 10.0)):
+def gradient(old_logits, logits, actions, advantages, clip=CLIP):
     """Of PPO's objective of the sampled actions by the logits, and the log-probs of the actions under both policies."""
     logits = logits.clone().requires_grad_()
     old_log_prob = old_logits.log_softmax(-1).gather(-1, actions).squeeze(-1)
@@ -49,10 +50,10 @@ def gradient(old_logits, logits, actions, advantages, clip=(0.2, 0.28, 10.0)):
     return torch.autograd.grad(surrogate.sum(), logits)[0], old_log_prob, log_prob.detach()
 
 
-def one_step(spread, off_policy=0.3, clip=(0.2, 0.28, 10.0), seed=0):
+def one_step(spread, off_policy=0.3, clip=CLIP, seed=0):
     """One action sampled in each state, one small gradient step on PPO's loss.
 
-    Returns the arguments of `estimate_entropy_change`, each (1, STATES), and the exact change of each state's entropy
+    Returns advantages, entropys, old_log_prob and log_prob, each (1, STATES), and the exact change of each state's entropy
     per unit step, (STATES,).
     """
     old_logits, logits, actions, advantages = policies(spread, off_policy, seed)
@@ -61,8 +62,8 @@ def one_step(spread, off_policy=0.3, clip=(0.2, 0.28, 10.0), seed=0):
     return [x[None] for x in (advantages, entropy(logits), old_log_prob, log_prob)], change
 
 
-def correlations(tokens, change, estimator, clip=(0.2, 0.28, 10.0)):
-    estimate = estimate_entropy_change(*tokens, estimator, *clip)[0].double().numpy()
+def correlations(tokens, change, estimator, clip=CLIP):
+    estimate = estimate_entropy_change(loss_inputs(*tokens), estimator, clip)[0].double().numpy()
     truth = change.abs().numpy()
     return pearsonr(estimate, truth).statistic, spearmanr(estimate, truth).statistic
 
@@ -74,7 +75,7 @@ def test_signs_are_those_of_the_exact_entropy_change(estimator, spread):
     (0.71, 0.80, 0.86), (0.63, 0.81, 0.88).
     """
     tokens, change = one_step(spread, off_policy=0.0)
-    estimate, truth = signed_entropy_change(*tokens, estimator)[0].double().numpy(), change.numpy()
+    estimate, truth = signed_entropy_change(loss_inputs(*tokens), estimator)[0].double().numpy(), change.numpy()
     pearson, spearman = pearsonr(estimate, truth).statistic, spearmanr(estimate, truth).statistic
     right = np.mean(np.sign(estimate) == np.sign(truth))
     print(f"{estimator:10} spread {spread}: signed Pearson {pearson:.3f}, Spearman {spearman:.3f}, signs {right:.3f}")
@@ -104,7 +105,7 @@ def test_the_clip_is_what_clip_aware_adds():
     released, clip_aware = (correlations(tokens, change, name) for name in ("released", "clip_aware"))
     print(f"released {released}, clip_aware {clip_aware}")
     assert clip_aware[0] > released[0] + 0.15 and clip_aware[1] > released[1] + 0.5
-    estimate = estimate_entropy_change(*tokens, "clip_aware", 0.2, 0.28, 10.0)[0].numpy()
+    estimate = estimate_entropy_change(loss_inputs(*tokens), "clip_aware", CLIP)[0].numpy()
     assert np.array_equal(estimate == 0, (change == 0).numpy())
 
 
@@ -129,10 +130,11 @@ def test_the_error_of_the_exact_estimate_falls_with_the_square_of_the_step(sprea
     old_logits, logits, actions, advantages = policies(spread, off_policy)
     step, old_log_prob, log_prob = gradient(old_logits, logits, actions, advantages)
     pi, log_pi = logits.softmax(-1), logits.log_softmax(-1)
-    estimate = exact_entropy_change(
-        advantages, entropy(logits), old_log_prob, log_prob,
-        pi.square().sum(-1), (pi.square() * log_pi).sum(-1), 0.2, 0.28, 10.0,
-    ).double()  # fmt: skip
+    inputs = loss_inputs(
+        advantages, None, old_log_prob, log_prob, current_entropys=entropy(logits),
+        sum_pi_squared=pi.square().sum(-1), sum_pi_squared_log_pi=(pi.square() * log_pi).sum(-1),
+    )  # fmt: skip
+    estimate = exact_entropy_change(inputs, CLIP).double()
     rates = np.array([0.1, 0.03, 0.01, 0.003])
     errors = [(entropy(logits + rate * step) - entropy(logits) - rate * estimate).norm().item() for rate in rates]
     slope = np.polyfit(np.log(rates), np.log(errors), 1)[0]
@@ -149,6 +151,7 @@ def test_the_exact_estimate_is_the_truth_where_the_others_follow_it():
     tokens, change = one_step(1.5, off_policy=0.0)
     pi, log_pi = logits.softmax(-1), logits.log_softmax(-1)
     sums = {"sum_pi_squared": pi.square().sum(-1), "sum_pi_squared_log_pi": (pi.square() * log_pi).sum(-1)}
-    estimate = estimate_entropy_change(*tokens, "exact", 0.2, 0.28, 10.0, **sums)[0].double()
+    inputs = loss_inputs(*tokens, current_entropys=tokens[1], **sums)
+    estimate = estimate_entropy_change(inputs, "exact", CLIP)[0].double()
     torch.testing.assert_close(estimate, change.abs(), rtol=1e-2, atol=1e-4)
     assert spearmanr(estimate, change.abs()).statistic > 0.999

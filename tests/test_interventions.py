@@ -15,30 +15,29 @@ from tensordict import TensorDict
 from test_policy_loss import NoHostSynchronisation, actor_config, gradient
 from test_token_weights import random_batch
 from verl.steer.audit.scores import AuditOptions
+from verl.steer.config import ADVANTAGE_OPTIONS, PolicyLossConfig
 from verl.steer.methods.adaptive_entropy import AdaptiveEntropyCoefficient
-from verl.steer.methods.advantages import (
-    FIELDS_READ,
-    AdvantageOptions,
-    batch_fields,
-    entropy_weighted_rewards,
-    fields_read,
-)
-from verl.steer.methods.losses import QUADRANTS, dynamic_clip_bounds, in_quadrant
-from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla, get_adv_estimator_fn, get_policy_loss_fn
-from verl.workers.utils.losses import statistics_taken
+from verl.steer.methods.dynamic_clip import dynamic_clip_bounds
+from verl.steer.methods.gtpo import entropy_weighted_rewards
+from verl.steer.methods.quadrant import in_quadrant
+from verl.steer.methods.registry import ESTIMATOR_FIELDS, POLICY_LOSSES, bind_estimator, estimator_fields
+from verl.steer.options import from_config
+from verl.steer.token_metrics import QUADRANTS
+from verl.trainer.ppo import core_algos
+from verl.trainer.ppo.core_algos import LossInputs, compute_policy_loss_vanilla, get_adv_estimator_fn
 
 LOSSES = ("adaptive_entropy", "entropy_shaped_advantage", "dynamic_clip", "high_entropy_tokens", "quadrant")
-ESTIMATORS = tuple(FIELDS_READ)
+ESTIMATORS = tuple(ESTIMATOR_FIELDS)
 
 
 def loss_of(mode, batch, agg="token-mean", weights=None, **options):
-    """The loss and metrics of one micro-batch, with the statistics that the loss takes."""
+    """The loss and metrics of one micro-batch, with all inputs that the loss may read."""
     advantages, entropys, old_log_prob, log_prob, mask = batch
-    loss_fn = get_policy_loss_fn(mode)
-    statistics = {"entropys": entropys, "current_entropys": entropys, "entropy_coeff": 0.01}
-    taken = {name: statistics[name] for name in statistics_taken(loss_fn)}
-    config = actor_config(mode, agg=agg, **options)
-    return loss_fn(old_log_prob, log_prob, advantages, mask, agg, config, weights, **taken)
+    inputs = LossInputs(
+        old_log_prob, log_prob, advantages, mask, entropys, entropys, rollout_is_weights=weights, entropy_coeff=0.01
+    )
+    outputs = POLICY_LOSSES[mode].compute(inputs, actor_config(mode, agg=agg, **options))
+    return outputs.loss, outputs.metrics
 
 
 def row(*values):
@@ -147,15 +146,18 @@ def test_quadrants_by_hand(quadrant, place):
 
 
 def test_a_fixed_probability_bounds_the_quadrants():
-    inside = in_quadrant("positive_likely", torch.ones(1, 3), row(0.69, 0.7001, 0.9).log(), torch.zeros(1, 3), 0.7)
+    log_prob = row(0.69, 0.7001, 0.9).log()
+    inputs = LossInputs(log_prob, log_prob, torch.ones(1, 3), torch.ones(1, 3), torch.zeros(1, 3))
+    inside = in_quadrant("positive_likely", inputs, 0.7)
     assert inside.tolist() == [[False, True, True]]
 
 
 @settings(max_examples=30)
 @given(st.integers(0, 10_000))
 def test_each_token_with_an_advantage_is_in_one_quadrant(seed):
-    advantages, entropys, _, log_prob, _ = random_batch(seed=seed)
-    counts = sum(in_quadrant(name, advantages, log_prob, entropys).int() for name in QUADRANTS)
+    advantages, entropys, old_log_prob, log_prob, mask = random_batch(seed=seed)
+    inputs = LossInputs(old_log_prob, log_prob, advantages, mask, entropys)
+    counts = sum(in_quadrant(name, inputs).int() for name in QUADRANTS)
     assert torch.equal(counts, (advantages != 0).int())
 
 
@@ -173,9 +175,9 @@ def test_adaptive_entropy_by_hand():
 
 def test_adaptive_entropy_names_what_is_missing():
     advantages, entropys, old_log_prob, log_prob, mask = random_batch()
-    loss_fn = get_policy_loss_fn("adaptive_entropy")
-    with pytest.raises(ValueError, match="entropy_coeff=None: loss_mode=adaptive_entropy expects a number"):
-        loss_fn(old_log_prob, log_prob, advantages, mask, "token-mean", actor_config(), None, entropys, None)
+    inputs = LossInputs(old_log_prob, log_prob, advantages, mask, entropys, entropys)
+    with pytest.raises(ValueError, match="entropy_coeff=None: loss_mode=adaptive_entropy expects trainer.v1"):
+        POLICY_LOSSES["adaptive_entropy"].compute(inputs, actor_config())
 
 
 def test_the_adaptive_coefficient_by_hand(tmp_path):
@@ -241,7 +243,7 @@ def test_losses_never_wait_for_the_device(mode):
 def test_missing_entropys_are_named(mode):
     advantages, _, old_log_prob, log_prob, mask = random_batch()
     with pytest.raises(ValueError, match=f"entropys=None: loss_mode={mode} expects"):
-        get_policy_loss_fn(mode)(old_log_prob, log_prob, advantages, mask, "token-mean", actor_config(mode))
+        POLICY_LOSSES[mode].compute(LossInputs(old_log_prob, log_prob, advantages, mask), actor_config(mode))
 
 
 # The advantage estimators, by hand.
@@ -251,13 +253,13 @@ def advantages_of(name, rewards, mask, index, config=None, **fields):
     """An estimator on outcome rewards, which stand on the last column as verl's do."""
     token_level_rewards = torch.zeros(mask.shape)
     token_level_rewards[:, -1] = torch.tensor(rewards)
-    with batch_fields(fields):
-        advantages, returns = get_adv_estimator_fn(name)(
-            token_level_rewards=token_level_rewards,
-            response_mask=mask,
-            index=np.array(index, dtype=object),
-            config=config,
-        )
+    bind_estimator(name, fields)
+    advantages, returns = get_adv_estimator_fn(name)(
+        token_level_rewards=token_level_rewards,
+        response_mask=mask,
+        index=np.array(index, dtype=object),
+        config=config,
+    )
     assert torch.equal(advantages, returns) and advantages.shape == mask.shape
     return advantages
 
@@ -452,12 +454,12 @@ def test_estimators_name_the_scores_that_the_trainer_must_give(name):
 
 
 def test_the_fields_that_an_estimator_reads():
-    assert [fields_read({"adv_estimator": name}) for name in ("grpo", "psr", "gtpo")] == [(), (), ("entropy",)]
-    penalised = [fields_read({"adv_estimator": name, **PENALISED}) for name in ("grpo", "psr", "gtpo")]
+    assert [estimator_fields({"adv_estimator": name}) for name in ("grpo", "psr", "gtpo")] == [(), (), ("entropy",)]
+    penalised = [estimator_fields({"adv_estimator": name, **PENALISED}) for name in ("grpo", "psr", "gtpo")]
     assert penalised == [(), ("rm_scores",), ("entropy", "rm_scores")]
 
 
-@pytest.mark.parametrize("name", [name for name, fields in FIELDS_READ.items() if fields])
+@pytest.mark.parametrize("name", [name for name, fields in ESTIMATOR_FIELDS.items() if fields])
 def test_estimators_name_what_the_trainer_must_give(name):
     with pytest.raises(
         ValueError, match=f"adv_estimator={name}: the batch has no .*; expected trainer.v1.trainer_mode"
@@ -466,15 +468,25 @@ def test_estimators_name_what_the_trainer_must_give(name):
 
 
 def test_options_by_hand():
-    assert (
-        AdvantageOptions.of(None) == AdvantageOptions.of({"positive_weight": None}) == AdvantageOptions(0.1, 0.25, 0.1)
-    )
+    defaults = {}
+    for options in ADVANTAGE_OPTIONS:
+        assert from_config(options, None) == from_config(options, {"positive_weight": None, "of_another": 1})
+        defaults |= vars(from_config(options, None))
+    assert defaults == {"positive_weight": 0.1, "unlikeliness_beta": 0.25, "entropy_reward_share": 0.1}
     for bad in (-0.1, 1.5, "much", True):
-        with pytest.raises(ValueError, match="algorithm.unlikeliness_beta=.*: expected a number from 0 to 1"):
-            AdvantageOptions.of({"unlikeliness_beta": bad})
+        with pytest.raises(ValueError, match="algorithm.unlikeliness_beta=.*: expected a number of at least 0 and at"):
+            from_config(ADVANTAGE_OPTIONS[1], {"unlikeliness_beta": bad})
 
 
 # The trainer's part.
+
+
+@pytest.fixture(autouse=True)
+def registered_estimators():
+    """What a test binds to an estimator is gone after it."""
+    before = dict(core_algos.ADV_ESTIMATOR_REGISTRY)
+    yield
+    core_algos.ADV_ESTIMATOR_REGISTRY.update(before)
 
 
 @pytest.fixture
@@ -539,9 +551,9 @@ def test_the_trainer_gives_an_estimator_the_old_policys_entropies(trainer):
     assert trainer.seen["fetched"] == (["a_0_0"], "train", ["entropy"])
     expected = advantages_of("gtpo", REWARDS, MASK, ["a"] * 4, entropy=ENTROPYS)
     torch.testing.assert_close(trainer.seen["advantages"], expected)
-    trainer.config.algorithm.adv_estimator = "grpo"
-    with pytest.raises(ValueError, match="the batch has no entropy"):
-        trainer._compute_advantage(batch, {})
+    trainer.seen["fetched"], trainer.config.algorithm.adv_estimator = None, "grpo"
+    trainer._compute_advantage(batch, {})
+    assert trainer.seen["fetched"] is None
 
 
 def test_the_trainer_gives_an_estimator_the_scores_before_a_kl_penalty(trainer):
@@ -557,7 +569,7 @@ def test_the_trainer_gives_an_estimator_the_scores_before_a_kl_penalty(trainer):
 def test_the_trainer_sends_the_flag_of_the_sums_and_the_coefficient(trainer):
     batch, metrics = SimpleNamespace(extra_info={}), {"actor/entropy": 0.1}
     trainer._update_actor(batch, metrics)
-    assert batch.extra_info == {"calculate_sum_pi_squared": True, "token_metrics": False}
+    assert batch.extra_info == {"calculate_sum_pi_squared": True, "token_metrics": True}
     assert "actor/entropy_coeff" not in metrics
     trainer.entropy_coefficient = AdaptiveEntropyCoefficient(target=0.2, increment=1.0, maximum=3.0, value=2.0)
     trainer._update_actor(batch, metrics)
@@ -566,7 +578,6 @@ def test_the_trainer_sends_the_flag_of_the_sums_and_the_coefficient(trainer):
 
 
 def test_the_coefficient_is_there_only_with_its_loss():
-    policy_loss = OmegaConf.create({"_target_": "verl.workers.config.PolicyLossConfig", "loss_mode": "vanilla"})
-    assert AdaptiveEntropyCoefficient.of(policy_loss) is None
-    policy_loss.loss_mode, policy_loss.target_entropy = "adaptive_entropy", 0.5
-    assert AdaptiveEntropyCoefficient.of(policy_loss) == AdaptiveEntropyCoefficient(0.5, 1e-4, 5e-3)
+    assert AdaptiveEntropyCoefficient.from_options(PolicyLossConfig(loss_mode="vanilla")) is None
+    options = PolicyLossConfig(loss_mode="adaptive_entropy", target_entropy=0.5)
+    assert AdaptiveEntropyCoefficient.from_options(options) == AdaptiveEntropyCoefficient(0.5, 1e-4, 5e-3)

@@ -8,21 +8,27 @@ import torch
 from tensordict import TensorDict
 from test_token_weights import random_batch, squares
 from torch.utils._python_dispatch import TorchDispatchMode
+from verl.steer import loss as loss_module
+from verl.steer.config import PolicyLossConfig
+from verl.steer.loss import ppo_loss
+from verl.steer.methods.registry import POLICY_LOSSES, clips_as_ppo
 from verl.trainer.ppo.core_algos import (
     BASE_LOSSES,
     POLICY_LOSS_REGISTRY,
+    ClipRatios,
     EntropyChangeRange,
-    clips_as_ppo,
+    LossInputs,
     compute_policy_loss_vanilla,
     compute_token_weights,
     estimate_entropy_change,
     get_policy_loss_fn,
     ppo_clipped,
+    steer_policy_loss,
 )
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType
-from verl.workers.config import FSDPActorConfig, PolicyLossConfig
-from verl.workers.utils.losses import ppo_loss, statistics_taken
+from verl.workers.config import FSDPActorConfig
+from verl.workers.utils.losses import ppo_loss as verl_ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
 
 
@@ -39,19 +45,14 @@ def actor_config(loss_mode="entropy_control", clip=(0.2, 0.28, 10.0), agg="token
     )
 
 
-def steer_loss(batch, config, rollout_is_weights=None, **statistics):
+def steer_loss(batch, config, rollout_is_weights=None, **fields):
+    """STEER's loss and all metrics of its tokens."""
     advantages, entropys, old_log_prob, log_prob, mask = batch
-    return get_policy_loss_fn("entropy_control")(
-        old_log_prob=old_log_prob,
-        log_prob=log_prob,
-        advantages=advantages,
-        response_mask=mask,
-        loss_agg_mode=config.loss_agg_mode,
-        config=config,
-        rollout_is_weights=rollout_is_weights,
-        entropys=entropys,
-        **statistics,
+    inputs = LossInputs(
+        old_log_prob, log_prob, advantages, mask, entropys, rollout_is_weights=rollout_is_weights, **fields
     )
+    outputs = steer_policy_loss(inputs, config)
+    return outputs.loss, outputs.metrics | loss_module._token_metrics(config, inputs, outputs)
 
 
 def gradient(loss_of, log_prob):
@@ -68,7 +69,7 @@ def test_gradient_is_the_weight_times_the_vanilla_gradient(options, agg):
         advantages, entropys, old_log_prob, log_prob, mask,
         config.policy_loss.token_weight_min, config.policy_loss.token_weight_max, config.policy_loss.linear,
         estimator=config.policy_loss.entropy_change_estimator,
-        clip_ratio_low=0.2, clip_ratio_high=0.28, clip_ratio_c=10.0,
+        clip=ClipRatios(0.2, 0.28, 10.0),
     )  # fmt: skip
     steer = gradient(lambda x: steer_loss((advantages, entropys, old_log_prob, x, mask), config), log_prob)
     vanilla = gradient(lambda x: compute_policy_loss_vanilla(old_log_prob, x, advantages, mask, agg, config), log_prob)
@@ -96,11 +97,9 @@ def test_every_base_loss_has_each_tokens_gradient_multiplied_by_its_weight(base_
     torch.testing.assert_close(steer, weights * plain, rtol=1e-4, atol=1e-7)
 
 
-def test_base_losses_are_all_that_upstream_weights():
-    """What is registered beside them: upstream's that leaves weights out, and this fork's own."""
-    ours = {"entropy_control", "adaptive_entropy", "entropy_shaped_advantage"}
-    ours |= {"dynamic_clip", "high_entropy_tokens", "quadrant"}
-    assert POLICY_LOSS_REGISTRY.keys() == {*BASE_LOSSES, "bypass_mode", *ours}
+def test_base_losses_are_all_that_verl_weights():
+    """verl's registry has them, `bypass_mode`, which ignores weights, and STEER with verl's signature."""
+    assert POLICY_LOSS_REGISTRY.keys() == {*BASE_LOSSES, "bypass_mode", "entropy_control"}
 
 
 def test_weights_of_one_give_the_vanilla_loss_bit_for_bit():
@@ -166,27 +165,31 @@ def test_the_threshold_map_has_the_configured_quantile(quantile):
     config = actor_config(token_weight_map="threshold", token_weight_quantile=quantile)
     _, metrics = steer_loss(batch, config)
     advantages, entropys, old_log_prob, log_prob, mask = batch
-    change = estimate_entropy_change(advantages, entropys, old_log_prob, log_prob)[mask].sort().values
+    inputs = LossInputs(old_log_prob, log_prob, advantages, mask, entropys)
+    change = estimate_entropy_change(inputs)[mask].sort().values
     held_back = len(change) - 1 - int(quantile * (len(change) - 1))
     assert change.unique().numel() == len(change)
     assert float(metrics["actor/token_weights_below_0.9"]) == pytest.approx(held_back / len(change))
 
 
-@pytest.mark.parametrize("loss_mode", sorted(POLICY_LOSS_REGISTRY.keys() - {"entropy_control", "bypass_mode"}))
+@pytest.mark.parametrize("loss_mode", sorted({*BASE_LOSSES, *POLICY_LOSSES} - {"entropy_control"}))
 def test_the_losses_that_clip_as_ppo_does_are_known(loss_mode):
     """In those a token with an advantage is without gradient just where PPO clips it, in others not."""
     advantages, entropys, old_log_prob, log_prob, mask = random_batch(spread=1.5)
     config = actor_config(
         loss_mode, agg="token-sum", high_entropy_share=1.0, dro_beta=0.1, clip_cov_lb=0.0, kl_cov_ratio=0.1
     )
-    statistics = {"entropys": entropys, "current_entropys": entropys, "entropy_coeff": 0.01}
-    loss_fn = get_policy_loss_fn(loss_mode)
-    taken = {name: statistics[name] for name in statistics_taken(loss_fn)}
     torch.manual_seed(0)  # clip_cov draws its tokens
-    found = gradient(
-        lambda x: loss_fn(old_log_prob, x, advantages, mask, config.loss_agg_mode, config, None, **taken), log_prob
-    )
-    above, below = ppo_clipped(advantages, old_log_prob, log_prob, 0.2, 0.28, 10.0)
+
+    def loss_of(x):
+        inputs = LossInputs(old_log_prob, x, advantages, mask, entropys, entropys, entropy_coeff=0.01)
+        if loss_mode in POLICY_LOSSES:
+            return [POLICY_LOSSES[loss_mode].compute(inputs, config).loss]
+        return get_policy_loss_fn(loss_mode)(old_log_prob, x, advantages, mask, config.loss_agg_mode, config)
+
+    found = gradient(loss_of, log_prob)
+    inputs = LossInputs(old_log_prob, log_prob, advantages, mask)
+    above, below = ppo_clipped(inputs, ClipRatios(0.2, 0.28, 10.0))
     negative = advantages < 0
     assert all((side & mask).any() for side in (above & negative, above & ~negative, below))
     assert ((found == 0)[mask] == (above | below)[mask]).all() == clips_as_ppo(config.policy_loss)
@@ -327,10 +330,12 @@ def test_ppo_loss_hands_the_exact_estimator_the_current_policy():
     _, metrics = ppo_loss(config, dict(output), data)
     padded = {name: no_padding_2_padding(value, data) for name, value in output.items()}
     batch = data.select("advantages", "old_log_probs", "response_mask").to_padded_tensor()
-    change = estimate_entropy_change(
-        batch["advantages"], padded["entropy"], batch["old_log_probs"], padded["log_probs"], "exact", 0.2, 0.28, 10.0,
-        sum_pi_squared=padded["sum_pi_squared"], sum_pi_squared_log_pi=padded["sum_pi_squared_log_pi"],
+    inputs = LossInputs(
+        batch["old_log_probs"], padded["log_probs"], batch["advantages"], batch["response_mask"],
+        current_entropys=padded["entropy"], sum_pi_squared=padded["sum_pi_squared"],
+        sum_pi_squared_log_pi=padded["sum_pi_squared_log_pi"],
     )  # fmt: skip
+    change = estimate_entropy_change(inputs, "exact", ClipRatios(0.2, 0.28, 10.0))
     assert float(metrics["actor/entropy_change_max"].values[0]) == pytest.approx(float(change.max()))
     for missing in ("entropy", "sum_pi_squared", "sum_pi_squared_log_pi"):
         with pytest.raises(ValueError, match="=None|is None"):
@@ -347,11 +352,51 @@ def test_ppo_loss_hands_over_the_range_of_the_mini_batch():
     assert float(metrics["actor/token_weights_min"].values[0]) == pytest.approx(1.2)
 
 
-def test_ppo_loss_of_other_modes_is_upstreams():
-    from verl.workers.utils import losses
-
+def test_ppo_loss_of_other_modes_is_verls():
     for mode in ("vanilla", "gspo", "clip_cov"):
         data, output = micro_batch()
         loss, metrics = ppo_loss(actor_config(mode), dict(output), data)
-        upstream_loss, upstream_metrics = losses._upstream.ppo_loss(actor_config(mode), dict(output), data)
-        assert torch.equal(loss, upstream_loss) and metrics.keys() == upstream_metrics.keys()
+        verl_loss, verl_metrics = verl_ppo_loss(actor_config(mode), dict(output), data)
+        assert torch.equal(loss, verl_loss) and metrics.keys() == verl_metrics.keys()
+
+
+@pytest.mark.parametrize("use_kl_loss", [False, True])
+@pytest.mark.parametrize("entropy_coeff", [0.0, 0.02])
+def test_ppo_loss_adds_verls_entropy_bonus_and_kl_loss(use_kl_loss, entropy_coeff):
+    """With weights of 1 STEER's loss and its metrics are those of verl's `ppo_loss` with the vanilla loss."""
+    results = []
+    for mode, loss_fn in (("entropy_control", ppo_loss), ("vanilla", verl_ppo_loss)):
+        data, output = micro_batch()
+        data["ref_log_prob"] = data["old_log_probs"] * 0.9
+        config = actor_config(mode, token_weight_min=1.0, token_weight_max=1.0)
+        object.__setattr__(config, "use_kl_loss", use_kl_loss)
+        object.__setattr__(config, "entropy_coeff", entropy_coeff)
+        results.append(loss_fn(config, output, data))
+    (loss, metrics), (verl_loss, verl_metrics) = results
+    assert torch.equal(loss, verl_loss) and metrics.keys() >= verl_metrics.keys()
+    for name in ("actor/pg_loss", "actor/entropy_loss", "kl_loss"):
+        assert (name in metrics) == (name in verl_metrics)
+        if name in metrics:
+            assert metrics[name].aggregation == verl_metrics[name].aggregation
+
+
+def test_ppo_loss_returns_the_weights_where_outputs_are_requested():
+    data, output = micro_batch()
+    ppo_loss(actor_config(), output, data)
+    assert "token_weights" not in output
+    tu.assign_non_tensor(data, return_model_output=True)
+    _, metrics = ppo_loss(actor_config(), output, data)
+    weights = output["token_weights"]
+    assert weights.offsets().equal(data["responses"].offsets())
+    assert float(weights.values().min()) == pytest.approx(metrics["actor/token_weights_min"].values[0])
+    assert float(weights.values().mean()) == pytest.approx(metrics["actor/token_weights_mean"].values[0])
+
+
+def test_the_loss_with_verls_signature_is_steers():
+    advantages, entropys, old_log_prob, log_prob, mask = batch = random_batch()
+    config = actor_config()
+    found, _ = get_policy_loss_fn("entropy_control")(
+        old_log_prob, log_prob, advantages, mask, "token-sum", config, entropys=entropys
+    )
+    assert torch.equal(found, steer_loss(batch, actor_config(agg="token-sum"))[0])
+    assert not torch.equal(found, steer_loss(batch, config)[0])

@@ -8,15 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_policy_loss import NoHostSynchronisation, actor_config, micro_batch, steer_loss
-from test_token_weights import random_batch
-from verl.steer.methods import losses as entropy_interventions
+from test_token_weights import CLIP, loss_inputs, random_batch
+from verl.steer.loss import ppo_loss
+from verl.steer.methods.quadrant import in_quadrant
 from verl.steer.token_metrics import PROBABILITY_BINS, QUADRANTS, token_metrics
 from verl.trainer.ppo.core_algos import estimate_entropy_change, ppo_clipped
 from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType
-from verl.workers.utils.losses import ppo_loss
-
-CLIP = (0.2, 0.28, 10.0)
 
 
 def by_hand():
@@ -31,8 +29,14 @@ def by_hand():
     return advantages, probs.log(), above, below, mask, change, weights
 
 
+def metrics_by_hand(advantages, old_log_prob, above, below, mask, *rest):
+    """`token_metrics` of `by_hand`, whose current log-probs nothing reads."""
+    inputs = loss_inputs(advantages, None, old_log_prob, old_log_prob, mask)
+    return token_metrics(inputs, None if above is None else (above, below), *rest)
+
+
 def test_the_metrics_by_hand():
-    found = {name: value.item() for name, value in token_metrics(*by_hand()).items()}
+    found = {name: value.item() for name, value in metrics_by_hand(*by_hand()).items()}
     eighth = {
         "pg_clipfrac_high": 3, "pg_clipfrac_low": 3,
         "pg_clipfrac_high/prob_below_0.1": 1, "pg_clipfrac_high/prob_0.1_to_0.5": 1,
@@ -50,19 +54,18 @@ def test_the_metrics_by_hand():
 
 
 def metrics_of(batch):
-    advantages, entropys, old_log_prob, log_prob, mask = batch
-    clipped = ppo_clipped(advantages, old_log_prob, log_prob, *CLIP)
-    change = estimate_entropy_change(advantages, entropys, old_log_prob, log_prob, "released", *CLIP)
-    return token_metrics(advantages, old_log_prob, *clipped, mask, change, (-change).exp())
+    inputs = loss_inputs(*batch)
+    change = estimate_entropy_change(inputs, "released", CLIP)
+    return token_metrics(inputs, ppo_clipped(inputs, CLIP), change, (-change).exp())
 
 
 @settings(max_examples=30)
 @given(st.integers(0, 10_000))
 def test_bins_and_quadrants_share_everything_out(seed):
     batch = random_batch(seed=seed)
-    advantages, _, old_log_prob, log_prob, mask = batch
+    advantages, *_, mask = batch
     found, valid = metrics_of(batch), mask.bool()
-    for name, clipped in zip(("high", "low"), ppo_clipped(advantages, old_log_prob, log_prob, *CLIP), strict=True):
+    for name, clipped in zip(("high", "low"), ppo_clipped(loss_inputs(*batch), CLIP), strict=True):
         total = sum(found[f"actor/pg_clipfrac_{name}/prob_{bin}"] for bin in PROBABILITY_BINS)
         torch.testing.assert_close(total, clipped[valid].float().mean())
     tokens, change = (
@@ -86,7 +89,7 @@ def test_bfloat16_and_float32_go_into_the_same_bins():
     clear = [0, 2, 4, 6]
     for dtype in (torch.bfloat16, torch.float32):
         cut = [values[:, clear] for values in (advantages, old_log_prob.to(dtype), *rest)]
-        found = token_metrics(*cut)
+        found = metrics_by_hand(*cut)
         assert found["actor/pg_clipfrac_high/prob_below_0.1"] == 0.25
         assert found["actor/pg_clipfrac_low/prob_above_0.9"] == 0.25
 
@@ -99,38 +102,37 @@ def test_without_tokens_or_advantages_all_is_zero(empty):
     else:
         advantages, change, above, below = advantages * 0, change * 0, above & False, below & False
         weights = torch.ones_like(weights)
-    found = token_metrics(advantages, old_log_prob, above, below, mask, change, weights)
+    found = metrics_by_hand(advantages, old_log_prob, above, below, mask, change, weights)
     assert all(value == 0 for value in found.values())
 
 
 def test_a_log_prob_that_is_not_finite_leaves_the_others_alone():
     advantages, old_log_prob, *rest = by_hand()
-    expected = token_metrics(advantages, old_log_prob, *rest)
+    expected = metrics_by_hand(advantages, old_log_prob, *rest)
     for broken in (math.nan, -math.inf, math.inf):
         # On a token that is not valid, and on one that is.
         other = old_log_prob.clone()
         other[0, 9] = broken
-        found = token_metrics(advantages, other, *rest)
+        found = metrics_by_hand(advantages, other, *rest)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         other[0, 0] = broken
-        assert all(value.isfinite() for value in token_metrics(advantages, other, *rest).values())
+        assert all(value.isfinite() for value in metrics_by_hand(advantages, other, *rest).values())
 
 
 def test_what_is_not_given_is_not_told():
-    names = token_metrics(*by_hand()[:5]).keys()
+    names = metrics_by_hand(*by_hand()[:5]).keys()
     assert "actor/token_weights_below_0.9" not in names and not any(name.endswith("/change") for name in names)
     assert len(names) == 2 * (1 + len(PROBABILITY_BINS)) + len(QUADRANTS)
     advantages, old_log_prob, _, _, mask, *_ = by_hand()
-    names = token_metrics(advantages, old_log_prob, None, None, mask).keys()
+    names = metrics_by_hand(advantages, old_log_prob, None, None, mask).keys()
     assert names == {f"actor/quadrant/{name}/tokens" for name in QUADRANTS}
 
 
-def test_the_quadrants_are_those_of_the_interventions():
-    assert QUADRANTS == entropy_interventions.QUADRANTS
+def test_the_quadrants_are_those_of_the_loss():
     advantages, old_log_prob, _, _, mask, *_ = by_hand()
-    found = token_metrics(*by_hand()[:5])
+    found = metrics_by_hand(*by_hand()[:5])
     for name in QUADRANTS:
-        inside = entropy_interventions.in_quadrant(name, advantages, old_log_prob, old_log_prob, 0.5)
+        inside = in_quadrant(name, loss_inputs(advantages, old_log_prob, old_log_prob, old_log_prob), 0.5)
         assert found[f"actor/quadrant/{name}/tokens"] == (inside & mask.bool()).sum() / mask.sum()
 
 
@@ -144,9 +146,8 @@ def test_the_metrics_stay_on_the_device():
 def test_steers_loss_has_them():
     batch = random_batch(seed=3)
     _, metrics = steer_loss(batch, actor_config())
-    advantages, _, old_log_prob, log_prob, mask = batch
-    clipped = ppo_clipped(advantages, old_log_prob, log_prob, *CLIP)
-    expected = token_metrics(advantages, old_log_prob, *clipped, mask)
+    inputs = loss_inputs(*batch)
+    expected = token_metrics(inputs, ppo_clipped(inputs, CLIP))
     assert all(torch.equal(metrics[name], expected[name]) for name in expected)
     assert 0 < metrics["actor/token_weights_below_0.9"] < 1
     assert {f"actor/quadrant/{name}/change" for name in QUADRANTS} <= metrics.keys()
@@ -161,7 +162,8 @@ def test_other_losses_have_them_where_the_trainer_asks(loss_mode):
     loss, metrics = ppo_loss(config, dict(output), data)
     assert loss == plain_loss
     added = metrics.keys() - plain.keys()
-    assert len(added) == 2 * (1 + len(PROBABILITY_BINS)) + 2 * len(QUADRANTS)
+    weights = {"actor/token_weights_below_0.9"} if loss_mode == "quadrant" else set()
+    assert added >= weights and len(added - weights) == 2 * (1 + len(PROBABILITY_BINS)) + 2 * len(QUADRANTS)
     assert all(metrics[name].aggregation is AggregationType.MEAN for name in added)
     total = sum(metrics[f"actor/quadrant/{name}/change"].aggregate() for name in QUADRANTS)
     assert total == pytest.approx(1.0)

@@ -15,6 +15,7 @@ import torch.distributed
 import torch.multiprocessing
 from tensordict import TensorDict
 from test_policy_loss import actor_config
+from test_token_weights import loss_inputs
 from verl.steer.engine.normalizer import (
     NOTHING_VALID,
     RANGE_FILE,
@@ -23,10 +24,10 @@ from verl.steer.engine.normalizer import (
     mean_range,
     old_policy_range,
 )
+from verl.steer.loss import ppo_loss
 from verl.trainer.ppo.core_algos import EntropyChangeRange, estimate_entropy_change
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
-from verl.workers.utils.losses import ppo_loss
 
 SEQUENCES, ACTIONS = 8, 5
 
@@ -169,7 +170,8 @@ def one_rank(tmp_path):
 def test_the_range_is_that_of_the_estimate_at_the_old_policy(one_rank):
     data, options = mini_batch(0, SEQUENCES), actor_config(token_weight_map="threshold").policy_loss
     flat = {name: data[name].values() for name in ("advantages", "entropy", "old_log_probs", "response_mask")}
-    change = estimate_entropy_change(flat["advantages"], flat["entropy"], flat["old_log_probs"], flat["old_log_probs"])
+    columns = ("advantages", "entropy", "old_log_probs", "old_log_probs")
+    change = estimate_entropy_change(loss_inputs(*(flat[name] for name in columns)))
     change = change[flat["response_mask"] == 1].sort().values
     expected = (change[0], change[-1], change[int(0.8 * (len(change) - 1))])
     assert old_policy_range(data, options, None) == pytest.approx(tuple(map(float, expected)))

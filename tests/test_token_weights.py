@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from verl.trainer.ppo.core_algos import (
     ENTROPY_CHANGE_ESTIMATORS,
     TOKEN_WEIGHT_MAPS,
+    ClipRatios,
     EntropyChangeRange,
+    LossInputs,
     compute_token_weights,
     entropy_change_range,
     estimate_entropy_change,
@@ -19,7 +21,7 @@ from verl.trainer.ppo.core_algos import (
     ppo_clipped,
 )
 
-CLIP = (0.2, 0.28, 10.0)
+CLIP = ClipRatios(0.2, 0.28, 10.0)
 
 
 def reference_change(advantage, entropy, old_log_prob, log_prob, squares, squares_log, estimator):
@@ -76,6 +78,12 @@ def random_batch(shape=(6, 33), seed=0, spread=0.3):
     return advantages, entropys, old_log_prob, log_prob, mask
 
 
+def loss_inputs(advantages, entropys, old_log_prob, log_prob, mask=None, **fields):
+    """A micro-batch; without a mask all tokens are valid."""
+    mask = torch.ones_like(advantages) if mask is None else mask
+    return LossInputs(old_log_prob, log_prob, advantages, mask, entropys, **fields)
+
+
 def squares(like):
     """Sums over a vocabulary that some policy could have: of pi^2, and of pi^2 ln pi."""
     generator = torch.Generator().manual_seed(like.numel())
@@ -86,8 +94,7 @@ def squares(like):
 def against_reference(advantages, entropys, old_log_prob, log_prob, mask, estimator, low, high, linear):
     weights = compute_token_weights(
         advantages, entropys, old_log_prob, log_prob, mask, low, high, linear,
-        estimator=estimator, clip_ratio_low=CLIP[0], clip_ratio_high=CLIP[1], clip_ratio_c=CLIP[2],
-        **squares(advantages),
+        estimator=estimator, clip=CLIP, current_entropys=entropys, **squares(advantages),
     )  # fmt: skip
     columns = (advantages, entropys, old_log_prob, log_prob, *squares(advantages).values())
     changes = [
@@ -144,24 +151,27 @@ def test_garbage_in_masked_tokens_changes_nothing():
 def test_estimate_by_hand():
     """A = 2, pi_old = 0.4, pi = 0.5, H = 1: 2 / 0.4 * 0.25 * (ln 0.5 + 1) = 1.25 * 0.306853 = 0.383566."""
     token = [torch.tensor([[x]]) for x in (2.0, 1.0, math.log(0.4), math.log(0.5))]
-    assert estimate_entropy_change(*token).item() == pytest.approx(0.3835660, abs=1e-6)
-    assert estimate_entropy_change(*token, "squared").item() == pytest.approx(0.3835660 / 2, abs=1e-6)
+    inputs = loss_inputs(*token)
+    assert estimate_entropy_change(inputs).item() == pytest.approx(0.3835660, abs=1e-6)
+    assert estimate_entropy_change(inputs, "squared").item() == pytest.approx(0.3835660 / 2, abs=1e-6)
     # ratio 1.25 lies beyond 1 + 0.2 and within 1 + 0.28
-    assert estimate_entropy_change(*token, "clip_aware", 0.2, 0.2, 10.0).item() == 0.0
-    assert estimate_entropy_change(*token, "clip_aware", 0.2, 0.28, 10.0).item() == pytest.approx(0.3835660, abs=1e-6)
+    assert estimate_entropy_change(inputs, "clip_aware", ClipRatios(0.2, 0.2, 10.0)).item() == 0.0
+    assert estimate_entropy_change(inputs, "clip_aware", CLIP).item() == pytest.approx(0.3835660, abs=1e-6)
 
 
 def test_near_certain_token_keeps_its_digits():
     """1 - pi = 1e-7 is lost when float32 computes 1 - exp(ln pi)."""
     token = [torch.tensor([[x]]) for x in (1.0, 1.0, -1e-7, -1e-7)]
-    assert estimate_entropy_change(*token).item() == pytest.approx(1e-7, rel=1e-5)
+    assert estimate_entropy_change(loss_inputs(*token)).item() == pytest.approx(1e-7, rel=1e-5)
 
 
 def test_old_probabilities_stay_within_the_margin():
     """pi_old = e^-25 = 1.4e-11 counts as 1e-8, and e^0.5, which is none, as 1: 2 / pi_old * 0.25 * (ln 0.5 + 1)."""
     for old_log_prob, old_prob in ((-25.0, 1e-8), (0.5, 1.0)):
         token = [torch.tensor([[x]]) for x in (2.0, 1.0, old_log_prob, math.log(0.5))]
-        assert estimate_entropy_change(*token).item() == pytest.approx(2 / old_prob * 0.25 * 0.3068528, rel=1e-5)
+        assert estimate_entropy_change(loss_inputs(*token)).item() == pytest.approx(
+            2 / old_prob * 0.25 * 0.3068528, rel=1e-5
+        )
 
 
 def test_the_exact_estimates_ratio_is_that_of_upstreams_loss():
@@ -174,14 +184,21 @@ def test_the_exact_estimates_ratio_is_that_of_upstreams_loss():
     sums = torch.full((1, 4), 0.3), torch.full((1, 4), -0.4)
     entropys = torch.full((1, 4), math.log(4.0))
     bracket = 0.5 * math.log(2) - (0.3 * math.log(4) - 0.4)
-    found = exact_entropy_change(advantages, entropys, log_prob - log_ratio, log_prob, *sums, 0.2, 0.28, 10.0)
+    inputs = exact_inputs(advantages, entropys, log_prob - log_ratio, log_prob, *sums)
+    found = exact_entropy_change(inputs, CLIP)
     expected = torch.tensor([[-math.exp(-20) * bracket, 0.0, 0.0, 0.0]])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0.0)
     # Without a clip there: above e^20 too.
-    bounds = (1.0, math.inf, math.inf)
-    found = exact_entropy_change(advantages, entropys, log_prob - log_ratio, log_prob, *sums, *bounds)
+    found = exact_entropy_change(inputs, ClipRatios(1.0, math.inf, math.inf))
     expected = bracket * torch.tensor([[-math.exp(-20), math.exp(20), -math.exp(20), math.exp(20)]])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0.0)
+
+
+def exact_inputs(advantages, entropys, old_log_prob, log_prob, sum_pi_squared, sum_pi_squared_log_pi):
+    return loss_inputs(
+        advantages, None, old_log_prob, log_prob,
+        current_entropys=entropys, sum_pi_squared=sum_pi_squared, sum_pi_squared_log_pi=sum_pi_squared_log_pi,
+    )  # fmt: skip
 
 
 def test_exact_estimate_by_hand():
@@ -194,17 +211,21 @@ def test_exact_estimate_by_hand():
     entropy = -(pi * pi.log()).sum()
     token = [torch.full((1, 1), float(x)) for x in (2.0, entropy, math.log(0.64), math.log(0.8))]
     sums = [torch.full((1, 1), float(x)) for x in ((pi**2).sum(), (pi**2 * pi.log()).sum())]
-    assert exact_entropy_change(*token, *sums, 0.2, 0.28).item() == pytest.approx(-0.2218071, abs=1e-6)
+    inputs = exact_inputs(*token, *sums)
+    assert exact_entropy_change(inputs, CLIP).item() == pytest.approx(-0.2218071, abs=1e-6)
+    assert exact_entropy_change(inputs, ClipRatios(0.2, 0.2, 10.0)).item() == 0.0  # clipped
     token[0] = -token[0]
-    assert exact_entropy_change(*token, *sums, 0.2, 0.28).item() == pytest.approx(0.2218071, abs=1e-6)
-    token[0] = -token[0]
-    assert exact_entropy_change(*token, *sums, 0.2, 0.2).item() == 0.0  # clipped
+    inputs = exact_inputs(*token, *sums)
+    assert exact_entropy_change(inputs, CLIP).item() == pytest.approx(0.2218071, abs=1e-6)
 
 
 def test_exact_estimate_names_what_is_missing():
     *tensors, mask = random_batch()
-    with pytest.raises(ValueError, match="sum_pi_squared or sum_pi_squared_log_pi is None: estimator=exact expects"):
-        compute_token_weights(*tensors, mask, estimator="exact", sum_pi_squared=mask)
+    fields = {"current_entropys": tensors[1], **squares(mask)}
+    for missing in fields:
+        given = {name: value for name, value in fields.items() if name != missing}
+        with pytest.raises(ValueError, match=f"{missing}=None: entropy_change_estimator=exact expects it"):
+            compute_token_weights(*tensors, mask, estimator="exact", **given)
 
 
 def test_range_by_hand():
@@ -320,7 +341,7 @@ def test_clipped_by_hand():
     """Ratios 1.3, 1.3, 0.7, 0.7, 11, 11 with advantages of either sign; epsilon 0.2 below, 0.28 above, c = 10."""
     advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0, -1.0, 0.0]])
     ratio = torch.tensor([[1.3, 1.3, 0.7, 0.7, 11.0, 11.0, 11.0]])
-    above, below = ppo_clipped(advantages, torch.zeros(1, 7), ratio.log(), *CLIP)
+    above, below = ppo_clipped(loss_inputs(advantages, None, torch.zeros(1, 7), ratio.log()), CLIP)
     assert above.tolist() == [[True, False, False, False, True, True, False]]
     assert below.tolist() == [[False, False, False, True, False, False, False]]
 
@@ -341,10 +362,11 @@ maps = st.one_of(
 @given(batches, maps, st.sampled_from(ENTROPY_CHANGE_ESTIMATORS))
 def test_weights_are_bounded_and_fall_with_the_estimate(batch, bounds, estimator):
     *tensors, mask = batch
-    weights = compute_token_weights(*tensors, mask, *bounds, estimator=estimator, **squares(mask))
+    fields = {"current_entropys": tensors[1], **squares(mask)}
+    weights = compute_token_weights(*tensors, mask, *bounds, estimator=estimator, **fields)
     low, high, _ = bounds
     assert (weights[mask] >= low - 1e-6).all() and (weights[mask] <= high + 1e-6).all() and not weights[~mask].any()
-    order = estimate_entropy_change(*tensors, estimator, **squares(mask))[mask].argsort()
+    order = estimate_entropy_change(loss_inputs(*batch, **fields), estimator)[mask].argsort()
     assert (weights[mask][order].diff() <= 1e-6).all()
 
 

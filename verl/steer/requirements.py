@@ -1,22 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a policy loss or an advantage estimator needs that not every run computes: switched on or refused."""
+"""The checks of a run's configuration before Ray starts, and the keys that its loss needs switched on."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import verl.steer.methods  # noqa: F401 - registers the losses and estimators
+from hydra.errors import InstantiationException
 from omegaconf import DictConfig, open_dict
+from verl.plugin.platform import get_platform
 from verl.steer.audit.scores import AuditOptions
-from verl.steer.methods.advantages import SCORES, fields_read
+from verl.steer.config import ADVANTAGE_OPTIONS
+from verl.steer.methods.registry import (
+    POLICY_LOSSES,
+    SCORES,
+    base_loss_of,
+    clips_as_ppo,
+    estimator_fields,
+    fields_needed,
+)
+from verl.steer.options import from_config
+from verl.steer.rollout.checks import check_rollouts
 from verl.steer.task_runner import BATCHED_MANAGER, is_batched
-from verl.trainer.ppo.core_algos import PPO_CLIPPED_LOSSES, base_loss_of, get_policy_loss_fn
+from verl.trainer.distillation import is_distillation_enabled
+from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.trainer.ppo.utils import need_critic
-from verl.workers.utils.losses import statistics_taken
+from verl.utils.config import omega_conf_to_dataclass
 
 #: Engines that return the current policy's entropies from the update's forward pass.
 ENTROPY_STRATEGIES = ("fsdp", "fsdp2", "megatron", "veomni", "torchtitan", "automodel")
@@ -24,18 +37,14 @@ ENTROPY_STRATEGIES = ("fsdp", "fsdp2", "megatron", "veomni", "torchtitan", "auto
 #: Strategies of this fork's own engine, which has sums over the vocabulary and the range of a whole mini-batch.
 FSDP_STRATEGIES = ("fsdp", "fsdp2")
 
-#: Losses with a coefficient that this fork's trainer sets step by step.
-LOSSES_OF_THE_TRAINER = ("adaptive_entropy",)
+#: verl's losses that read `actor.clip_ratio_c` but do not clip as PPO does, and the value that it must exceed.
+CLIP_RATIO_C_ABOVE = {"dynamic_clip": 1, "dppo_tv": 0, "dppo_kl": 0}
 
-#: Losses that read `actor.clip_ratio_c`, and what it must be above: PPO's dual clip cuts ratios of more than 1, DPPO
-#: truncates all ratios.
-CLIP_RATIO_C_ABOVE = {**dict.fromkeys((*PPO_CLIPPED_LOSSES, "dynamic_clip"), 1), "dppo_tv": 0, "dppo_kl": 0}
-
-#: File inside a checkpoint's folder while the checkpoint is under way.
+#: File inside a checkpoint's folder while the checkpoint is being written.
 UNFINISHED = ".unfinished"
 
-#: Keys below `trainer` that this fork's trainer reads, with the values that ask for nothing.
-KEYS_OF_THE_TRAINER = {
+#: Keys below `trainer` that only this fork's trainer reads, with the values that switch them off.
+TRAINER_KEYS = {
     "save_after": 0,
     "save_best_only": False,
     "delete_old_best_checkpoint": False,
@@ -46,23 +55,58 @@ KEYS_OF_THE_TRAINER = {
 MEANS = ("token-mean", "seq-mean-token-mean")
 
 
-@dataclass
-class Requirements:
-    """What a run's loss and estimator need.
+def check_and_complete(config: DictConfig) -> None:
+    """Check a run's configuration, and switch on the keys that its policy loss needs.
 
     Args:
-        sums: the sums over the vocabulary that the estimator `exact` reads.
-        range: the range of a whole mini-batch, for STEER's normalizers.
-        current_entropy: the current policy's entropies.
-        coefficient: one that the trainer sets by the entropy that it measures.
-        fields: those of the batch that the trainer hands to the advantage estimator beside upstream's.
-    """
+        config: the resolved configuration. `actor.calculate_entropy`, `actor.calculate_sum_pi_squared` and
+            `actor.fsdp_config.one_pass_reductions` are set.
 
-    sums: bool
-    range: bool
-    current_entropy: bool
-    coefficient: bool
-    fields: tuple[str, ...]
+    Raises:
+        ValueError: if a value is out of range, or the loss or the advantage estimator needs something that this run
+            does not compute.
+    """
+    _check_platform(config)
+    _check_log_prob_micro_batches(config)
+    check_rollouts(config)
+    try:
+        policy_loss = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
+    except InstantiationException as error:
+        raise ValueError(str(error.__cause__)) from error
+    for options in ADVANTAGE_OPTIONS:
+        from_config(options, config.algorithm)
+    _check_clip(config, policy_loss)
+    needed = _inputs_needed(config, policy_loss)
+    _check_engine(config, policy_loss, needed)
+    _check_trainer(config, policy_loss, needed)
+    _switch_on(config, needed)
+    _check_entropy_audit(config)
+    _check_checkpoints(config)
+    _check_evaluation(config)
+
+
+def _check_platform(config: DictConfig) -> None:
+    platform = get_platform().device_name
+    if (platform == "cpu") != (config.trainer.device == "cpu"):
+        remedy = "hardware=cpu" if platform == "cpu" else "VERL_PLATFORM=cpu in the environment, or another hardware"
+        raise ValueError(
+            f"trainer.device={config.trainer.device}: verl's platform here is {platform}; expected {remedy}"
+        )
+
+
+def _check_log_prob_micro_batches(config: DictConfig) -> None:
+    """verl checks the micro-batches of the update only; wrong ones of the log-probs would stop a worker later."""
+    rollout, trainer = config.actor_rollout_ref.rollout, config.trainer
+    size = rollout.log_prob_micro_batch_size_per_gpu
+    if trainer.val_only or rollout.log_prob_use_dynamic_bsz or size is None:
+        return
+    ranks = trainer.nnodes * trainer.n_gpus_per_node // config.actor_rollout_ref.actor.ulysses_sequence_parallel_size
+    rollouts = config.data.train_batch_size * rollout.n // ranks
+    if rollouts % size:
+        raise ValueError(
+            f"rollout.log_prob_micro_batch_size_per_gpu={size}: expected a divisor of the {rollouts} rollouts of a "
+            f"rank (data.train_batch_size={config.data.train_batch_size} * rollout.n={rollout.n} / {ranks} ranks)"
+        )
 
 
 def has_old_entropy(config: DictConfig) -> bool:
@@ -71,103 +115,80 @@ def has_old_entropy(config: DictConfig) -> bool:
     return config.trainer.use_v1 and not rollout_correction.get("bypass_mode", False)
 
 
-def requirements_of(config: DictConfig, policy_loss: Any) -> Requirements:
-    """From the configuration and its `policy_loss` as a dataclass.
-
-    Raises:
-        ValueError: if there is no policy loss of that name.
-    """
-    taken = statistics_taken(get_policy_loss_fn(policy_loss.loss_mode))
-    steer = policy_loss.loss_mode == "entropy_control"
-    exact = steer and policy_loss.entropy_change_estimator == "exact"
-    instead_of_old = "entropys" in taken and not has_old_entropy(config)
-    return Requirements(
-        sums=exact,
-        range=steer and policy_loss.token_weight_normalizer != "micro_batch",
-        current_entropy=exact or instead_of_old or ("current_entropys" in taken and not steer),
-        coefficient=policy_loss.loss_mode in LOSSES_OF_THE_TRAINER,
-        fields=fields_read(config.algorithm),
-    )
+def _inputs_needed(config: DictConfig, policy_loss: Any) -> set[str]:
+    """Fields of `LossInputs` that the loss needs; without the old policy's entropies the current policy's."""
+    if policy_loss.loss_mode not in POLICY_LOSSES:
+        get_policy_loss_fn(policy_loss.loss_mode)  # raises if the name is unknown
+    needed = fields_needed(policy_loss)
+    return needed if has_old_entropy(config) or "entropys" not in needed else needed | {"current_entropys"}
 
 
-def provide(config: DictConfig, policy_loss: Any) -> None:
-    """Switch on `actor`'s keys that the loss needs.
-
-    Args:
-        config: the resolved configuration; `actor.calculate_entropy`, `actor.calculate_sum_pi_squared` and
-            `actor.fsdp_config.one_pass_reductions` are set.
-        policy_loss: its `actor.policy_loss` as a dataclass.
-
-    Raises:
-        ValueError: if what is needed can't be had.
-    """
-    needed = requirements_of(config, policy_loss)
-    _check_engine(config, policy_loss, needed)
-    _check_trainer(config, policy_loss, needed)
+def _switch_on(config: DictConfig, needed: set[str]) -> None:
     actor = config.actor_rollout_ref.actor
     with open_dict(actor):
-        actor.calculate_entropy = actor.calculate_entropy or needed.current_entropy
-        if needed.sums:
+        actor.calculate_entropy = actor.calculate_entropy or "current_entropys" in needed
+        if "sum_pi_squared" in needed:
             actor.calculate_sum_pi_squared = actor.fsdp_config.one_pass_reductions = True
 
 
-def _check_engine(config: DictConfig, policy_loss: Any, needed: Requirements) -> None:
+def _check_engine(config: DictConfig, policy_loss: Any, needed: set[str]) -> None:
     strategy = config.actor_rollout_ref.actor.strategy
-
-    def expect_strategy(strategies: tuple[str, ...], reason: str) -> None:
-        if strategy not in strategies:
-            raise ValueError(f"actor.strategy={strategy}: expected one of {', '.join(strategies)}: {reason}")
-
-    if needed.current_entropy:
-        expect_strategy(
+    for field, strategies, reason in (
+        (
+            "current_entropys",
             ENTROPY_STRATEGIES,
             f"loss_mode={policy_loss.loss_mode} needs the current policy's entropies, which others do not return",
+        ),
+        ("sum_pi_squared", FSDP_STRATEGIES, "entropy_change_estimator=exact needs sums over the vocabulary"),
+        ("change_range", FSDP_STRATEGIES, f"token_weight_normalizer={policy_loss.token_weight_normalizer}"),
+    ):
+        if field in needed and strategy not in strategies:
+            raise ValueError(f"actor.strategy={strategy}: expected one of {', '.join(strategies)}: {reason}")
+    if "sum_pi_squared" in needed and config.actor_rollout_ref.model.use_fused_kernels:
+        raise ValueError(
+            "model.use_fused_kernels=true: expected false with entropy_change_estimator=exact, which reads logits"
         )
-    if needed.sums:
-        expect_strategy(FSDP_STRATEGIES, "entropy_change_estimator=exact needs sums over the vocabulary")
-        if config.actor_rollout_ref.model.use_fused_kernels:
-            raise ValueError(
-                "model.use_fused_kernels=true: expected false with entropy_change_estimator=exact, which reads logits"
-            )
-    if needed.range:
-        expect_strategy(FSDP_STRATEGIES, f"token_weight_normalizer={policy_loss.token_weight_normalizer}")
 
 
-def _check_trainer(config: DictConfig, policy_loss: Any, needed: Requirements) -> None:
+def _check_trainer(config: DictConfig, policy_loss: Any, needed: set[str]) -> None:
     actor, trainer = config.actor_rollout_ref.actor, config.trainer
     normalizer = f"policy_loss.token_weight_normalizer={policy_loss.token_weight_normalizer}"
     loss_mode = f"policy_loss.loss_mode={policy_loss.loss_mode}"
     adv_estimator = f"algorithm.adv_estimator={config.algorithm.adv_estimator}"
-    if not has_old_entropy(config):
-        for needs, key, expected in (
-            (needed.range, normalizer, "micro_batch"),
-            (needed.coefficient, loss_mode, "another"),
-            ("entropy" in needed.fields, adv_estimator, "another"),
-        ):
-            if needs:
-                raise ValueError(
-                    f"{key}: expected {expected} where the trainer computes no entropies of the old policy, as in "
-                    "bypass mode"
-                )
-    if needed.coefficient and actor.loss_agg_mode not in MEANS:
+    has_coefficient, fields = "entropy_coeff" in needed, estimator_fields(config.algorithm)
+    if needed and is_distillation_enabled(config.get("distillation")):
+        raise ValueError(f"distillation.enabled=true: expected false with {loss_mode}")
+    for needs, key, expected in (
+        ("change_range" in needed, normalizer, "micro_batch"),
+        (has_coefficient, loss_mode, "another"),
+        ("entropy" in fields, adv_estimator, "another"),
+    ):
+        if needs and not has_old_entropy(config):
+            raise ValueError(
+                f"{key}: expected {expected} where the trainer computes no entropies of the old policy, as in bypass "
+                "mode"
+            )
+    if has_coefficient and actor.loss_agg_mode not in MEANS:
         raise ValueError(
             f"actor.loss_agg_mode={actor.loss_agg_mode}: expected one of {', '.join(MEANS)} with {loss_mode}, which "
             "needs a mean entropy"
         )
-    use_kl = ", algorithm.use_kl_in_reward=true" if SCORES in needed.fields else ""
-    for needs, key in (
-        (needed.coefficient, loss_mode),
-        (bool(needed.fields), adv_estimator + use_kl),
-        (needed.sums, "policy_loss.entropy_change_estimator=exact"),
-        (is_batched(config), f"rollout.agent.agent_loop_manager_class={BATCHED_MANAGER} (null: upstream's manager)"),
-    ):
+    use_kl = ", algorithm.use_kl_in_reward=true" if SCORES in fields else ""
+    needs_steer = (
+        (has_coefficient, loss_mode),
+        (bool(fields), adv_estimator + use_kl),
+        ("sum_pi_squared" in needed, "policy_loss.entropy_change_estimator=exact"),
+        (is_batched(config), f"rollout.agent.agent_loop_manager_class={BATCHED_MANAGER} (null: verl's manager)"),
+    )
+    for needs, key in (*needs_steer, (policy_loss.loss_mode in POLICY_LOSSES, loss_mode)):
         if needs and not trainer.use_v1:
             raise ValueError(f"trainer.use_v1={trainer.use_v1}: expected true with {key}")
+    for needs, key in needs_steer:
         if needs and trainer.v1.trainer_mode != "steer":
             raise ValueError(f"trainer.v1.trainer_mode={trainer.v1.trainer_mode}: expected steer with {key}")
 
 
-def check_clip(config: DictConfig, policy_loss: Any) -> None:
+def _check_clip(config: DictConfig, policy_loss: Any) -> None:
     """`actor.clip_ratio*`: a worker would take a bad value for a clip that never or always cuts, or stop at it.
 
     Raises:
@@ -183,14 +204,15 @@ def check_clip(config: DictConfig, policy_loss: Any) -> None:
 
     for name in ("clip_ratio_low", "clip_ratio_high"):
         check("clip_ratio" if actor[name] is None else name, lambda value: value >= 0, "of at least 0")
-    if loss in CLIP_RATIO_C_ABOVE:
-        bound = CLIP_RATIO_C_ABOVE[loss]
+    if clips_as_ppo(policy_loss) or loss in CLIP_RATIO_C_ABOVE:
+        bound = CLIP_RATIO_C_ABOVE.get(loss, 1)
         check("clip_ratio_c", lambda value: value > bound, f"above {bound} with the loss {loss}")
 
 
-def check_entropy_audit(config: DictConfig) -> None:
+def _check_entropy_audit(config: DictConfig) -> None:
     """An audit measures what this fork's own engine computes, at the request of this fork's own trainer."""
-    options, trainer, actor = AuditOptions.of(config.trainer), config.trainer, config.actor_rollout_ref.actor
+    trainer, actor = config.trainer, config.actor_rollout_ref.actor
+    options = from_config(AuditOptions, trainer.get("entropy_audit"), "trainer.entropy_audit")
     bypass = (config.algorithm.get("rollout_correction") or {}).get("bypass_mode", False)
     needs = [
         ("trainer.use_v1", trainer.use_v1, (True,)),
@@ -206,7 +228,7 @@ def check_entropy_audit(config: DictConfig) -> None:
             raise ValueError(f"{key}={value}: expected {expected} with trainer.entropy_audit.freq={options.freq}")
 
 
-def check_checkpoints(config: DictConfig) -> None:
+def _check_checkpoints(config: DictConfig) -> None:
     """A run that is asked for checkpoints saves some, and goes on from a whole one.
 
     Raises:
@@ -221,10 +243,10 @@ def check_checkpoints(config: DictConfig) -> None:
     if trainer.val_only:
         return
     if trainer.use_v1 and trainer.v1.trainer_mode == "steer":
-        _check_checkpoints_of_the_trainer(config)
+        _check_checkpoints_of_steer(config)
         return
     other = f"trainer.v1.trainer_mode={trainer.v1.trainer_mode} and trainer.use_v1={str(trainer.use_v1).lower()}"
-    for key, off in KEYS_OF_THE_TRAINER.items():
+    for key, off in TRAINER_KEYS.items():
         value = trainer.get(key, off)
         if value != off:
             shown, expected = (str(one).lower() if isinstance(one, bool) else one for one in (value, off))
@@ -238,7 +260,7 @@ def check_checkpoints(config: DictConfig) -> None:
         )
 
 
-def _check_checkpoints_of_the_trainer(config: DictConfig) -> None:
+def _check_checkpoints_of_steer(config: DictConfig) -> None:
     trainer, checkpoint = config.trainer, config.actor_rollout_ref.actor.checkpoint
     if trainer.save_best_only and trainer.test_freq <= 0:
         raise ValueError(
@@ -263,7 +285,7 @@ def _check_checkpoints_of_the_trainer(config: DictConfig) -> None:
         )
 
 
-def check_evaluation(config: DictConfig) -> None:
+def _check_evaluation(config: DictConfig) -> None:
     """This fork's trainer evaluates one validation file after another and keeps their results by the files' names.
 
     Raises:

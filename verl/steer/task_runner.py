@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trainer's process, which starts others beside it; upstream's start one after another.
+"""The trainer's process, which starts the others beside it; verl's task runner starts one after another.
 
-Each process imports torch, verl and more before it can do anything.
+Each process imports torch, verl and more before it can work.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from importlib import import_module
 
 import ray
 import transfer_queue as tq
@@ -18,29 +17,33 @@ BATCHED_MANAGER = "verl.steer.rollout.batched_manager.BatchedAgentLoopManager"
 
 
 def is_batched(config: DictConfig) -> bool:
-    """Whether rollouts are generated a batch at a time, by the servers of `vllm_batched`."""
+    """Whether rollouts are generated in whole batches, by the servers of `vllm_batched`."""
     return config.actor_rollout_ref.rollout.agent.get("agent_loop_manager_class") == BATCHED_MANAGER
 
 
 @ray.remote
 class SteerTaskRunner:
-    """Upstream's task runner for `trainer.v1.trainer_mode=steer`."""
+    """verl's task runner, with this fork's trainer and workers."""
 
     def run(self, config: DictConfig) -> None:
         """Train or evaluate."""
         config.transfer_queue.enable = True
         OmegaConf.resolve(config)
+        batched = is_batched(config)
         with ThreadPoolExecutor(max_workers=1) as executor:
-            # Upstream's runner finds the queue that is there.
+            # verl's runner finds the queue already there.
             queue = executor.submit(tq.init, config.transfer_queue)
-            if is_batched(config):
-                # On several nodes Ray might start a server on another one than its workers'.
-                if config.trainer.nnodes == 1:
-                    tensor_parallel = config.actor_rollout_ref.rollout.tensor_model_parallel_size
-                    self.servers = start_servers(config.trainer.n_gpus_per_node // tensor_parallel)
-                import_module("verl.steer.rollout.vllm_batched")
+            # On several nodes Ray might start a server on another node than its workers'.
+            if batched and config.trainer.nnodes == 1:
+                tensor_parallel = config.actor_rollout_ref.rollout.tensor_model_parallel_size
+                self.servers = start_servers(config.trainer.n_gpus_per_node // tensor_parallel)
+            # The imports take seconds, in which the queue and the servers start.
+            from verl.steer import trainer  # noqa: F401 - registers trainer_mode=steer
+            from verl.steer.replacements import replace_in_trainer
+            from verl.steer.worker import give_steer_workers
+            from verl.trainer.main_ppo import TaskRunnerV1
+
+            give_steer_workers(config.trainer.v1.trainer_mode)
+            replace_in_trainer(batched)
             queue.result()
-
-        from verl.trainer.main_ppo import TaskRunnerV1
-
         TaskRunnerV1.__ray_metadata__.modified_class().run(config)

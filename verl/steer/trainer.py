@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trainer of this fork, `trainer.v1.trainer_mode=steer`: upstream's synchronous one and what runs here need.
+"""The trainer of this fork, `trainer.v1.trainer_mode=steer`: verl's synchronous trainer with the following additions.
 
-Keys below `trainer`, beside upstream's:
+Keys below `trainer`, beside verl's:
 
-    save_after                  no checkpoint before this step, or before the last one where that is earlier
-    save_best_only              a checkpoint only where the validation's metric is the best so far
-    delete_old_best_checkpoint  the best checkpoint's predecessor goes once the new one is whole
+    save_after                  no checkpoint before this step, or before the last one if that is earlier
+    save_best_only              save only where the validation's metric is the best so far
+    delete_old_best_checkpoint  delete the previous best checkpoint once the new one is complete
     best_metric_key             the metric; null: the only val-core/.../acc/mean@N
-    rollout_timeout             seconds without a rollout done after which a run ends; null: never
-    entropy_audit               every so many steps estimated entropy changes are held against the true ones
+    rollout_timeout             seconds without a finished rollout after which a run ends; null: never
+    entropy_audit               compare estimated entropy changes with the true ones every so many steps
 """
 
 from __future__ import annotations
@@ -35,21 +35,22 @@ from verl.steer.audit.step import audit_step
 from verl.steer.checkpoint_ledger import CheckpointLedger, metric_name, step_of
 from verl.steer.gc_heap import freeze_gc_heap
 from verl.steer.methods.adaptive_entropy import AdaptiveEntropyCoefficient
-from verl.steer.methods.advantages import batch_fields, fields_read
+from verl.steer.methods.registry import bind_estimator, estimator_fields
+from verl.steer.options import from_config
 from verl.steer.report.metrics_files import next_file
 from verl.steer.rollout.lost_rollouts import LOST_IN_TRAINING, lost_rollouts, means_of_what_is_there, stored_samples
 from verl.steer.rollout.wait import ROLLOUT_TIMEOUT, RolloutWait
 from verl.steer.run_ending import naming_a_full_disk
 from verl.steer.step_record import RecordsSteps
 from verl.steer.task_runner import is_batched
+from verl.steer.worker import SteerWorkers
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.trainer.ppo.utils import create_rl_dataset
-from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.dataset.rl_dataset import collate_fn
-from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 from verl.utils.transferqueue_utils import kv_batch_meta2batch_meta
 from verl.workers.rollout.llm_server import LLMServerClient
 
@@ -69,25 +70,6 @@ UNREAD_BY_FORWARD_PASSES = UNREAD_BY_UPDATES | {
     "prompts",
     "responses",
 }
-
-
-def balanced_partitions(workloads: list[int], k_partitions: int, equal_size: bool) -> list[list[int]]:
-    """Upstream's `get_seqlen_balanced_partitions`, whose search takes long for a single share of a batch too.
-
-    Args:
-        workloads: of each sequence.
-        k_partitions: shares, one for each data-parallel rank.
-        equal_size: as many sequences in each.
-
-    Returns:
-        For each share the places of its sequences, ascending.
-    """
-    if k_partitions == 1:
-        return [list(range(len(workloads)))]
-    return get_seqlen_balanced_partitions(workloads, k_partitions=k_partitions, equal_size=equal_size)
-
-
-trainer_base.get_seqlen_balanced_partitions = balanced_partitions
 
 
 def metrics_of_files(by_file: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -110,28 +92,24 @@ def metrics_of_files(by_file: Mapping[str, Mapping[str, float]]) -> dict[str, fl
 
 
 @register_trainer("steer")
-class SteerTrainer(RecordsSteps, PPOTrainerSync):
-    """Upstream's synchronous trainer, with best checkpoints, safe resuming and whole batches of rollouts."""
+class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
+    """verl's synchronous trainer, with best checkpoints, safe resuming and whole batches of rollouts."""
 
     total_training_steps: int
     checkpoint_callback: CheckpointCallback
 
     def __init__(self, config: DictConfig) -> None:
-        # Upstream compares the mode's name with "sync" to tell synchronous trainers.
+        # verl recognises synchronous trainers by the mode's name.
         with open_dict(config):
             config.trainer.v1.trainer_mode = "sync"
         super().__init__(config)
         self.folder = Path(config.trainer.default_local_dir).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.entropy_coefficient = AdaptiveEntropyCoefficient.of(config.actor_rollout_ref.actor.policy_loss)
-        self.entropy_audit = AuditOptions.of(config.trainer)
+        policy_loss = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
+        self.entropy_coefficient = AdaptiveEntropyCoefficient.from_options(policy_loss)
+        self.entropy_audit = from_config(AuditOptions, config.trainer.get("entropy_audit"), "trainer.entropy_audit")
         self.last_entropy: float | None = None
         self.batched = is_batched(config)
-        if self.batched:
-            from verl.steer.rollout import vllm_batched
-
-            vllm_batched.register()
-            trainer_base.LLMServerManager = vllm_batched.BatchedLLMServerManager  # the name that `_setup` makes one by
 
     def get_llm_client(self) -> LLMServerClient:
         """The client that the agent loops generate by."""
@@ -255,21 +233,20 @@ class SteerTrainer(RecordsSteps, PPOTrainerSync):
         batch.extra_info.pop("micro_batch_size_per_gpu", None)
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """Upstream's, with what the estimator reads of the batch beside upstream's arguments at hand."""
-        fields = fields_read(self.config.algorithm)
-        if not fields:
-            return super()._compute_advantage(batch, metrics)
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(fields))
-        padded = data.to_padded_tensor()
-        with batch_fields({field: padded[field] for field in fields}):
-            return super()._compute_advantage(batch, metrics)
+        """verl's, with the fields of the batch that an estimator of this fork reads beside verl's arguments."""
+        fields = estimator_fields(self.config.algorithm)
+        if fields:
+            data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(fields))
+            padded = data.to_padded_tensor()
+            bind_estimator(self.config.algorithm.adv_estimator, {field: padded[field] for field in fields})
+        return super()._compute_advantage(batch, metrics)
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Upstream's, with what the workers need for this fork's losses and metrics, and the entropy audit."""
         actor = self.config.actor_rollout_ref.actor
         self._leave_out(batch, UNREAD_BY_UPDATES)
         batch.extra_info["calculate_sum_pi_squared"] = actor.calculate_sum_pi_squared
-        batch.extra_info["token_metrics"] = actor.policy_loss.loss_mode != "entropy_control"
+        batch.extra_info["token_metrics"] = True
         if self.entropy_coefficient:
             coefficient = self.entropy_coefficient.step(metrics["actor/entropy"])
             batch.extra_info["entropy_coeff"] = metrics["actor/entropy_coeff"] = coefficient

@@ -1,63 +1,54 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The entropy audit: estimated changes of the tokens' entropies, held against the changes that came about.
+"""The entropy audit: estimated entropy changes of tokens against the true changes.
 
     AuditOptions           the keys below `trainer.entropy_audit`
-    AuditRequest           what the trainer asks of the workers at an audited step
+    AuditRequest           the trainer's request to the workers at an audited step
     signed_estimates       omega of each estimator
-    covariance_estimate    that of arXiv 2505.22617
-    score_estimates        MSE, Pearson and Spearman correlation of each estimate with the truth
-    sampled_lengths        which tokens are saved
-    write_tokens           and where
+    covariance_estimate    the covariance of arXiv 2505.22617
+    score_estimates        MSE, Pearson and Spearman correlation of each estimate with the true change
+    sampled_lengths        the tokens that are saved
+    write_tokens           saves them
 
-Who measures: `verl.steer.audit.update` each optimiser update, `verl.steer.audit.step` a
-whole training step. docs/entropy_audit.md tells what comes out.
+`verl.steer.audit.update` measures each optimiser update, `verl.steer.audit.step` a whole training step;
+docs/entropy_audit.md describes the output.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
-import torch
-from verl.trainer.ppo.core_algos import ENTROPY_CHANGE_ESTIMATORS, PPO_CLIPPED_ESTIMATORS, signed_entropy_change
+from torch import Tensor
+from verl.steer.options import option, resolve_options
+from verl.trainer.ppo.core_algos import (
+    ENTROPY_CHANGE_ESTIMATORS,
+    PPO_CLIPPED_ESTIMATORS,
+    ClipRatios,
+    LossInputs,
+    signed_entropy_change,
+)
 
 #: All that are audited: those of STEER and the covariance.
 AUDITED_ESTIMATORS = (*ENTROPY_CHANGE_ESTIMATORS, "covariance")
 
 
-@dataclass(frozen=True)
+@dataclass
 class AuditOptions:
     """The keys below `trainer.entropy_audit`.
 
     Args:
-        freq: every so many training steps are audited; 0: none. Default 0.
-        tokens: at most so many tokens of an audited step are saved on each rank. Default 4096.
-
-    Raises:
-        ValueError: if a value is not an integer of at least 0.
+        freq: audit every so many training steps; 0: none.
+        tokens: save at most so many tokens of an audited step on each rank.
     """
 
-    freq: int = 0
-    tokens: int = 4096
+    freq: int = option(0, at_least=0, integer=True)
+    tokens: int = option(4096, at_least=0, integer=True)
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"trainer.entropy_audit.{name}={value!r}: expected an integer of at least 0")
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> AuditOptions:
-        """From `trainer` of the configuration, where None takes the default."""
-        given = config.get("entropy_audit") or {}
-        names = [field.name for field in fields(cls)]
-        for name in given:
-            if name not in names:
-                raise ValueError(f"trainer.entropy_audit.{name}: unknown; expected one of {', '.join(names)}")
-        return cls(**{name: value for name, value in given.items() if value is not None})
+        resolve_options(self, "trainer.entropy_audit")
 
     def due(self, step: int) -> bool:
         """Whether this training step, counted from 1, is audited."""
@@ -81,49 +72,22 @@ class AuditRequest:
     mini_batches: int
 
 
-def signed_estimates(
-    advantages: torch.Tensor,
-    entropys: torch.Tensor,
-    current_entropys: torch.Tensor,
-    old_log_prob: torch.Tensor,
-    log_prob: torch.Tensor,
-    sum_pi_squared: torch.Tensor,
-    sum_pi_squared_log_pi: torch.Tensor,
-    clip: tuple[float, float, float] | None,
-) -> dict[str, torch.Tensor]:
-    """The change of each state's entropy as STEER's estimators have it, with its sign, per unit step.
+def signed_estimates(inputs: LossInputs, clip: ClipRatios | None) -> dict[str, Tensor]:
+    """The change of each state's entropy by each of STEER's estimators, with its sign, per unit step.
 
     Args:
-        advantages, old_log_prob, log_prob: (batch, response_length).
-        entropys: of the old policy, which the estimators read in training, in nats, (batch, response_length).
-        current_entropys: of the policy being updated; `exact` reads them instead.
-        sum_pi_squared, sum_pi_squared_log_pi: as in `exact_entropy_change`, of the policy being updated.
-        clip: clip_ratio_low, clip_ratio_high, clip_ratio_c; None with a loss that does not clip as PPO does, of which
-            `PPO_CLIPPED_ESTIMATORS` tell nothing.
+        inputs: the batch, with all fields that estimators read; tensors of one shape.
+        clip: PPO's clip; None with a loss that does not clip as PPO does: `PPO_CLIPPED_ESTIMATORS` are then left out.
 
     Returns:
-        By name of the estimator, finite, float32 (batch, response_length).
+        Estimator -> finite values, float32 of the same shape.
     """
-    return {
-        name: signed_entropy_change(
-            advantages,
-            current_entropys if name == "exact" else entropys,
-            old_log_prob,
-            log_prob,
-            name,
-            *(clip or ()),
-            sum_pi_squared=sum_pi_squared,
-            sum_pi_squared_log_pi=sum_pi_squared_log_pi,
-        )
-        for name in ENTROPY_CHANGE_ESTIMATORS
-        if clip or name not in PPO_CLIPPED_ESTIMATORS
-    }
+    names = [name for name in ENTROPY_CHANGE_ESTIMATORS if clip or name not in PPO_CLIPPED_ESTIMATORS]
+    return {name: signed_entropy_change(inputs, name, clip or ClipRatios()) for name in names}
 
 
-def covariance_estimate(
-    log_prob: torch.Tensor, advantages: torch.Tensor, mean_log_prob: torch.Tensor, mean_advantage: torch.Tensor
-) -> torch.Tensor:
-    """A token's share of -Cov(ln prob, A), which the entropy's change follows (arXiv 2505.22617, Clip-Cov and KL-Cov).
+def covariance_estimate(log_prob: Tensor, advantages: Tensor, mean_log_prob: Tensor, mean_advantage: Tensor) -> Tensor:
+    """A token's term of -Cov(ln prob, A), which the entropy's change follows (arXiv 2505.22617, Clip-Cov and KL-Cov).
 
     Args:
         log_prob, advantages: any shape.
@@ -135,12 +99,11 @@ def covariance_estimate(
     return -(log_prob.float() - mean_log_prob) * (advantages.float() - mean_advantage)
 
 
-def score_estimates(estimates: Mapping[str, torch.Tensor], true_change: torch.Tensor) -> dict[str, float]:
-    """How well each estimate tells the true change of the entropy.
+def score_estimates(estimates: Mapping[str, Tensor], true_change: Tensor) -> dict[str, float]:
+    """How well each estimate predicts the true change of the entropy.
 
-    An estimate is per unit step, so a plain MSE would measure the learning rate. The MSE here is what is left, in nats
-    squared, after the estimate is multiplied by the factor that makes it least. No offset is fitted: an estimate of 0
-    says that nothing changes.
+    An estimate is per unit step, so a plain MSE would measure the learning rate. The MSE here, in nats squared, is that
+    of the estimate times its least-squares factor. No offset is fitted: an estimate of 0 predicts no change.
 
     Args:
         estimates: with their signs, by name, each (tokens,).
@@ -156,22 +119,22 @@ def score_estimates(estimates: Mapping[str, torch.Tensor], true_change: torch.Te
     for suffix, values in (("", frame), ("_magnitude", frame.abs())):
         pearson, spearman = values.corr()[""].fillna(0.0), values.rank().corr()[""].fillna(0.0)
         for name in estimates:
-            told, truth = values[name], values[""]
-            square = (told * told).sum()
-            factor = (told * truth).sum() / square if square else 0.0
-            scores[f"{name}/mse{suffix}"] = ((factor * told - truth) ** 2).mean() if len(frame) else 0.0
+            estimate, truth = values[name], values[""]
+            square = (estimate * estimate).sum()
+            factor = (estimate * truth).sum() / square if square else 0.0
+            scores[f"{name}/mse{suffix}"] = ((factor * estimate - truth) ** 2).mean() if len(frame) else 0.0
             scores[f"{name}/pearson{suffix}"] = pearson[name]
             scores[f"{name}/spearman{suffix}"] = spearman[name]
     return {name: float(value) for name, value in scores.items()}
 
 
 def sampled_lengths(lengths: Sequence[int], allowance: int, longest: int) -> list[int]:
-    """How many tokens of each response are saved: all of the first responses, until one doesn't fit.
+    """Number of tokens of each response to save: all tokens of the first responses, until one response doesn't fit.
 
     Args:
         lengths: tokens of each response.
-        allowance: at most so many tokens in all.
-        longest: a response counts as cut to this length, so that one longer than any allowance is not left out.
+        allowance: at most so many tokens in total.
+        longest: longer responses are cut to this length, so that one longer than any allowance is saved in part.
     """
     kept = []
     for length in lengths:
@@ -184,12 +147,12 @@ def sampled_lengths(lengths: Sequence[int], allowance: int, longest: int) -> lis
 
 
 def write_tokens(tokens: pd.DataFrame, request: AuditRequest, rank: int) -> None:
-    """Write a rank's tokens of a step; the file is there whole or not at all.
+    """Write a rank's tokens of a step; the file appears complete or not at all.
 
     Args:
-        tokens: one row a token, with the columns that docs/entropy_audit.md names.
-        request: where to.
-        rank: of the data-parallel ranks.
+        tokens: one row per token, with the columns in docs/entropy_audit.md.
+        request: holds the folder.
+        rank: data-parallel rank.
     """
     file = Path(request.folder, f"step_{request.step}_rank_{rank}.parquet")
     file.parent.mkdir(parents=True, exist_ok=True)

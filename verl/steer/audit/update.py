@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The entropy audit of an optimiser update: the same tokens' entropies just before and just after it.
 
-Both come from passes without gradient, on the same micro-batches, beside the update's own forward and backward pass,
-which is left alone: parameters, gradients and random numbers are those of a run without the audit.
+Both come from passes without gradient over the same micro-batches. The update's own forward and backward pass is left
+alone: parameters, gradients and random numbers are those of a run without the audit.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 import torch.distributed
 from tensordict import TensorDict
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from verl.steer.audit.scores import (
     AuditRequest,
@@ -25,14 +26,14 @@ from verl.steer.audit.scores import (
     write_tokens,
 )
 from verl.steer.engine.normalizer import gather
-from verl.trainer.ppo.core_algos import clip_ratios, clipped_by_loss, clips_as_ppo, map_to_token_weights
+from verl.steer.methods.registry import clip_of
+from verl.trainer.ppo.core_algos import LossInputs, ppo_clipped
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.utils.metric import AggregationType, Metric
-from verl.workers.engine.utils import prepare_micro_batches
 from verl.workers.utils.padding import no_padding_2_padding
 
-#: Flags of the audit's own passes, whatever those of the update are.
+#: Flags of the audit's own passes, whatever the update's flags are.
 FLAGS = {
     "calculate_entropy": True,
     "calculate_sum_pi_squared": True,
@@ -40,51 +41,52 @@ FLAGS = {
     "distillation_only": False,
 }
 
-#: Fields of the batch, each (batch, response_length), that are audited.
-FIELDS = ("advantages", "old_log_probs", "response_mask", "responses")
+#: Columns of the batch, each (batch, response_length), that the audit reads.
+COLUMNS = ("advantages", "old_log_probs", "response_mask", "responses")
 
 
 class EntropyAudit:
-    """Stands before an engine among a class's bases: audits the updates of mini-batches that ask for it."""
+    """Mixin of an engine, before it among a class's bases: audits the updates of mini-batches that request it."""
 
-    #: What is saved of the step under way, a frame for each mini-batch so far.
+    #: Saved tokens of the current step, a frame for each mini-batch.
     audited_tokens: list[pd.DataFrame]
     audited_step: int | None = None
 
     def train_batch(self, data: TensorDict, loss_function: Callable) -> dict[str, Any]:
-        """The engine's; with the non-tensor datum `entropy_audit` its metrics hold `entropy_audit/...` too.
+        """The engine's update; with an `AuditRequest` its metrics include `entropy_audit/...`.
 
         Args:
-            data: one mini-batch of nested tensors; `entropy_audit` is an `AuditRequest` or missing.
+            data: one mini-batch of nested tensors; the non-tensor datum `entropy_audit` is an `AuditRequest` or absent.
             loss_function: verl's, with the actor's configuration bound to it.
         """
         request = tu.get_non_tensor_data(data, "entropy_audit", None)
         if request is None:
             return super().train_batch(data, loss_function)  # type: ignore[misc]
         before = self._statistics(data)
+        tu.assign_non_tensor(data, return_model_output=True)  # among the outputs are the loss's weights
         output = super().train_batch(data, loss_function)  # type: ignore[misc]
-        # After the update: the range that its weights were measured by is among the data only now.
         after = self._statistics(data)
+        weights = output["model_output"].get("token_weights")
         config = loss_function.keywords["config"]  # type: ignore[attr-defined]
-        scores = self._audit(data, config, before, after["entropy"] - before["entropy"], request)
+        scores = self._audit(data, config, before, after["entropy"] - before["entropy"], weights, request)
         named = {f"entropy_audit/{name}": score for name, score in scores.items()}
         output["metrics"] |= Metric.from_dict(named, AggregationType.MEAN)
         return output
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
-        """The engine's evaluation mode inside its training mode, which is as it was afterwards."""
+        """The engine's evaluation mode inside its training mode, which is restored afterwards."""
         mode, training = self.mode, self.module.training  # type: ignore[has-type]
         with self.eval_mode(disable_auto_offload=True):
             yield
         self.mode = mode
         self.module.train(training)
         if isinstance(self.module, FSDPModule):
-            # A forward pass leaves the root's parameters gathered for a backward pass, of which there is none here.
+            # A forward pass leaves the root's parameters gathered for a backward pass, which does not follow here.
             self.module.reshard()
 
-    def _statistics(self, data: TensorDict) -> dict[str, torch.Tensor]:
-        """log_probs, entropy and the sums over the vocabulary of the policy as it is, each (batch, response_length)."""
+    def _statistics(self, data: TensorDict) -> dict[str, Tensor]:
+        """The current policy's log_probs, entropy and sums over the vocabulary, each (batch, response_length)."""
         copy = data.copy()
         tu.assign_non_tensor(copy, **FLAGS)
         with self._inference():
@@ -96,77 +98,48 @@ class EntropyAudit:
         self,
         data: TensorDict,
         config: Any,
-        before: dict[str, torch.Tensor],
-        true_change: torch.Tensor,
+        before: dict[str, Tensor],
+        true_change: Tensor,
+        weights: Tensor | None,
         request: AuditRequest,
     ) -> dict[str, float]:
-        """Scores of the mini-batch over all ranks; some of this rank's tokens are saved on the way."""
-        fields = (*FIELDS, "entropy") if "entropy" in data else FIELDS
-        batch = data.select(*fields).cpu().to_padded_tensor()
+        """Score the estimates of a mini-batch over all ranks, and save some of this rank's tokens."""
+        columns = (*COLUMNS, "entropy") if "entropy" in data else COLUMNS
+        batch = data.select(*columns).cpu().to_padded_tensor()
         valid, group = batch["response_mask"].bool(), self.get_data_parallel_group()
-        advantages, old_log_prob, log_prob = batch["advantages"], batch["old_log_probs"], before["log_probs"]
-        estimates = signed_estimates(
-            advantages,
+        inputs = LossInputs(
+            batch["old_log_probs"],
+            before["log_probs"],
+            batch["advantages"],
+            valid,
             batch.get("entropy", before["entropy"]),
             before["entropy"],
-            old_log_prob,
-            log_prob,
             before["sum_pi_squared"],
             before["sum_pi_squared_log_pi"],
-            clip_ratios(config) if clips_as_ppo(config.policy_loss) else None,
         )
+        log_prob, advantages, clip = inputs.log_prob, inputs.advantages, clip_of(config)
+        estimates = signed_estimates(inputs, clip)
         means = mean_over_ranks(torch.stack([log_prob[valid], advantages[valid].float()]), group)
         estimates["covariance"] = covariance_estimate(log_prob, advantages, *means)
-        above, below = clipped_by_loss(config, advantages, old_log_prob, log_prob)
         tokens = {
             "token_id": batch["responses"],
             "prob": log_prob.exp(),
             "entropy": before["entropy"],
             "advantage": advantages,
-            "ratio": (log_prob - old_log_prob).exp(),
-            **({} if above is None else {"clipped": above | below}),
+            "ratio": (log_prob - inputs.old_log_prob).exp(),
+            **({"clipped": torch.stack(ppo_clipped(inputs, clip)).any(0)} if clip else {}),
             **{f"omega_{name}": estimate for name, estimate in estimates.items()},
-            "weight": self._token_weights(data, estimates, valid, config.policy_loss),
+            "weight": valid.float() if weights is None else weights.cpu().to_padded_tensor(0.0),
             "true_change": true_change,
         }
         self._save(tokens, valid, request)
-        told = torch.stack([true_change[valid], *(estimate[valid] for estimate in estimates.values())], 1)
-        told = told[told.isfinite().all(1)]
-        truth, *gathered = gather(told.flatten(), group).cpu().view(-1, told.shape[1]).unbind(1)
+        compared = torch.stack([true_change[valid], *(estimate[valid] for estimate in estimates.values())], 1)
+        compared = compared[compared.isfinite().all(1)]
+        truth, *gathered = gather(compared.flatten(), group).cpu().view(-1, compared.shape[1]).unbind(1)
         return score_estimates(dict(zip(estimates, gathered, strict=True)), truth)
 
-    def _token_weights(
-        self, data: TensorDict, estimates: dict[str, torch.Tensor], valid: torch.Tensor, options: Any
-    ) -> torch.Tensor:
-        """The weights that the update gave the tokens, (batch, response_length); 1 with a loss other than STEER's."""
-        if options.loss_mode != "entropy_control":
-            return valid.float()
-        scored = data.copy()
-        scored["entropy_change"], scored["valid"] = estimates[options.entropy_change_estimator].abs(), valid
-        # The same split as the update's: each micro-batch may have a range of its own.
-        micro_batches, indices = prepare_micro_batches(
-            scored, dp_group=self.get_data_parallel_group(), same_micro_num_in_dp=True
-        )
-        rows = [
-            map_to_token_weights(
-                part["entropy_change"],
-                part["valid"],
-                options.token_weight_min,
-                options.token_weight_max,
-                token_weight_map=options.token_weight_map,
-                quantile=options.token_weight_quantile,
-                change_range=tu.get_non_tensor_data(data, "entropy_change_range", None),
-            )
-            for part in micro_batches
-        ]
-        weights = torch.cat(rows)
-        if indices is None:
-            return weights
-        order = torch.tensor([index for part in indices for index in part])
-        return torch.empty_like(weights).index_copy_(0, order, weights)
-
-    def _save(self, tokens: dict[str, torch.Tensor], valid: torch.Tensor, request: AuditRequest) -> None:
-        """Take some responses' valid tokens, and write all that the step has so far."""
+    def _save(self, tokens: dict[str, Tensor], valid: Tensor, request: AuditRequest) -> None:
+        """Add some responses' valid tokens to those of the step, and write all of them."""
         if self.audited_step != request.step:
             self.audited_step, self.audited_tokens = request.step, []
         mini_batch, saved = len(self.audited_tokens), sum(map(len, self.audited_tokens))
@@ -191,8 +164,8 @@ class EntropyAudit:
             write_tokens(pd.concat(self.audited_tokens, ignore_index=True), request, rank)
 
 
-def mean_over_ranks(values: torch.Tensor, group: Any) -> torch.Tensor:
-    """Means of the rows of (rows, tokens), with tokens of its own on each rank, over all ranks of a group: (rows,)."""
+def mean_over_ranks(values: Tensor, group: Any) -> Tensor:
+    """Means of the rows of (rows, tokens) over the tokens of all ranks of a group: (rows,)."""
     counts = values.new_full((1,), values.shape[1])
     sums = torch.cat([values.sum(1), counts]).double().to(get_device_id())
     torch.distributed.all_reduce(sums, group=group)

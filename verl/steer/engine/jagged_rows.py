@@ -2,8 +2,8 @@
 """Mini-batches and micro-batches of jagged columns, without taking whole columns apart.
 
 Upstream makes a tensor of every row of a batch for each mini-batch that it takes from it, which costs as much as the
-forward pass where the model is small and mini-batches are many. Importing this module puts its two functions in place
-of those of the same names in `verl.utils.tensordict_utils`, which verl imports before it loads any plugin.
+forward pass where the model is small and mini-batches are many. `verl.steer.replacements` puts these two functions in
+place of those of the same names in `verl.utils.tensordict_utils`.
 """
 
 from __future__ import annotations
@@ -93,7 +93,3 @@ def _select_rows(column: Tensor, rows: Tensor) -> Tensor:
 def _jagged(values: Tensor, offsets: Tensor, lengths: list[int]) -> Tensor:
     # Without the longest length torch pads to that of all rows together.
     return nested_tensor_from_jagged(values, offsets, min_seqlen=min(lengths), max_seqlen=max(lengths))
-
-
-tensordict_utils.index_select_tensor_dict = index_select_tensor_dict
-tensordict_utils.chunk_tensordict = chunk_tensordict

@@ -2,11 +2,10 @@
 """The range of a whole mini-batch's estimated entropy changes, for `policy_loss.token_weight_normalizer`.
 
 STEER measures a token's estimated entropy change by the smallest and largest among some set of tokens. In the authors'
-release that set is a micro-batch on one rank, so that the weights depend on how a mini-batch is split. An engine takes
-micro-batch after micro-batch, and when it takes the first backward it doesn't know yet what the current policy says
-about the last. So the range of a whole mini-batch is that of the estimate at the old policy, at a ratio of 1: it is
-known before the first micro-batch, from fields of the batch alone. Tokens that the current policy has moved beyond it
-get the weight of its nearer end.
+release that set is a micro-batch on one rank, so the weights depend on how a mini-batch is split. An engine processes
+one micro-batch after another and takes the first one's gradient before the last one's forward pass. So the range of a
+whole mini-batch is computed from the old policy's estimates, at a ratio of 1, which need fields of the batch alone.
+Tokens that the current policy has moved out of the range get the weight of its nearer end.
 
     global    the range of the mini-batch, over all data-parallel ranks
     ema       a running mean of these ranges over mini-batches, part of the checkpoint
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed
 from tensordict import TensorDict
-from verl.trainer.ppo.core_algos import EntropyChangeRange, entropy_change_range, estimate_entropy_change
+from verl.trainer.ppo.core_algos import EntropyChangeRange, LossInputs, entropy_change_range, estimate_entropy_change
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 
@@ -32,19 +31,19 @@ from verl.utils.device import get_device_id
 RANGE_FILE = "token_weight_range.json"
 
 
-#: The range where no token is valid: no weight depends on it.
+#: The range if no token is valid: no weight depends on it.
 NOTHING_VALID = EntropyChangeRange(0.0, 0.0, 0.0)
 
 
 class TokenWeightNormalizer:
-    """Stands before an engine among a class's bases: gives each mini-batch its range, if the loss asks for one."""
+    """Mixin of an engine, before it among a class's bases: computes each mini-batch's range if the loss reads one."""
 
     running_range: EntropyChangeRange | None = None
 
     def forward_backward_batch(
         self, data: TensorDict, loss_function: Callable | None, forward_only: bool = False
     ) -> dict[str, Any]:
-        """The engine's, with `entropy_change_range` among the mini-batch's non-tensor data."""
+        """Add `entropy_change_range` to the mini-batch's non-tensor data, then run the engine's method."""
         # verl binds the actor's configuration to its loss function; other engines' losses have no policy loss.
         config: Any = getattr(loss_function, "keywords", {}).get("config")
         if not forward_only and hasattr(config, "policy_loss"):
@@ -52,7 +51,7 @@ class TokenWeightNormalizer:
         return super().forward_backward_batch(data, loss_function, forward_only=forward_only)  # type: ignore[misc]
 
     def _measure(self, data: TensorDict, options: Any) -> None:
-        """Give the mini-batch its range, unless each micro-batch is measured by its own."""
+        """Add the mini-batch's range, unless each micro-batch is measured by its own."""
         if options.loss_mode != "entropy_control" or options.token_weight_normalizer == "micro_batch":
             return
         change_range = old_policy_range(data, options, self.get_data_parallel_group())
@@ -62,17 +61,17 @@ class TokenWeightNormalizer:
         tu.assign_non_tensor(data, entropy_change_range=change_range)
 
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
-        """The engine's, and the running range beside its files."""
+        """Save the engine's state and the running range."""
         super().save_checkpoint(local_path, *args, **kwargs)  # type: ignore[misc]
         if self.running_range is not None:
-            # Every rank writes the same, whether ranks share the folder or not; a file is there whole or not at all.
+            # All ranks write the same, whether they share the folder or not. The file appears complete or not at all.
             part = Path(local_path, f"{RANGE_FILE}.{torch.distributed.get_rank()}")
             part.write_text(json.dumps(self.running_range._asdict()))
             os.replace(part, Path(local_path, RANGE_FILE))
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
-        """The engine's, and the running range, if the checkpoint has one."""
-        # Before the engine's, which may delete the files it has read.
+        """Load the running range, if the checkpoint has one, and the engine's state."""
+        # The engine may delete files once it has read them.
         file = Path(local_path or "", RANGE_FILE)
         if file.is_file():
             self.running_range = EntropyChangeRange(**json.loads(file.read_text()))
@@ -101,9 +100,8 @@ def old_policy_range(data: TensorDict, options: Any, group: Any) -> EntropyChang
         )
     batch = data.select("advantages", "old_log_probs", "entropy", "response_mask").to_padded_tensor()
     old_log_prob, valid = batch["old_log_probs"], batch["response_mask"].bool()
-    change = estimate_entropy_change(
-        batch["advantages"], batch["entropy"], old_log_prob, old_log_prob, options.entropy_change_estimator
-    )
+    inputs = LossInputs(old_log_prob, old_log_prob, batch["advantages"], valid, batch["entropy"])
+    change = estimate_entropy_change(inputs, options.entropy_change_estimator)
     changes = gather(change[valid], group)
     if not len(changes):
         return NOTHING_VALID
@@ -113,7 +111,7 @@ def old_policy_range(data: TensorDict, options: Any, group: Any) -> EntropyChang
 
 
 def gather(values: torch.Tensor, group: Any) -> torch.Tensor:
-    """The values, (n,) with an n of its own on each rank and none NaN, of all ranks of a process group: (sum of n,)."""
+    """Concatenate the values of all ranks of a group: (n,) without NaN, n differing by rank, to (sum of n,)."""
     values = values.to(get_device_id())
     longest = torch.tensor(len(values), device=values.device)
     torch.distributed.all_reduce(longest, op=torch.distributed.ReduceOp.MAX, group=group)
@@ -126,7 +124,7 @@ def gather(values: torch.Tensor, group: Any) -> torch.Tensor:
 
 
 def mean_range(past: EntropyChangeRange | None, present: EntropyChangeRange, decay: float) -> EntropyChangeRange:
-    """decay * past + (1 - decay) * present, bound by bound; the one that there is without the other."""
+    """decay * past + (1 - decay) * present, bound by bound; if one of them is missing, the other."""
     if past is None or present is NOTHING_VALID:
         return past or present
 

@@ -1,31 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The coefficient of the entropy bonus that follows a target, for `policy_loss.loss_mode=adaptive_entropy`."""
+"""`policy_loss.loss_mode=adaptive_entropy`: an entropy bonus that follows a target (Skywork-OR1, arXiv 2505.22312)."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from omegaconf import DictConfig
-from verl.utils.config import omega_conf_to_dataclass
+from verl.steer.methods.registry import policy_loss
+from verl.steer.options import option
+from verl.trainer.ppo.core_algos import LossInputs, LossOutputs, agg_loss, reweighted_policy_loss
 
-#: The coefficient's file in a step's checkpoint.
+#: File of the coefficient in a checkpoint.
 COEFFICIENT_FILE = "entropy_coeff.json"
 
 
 @dataclass
-class AdaptiveEntropyCoefficient:
-    """Rises while the policy's entropy is below a target, falls while it is above (arXiv 2505.22312, section 3.2.5).
+class AdaptiveEntropyOptions:
+    """Keys below `policy_loss`; step and bound are those of the scripts that the authors released.
 
-    The bonus itself is off while the entropy is above the target. The step and the bound are those of the scripts that
-    the authors released.
+    Args:
+        target_entropy: the bonus is on while the entropy is below it, in nats.
+        entropy_coeff_step: change of the coefficient per training step.
+        entropy_coeff_max: upper bound of the coefficient.
+    """
+
+    target_entropy: float | None = option(0.2, above=0.0)
+    entropy_coeff_step: float | None = option(1e-4, above=0.0)
+    entropy_coeff_max: float | None = option(5e-3, above=0.0)
+
+
+@policy_loss("adaptive_entropy", needs=("current_entropys", "entropy_coeff"))
+def compute_policy_loss_adaptive_entropy(inputs: LossInputs, config: Any) -> LossOutputs:
+    """PPO's loss minus this step's coefficient times the policy's mean entropy (arXiv 2505.22312, section 3.2.5)."""
+    reason = "loss_mode=adaptive_entropy expects trainer.v1.trainer_mode=steer and actor.calculate_entropy=true"
+    entropys, coefficient = inputs.require("current_entropys", reason), inputs.require("entropy_coeff", reason)
+    outputs = reweighted_policy_loss("vanilla", None, inputs, config)
+    bonus = agg_loss(entropys.float(), inputs.response_mask, config.loss_agg_mode, **config.global_batch_info)
+    outputs.loss = outputs.loss - coefficient * bonus
+    return outputs
+
+
+@dataclass
+class AdaptiveEntropyCoefficient:
+    """The coefficient: it rises while the entropy is below the target, and falls while the entropy is above it.
 
     Args:
         target: entropy in nats.
-        increment: what is added or taken away a step.
-        maximum: the coefficient's upper bound; the lower one is 0.
-        value: the coefficient of the next step.
+        increment: change per training step.
+        maximum: upper bound; the lower one is 0.
+        value: coefficient of the next step.
     """
 
     target: float
@@ -34,26 +59,25 @@ class AdaptiveEntropyCoefficient:
     value: float = 0.0
 
     @classmethod
-    def of(cls, policy_loss: DictConfig) -> AdaptiveEntropyCoefficient | None:
-        """From `actor.policy_loss` of the configuration; None where another loss is chosen."""
-        if policy_loss.loss_mode != "adaptive_entropy":
+    def from_options(cls, options: Any) -> AdaptiveEntropyCoefficient | None:
+        """From `actor.policy_loss` as a dataclass; None with another loss."""
+        if options.loss_mode != "adaptive_entropy":
             return None
-        options = omega_conf_to_dataclass(policy_loss)
         return cls(options.target_entropy, options.entropy_coeff_step, options.entropy_coeff_max)
 
     def step(self, entropy: float) -> float:
-        """The coefficient for an update of a policy of this entropy; the next one is set by it."""
+        """The coefficient for a policy of this entropy, 0 above the target; then set the next step's."""
         coefficient = self.value if entropy <= self.target else 0.0
         change = self.increment if entropy < self.target else -self.increment
         self.value = min(max(self.value + change, 0.0), self.maximum)
         return coefficient
 
     def save(self, folder: Path) -> None:
-        """Write the coefficient to a checkpoint's folder."""
+        """Write the coefficient into a checkpoint's folder."""
         (folder / COEFFICIENT_FILE).write_text(json.dumps(self.value))
 
     def load(self, folder: Path) -> None:
-        """Take the coefficient from a checkpoint's folder, if it is there."""
+        """Read the coefficient from a checkpoint's folder, if its file exists."""
         file = folder / COEFFICIENT_FILE
         if file.is_file():
             self.value = json.loads(file.read_text())

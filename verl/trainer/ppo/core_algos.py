@@ -1,218 +1,259 @@
 # SPDX-License-Identifier: Apache-2.0
 """verl's core algorithms plus STEER: stabilising token-level entropy change by reweighting (arXiv 2510.10150).
 
-A policy-gradient step on a sampled token changes the entropy of the policy in that token's state. STEER estimates
-that change from four factors (PPO's clipping, the advantage, the token's probability, the state's entropy) and
-multiplies the token's loss by a weight that falls as the estimate grows, so that no update collapses the entropy or
-blows it up.
+A policy-gradient step on a sampled token changes the entropy of the policy in that token's state. STEER estimates the
+change from four factors (PPO's clipping, the advantage, the token's probability, the state's entropy) and multiplies
+the token's loss by a weight that falls as the estimate grows. No single update then collapses or inflates the entropy.
 
-    signed_entropy_change               by how much does the update raise or lower the entropy at each token?
-    estimate_entropy_change             its magnitude, which is what the weights follow
-    entropy_change_range                what is small and what is large among these estimates?
-    map_to_token_weights                from that estimate to a weight for each token
-    compute_token_weights               these together
-    compute_policy_loss_with_entropy    the policy loss `entropy_control`: one of upstream's losses, each token weighted
+    signed_entropy_change               how much does the update raise or lower the entropy at each token?
+    estimate_entropy_change             its magnitude, which the weights follow
+    entropy_change_range                the smallest and the largest of these estimates
+    map_to_token_weights                from estimate to weight
+    compute_token_weights               these steps together
+    compute_policy_loss_with_entropy    the policy loss `entropy_control`: one of verl's losses, each token weighted
 
 Notation, for a token a sampled in a state s: prob = pi(a|s) under the policy being updated, old_prob = pi_old(a|s)
-under the policy that the batch was scored with, ratio = prob / old_prob, entropys = H(pi_old(.|s)) in nats. Every
-tensor is (batch, response_length), and arithmetic is in float32 whatever the model's dtype.
-
-The other interventions that this fork compares STEER with are in `verl.steer.methods`.
+under the policy that computed the old log-probs, ratio = prob / old_prob, entropys = H(pi_old(.|s)) in nats. The
+arithmetic is in float32 whatever the model's dtype.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from verl.steer.token_metrics import token_metrics
 
 from verl_steer import upstream
 
 _upstream = upstream(globals())
 
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """The names that `upstream` re-exports."""
+
+
+#: One value for each response token of a micro-batch.
+PerToken = Float[Tensor, "batch response_length"]
+TokenMask = Bool[Tensor, "batch response_length"]
+Scalar = Float[Tensor, ""]
+
 ENTROPY_CHANGE_ESTIMATORS = ("released", "clip_aware", "squared", "exact")
 TOKEN_WEIGHT_MAPS = ("linear", "exponential", "threshold")
 TOKEN_WEIGHT_NORMALIZERS = ("micro_batch", "global", "ema")
 
-#: Upstream's losses that multiply each token's loss by `rollout_is_weights`; `geo_mean`, which has one loss for a whole
-#: response, multiplies that by the geometric mean of the weights. Only `bypass_mode` leaves them out.
+#: verl's losses that multiply each token's loss by `rollout_is_weights`. `geo_mean` has one loss for a whole response
+#: and multiplies it by the geometric mean of the weights. Only `bypass_mode` ignores them.
 BASE_LOSSES = ("vanilla", "gspo", "cispo", "sapo", "geo_mean", "gpg", "dppo_tv", "dppo_kl", "clip_cov", "kl_cov", "dro")
 
-#: Losses from which PPO's dual clip takes gradients away, where `ppo_clipped` tells: upstream's, and this fork's that
-#: are built on it.
-PPO_CLIPPED_LOSSES = ("vanilla", "adaptive_entropy", "entropy_shaped_advantage", "high_entropy_tokens", "quadrant")
-
-#: Estimators that are 0 where PPO's dual clip takes the gradient away.
+#: Estimators that are 0 where PPO's dual clip removes the gradient.
 PPO_CLIPPED_ESTIMATORS = ("clip_aware", "exact")
 
 #: Probabilities stay this far from 0 and 1, as in the authors' release.
 PROBABILITY_MARGIN = 1e-8
 
-#: The exponential map takes the largest change to be at least this: where nothing changes much, nothing is held back.
+#: Lower bound of the largest change in the exponential map: where all changes are small, all weights stay near 1.
 ENTROPY_CHANGE_FLOOR = 0.02
 
 
-@torch.no_grad()
-def ppo_clipped(
-    advantages: torch.Tensor,
-    old_log_prob: torch.Tensor,
-    log_prob: torch.Tensor,
-    clip_ratio_low: float,
-    clip_ratio_high: float,
-    clip_ratio_c: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens whose gradient PPO's dual clip (arXiv 1912.09729) takes away.
+class ClipRatios(NamedTuple):
+    """PPO's dual clip (arXiv 1912.09729).
+
+    A positive advantage has no gradient above the ratio 1 + high, a negative one none below 1 - low and above c.
+    """
+
+    low: float = 0.2
+    high: float = 0.2
+    c: float = 3.0
+
+
+DEFAULT_CLIP = ClipRatios()
+
+
+def clip_ratios(config: Any) -> ClipRatios:
+    """The clip of an `ActorConfig`, resolved as verl's vanilla loss resolves it."""
+    low, high = config.clip_ratio_low, config.clip_ratio_high
+    return ClipRatios(
+        config.clip_ratio if low is None else low,
+        config.clip_ratio if high is None else high,
+        config.get("clip_ratio_c", 3.0),
+    )
+
+
+class EntropyChangeRange(NamedTuple):
+    """Smallest and largest estimate among some set of tokens: numbers or scalar tensors."""
+
+    smallest: Scalar | float
+    largest: Scalar | float
+    #: The estimate at a given quantile; None unless the mapping reads it.
+    at_quantile: Scalar | float | None = None
+
+
+@dataclass
+class LossInputs:
+    """One micro-batch, as a policy loss of this fork reads it.
 
     Args:
-        advantages, old_log_prob, log_prob: (batch, response_length).
-        clip_ratio_low: a negative advantage has no gradient below the ratio 1 - clip_ratio_low.
-        clip_ratio_high: a positive advantage has no gradient above the ratio 1 + clip_ratio_high.
-        clip_ratio_c: a negative advantage has no gradient above this ratio.
-
-    Returns:
-        Clipped from above and clipped from below, both boolean (batch, response_length).
+        old_log_prob, log_prob: of the sampled tokens; `log_prob` has a gradient.
+        advantages: of the sampled tokens.
+        response_mask: 1 or True on valid tokens.
+        entropys: entropy of the old policy in each token's state, in nats.
+        current_entropys: the same of the policy being updated, with gradient.
+        sum_pi_squared: sum of pi^2 over the vocabulary, under the policy being updated.
+        sum_pi_squared_log_pi: sum of pi^2 ln pi over the vocabulary, in nats, under the policy being updated.
+        rollout_is_weights: verl's weights for off-policy rollouts.
+        change_range: range of a whole mini-batch's estimates, for the normalizers other than `micro_batch`.
+        entropy_coeff: this step's coefficient of an adaptive entropy bonus.
     """
-    log_ratio = log_prob.float() - old_log_prob.float()
-    log_low = math.log1p(-clip_ratio_low) if clip_ratio_low < 1 else -math.inf
-    positive, negative = advantages > 0, advantages < 0
-    above = (positive & (log_ratio > math.log1p(clip_ratio_high))) | (negative & (log_ratio > math.log(clip_ratio_c)))
+
+    old_log_prob: PerToken
+    log_prob: PerToken
+    advantages: PerToken
+    response_mask: PerToken | TokenMask
+    entropys: PerToken | None = None
+    current_entropys: PerToken | None = None
+    sum_pi_squared: PerToken | None = None
+    sum_pi_squared_log_pi: PerToken | None = None
+    rollout_is_weights: PerToken | None = None
+    change_range: EntropyChangeRange | None = None
+    entropy_coeff: float | None = None
+
+    def require(self, name: str, reason: str) -> Any:
+        """The field `name`.
+
+        Raises:
+            ValueError: if it is None.
+        """
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(f"{name}=None: {reason}")
+        return value
+
+
+@dataclass
+class LossOutputs:
+    """What a policy loss of this fork returns.
+
+    Args:
+        loss: with gradient.
+        metrics: scalars on the loss's device.
+        token_weights: without gradient, 0 on tokens that are not valid; None if the loss has no weights.
+        entropy_change: magnitude of the estimated entropy change, 0 on tokens that are not valid; None without STEER.
+    """
+
+    loss: Scalar
+    metrics: dict[str, Any]
+    token_weights: PerToken | None = None
+    entropy_change: PerToken | None = None
+
+
+@torch.no_grad()
+def ppo_clipped(inputs: LossInputs, clip: ClipRatios) -> tuple[TokenMask, TokenMask]:
+    """Tokens whose gradient PPO's dual clip removes: clipped from above, and clipped from below."""
+    log_ratio = inputs.log_prob.float() - inputs.old_log_prob.float()
+    log_low = math.log1p(-clip.low) if clip.low < 1 else -math.inf
+    positive, negative = inputs.advantages > 0, inputs.advantages < 0
+    above = (positive & (log_ratio > math.log1p(clip.high))) | (negative & (log_ratio > math.log(clip.c)))
     return above, negative & (log_ratio < log_low)
 
 
 @torch.no_grad()
-def signed_entropy_change(
-    advantages: torch.Tensor,
-    entropys: torch.Tensor,
-    old_log_prob: torch.Tensor,
-    log_prob: torch.Tensor,
-    estimator: str = "released",
-    clip_ratio_low: float = 0.2,
-    clip_ratio_high: float = 0.2,
-    clip_ratio_c: float = 3.0,
-    *,
-    sum_pi_squared: torch.Tensor | None = None,
-    sum_pi_squared_log_pi: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Change of each state's entropy by the update of its token: omega of arXiv 2510.10150, per unit step.
+def signed_entropy_change(inputs: LossInputs, estimator: str = "released", clip: ClipRatios = DEFAULT_CLIP) -> PerToken:
+    """Estimated change of each state's entropy by the update of its token: omega of arXiv 2510.10150, per unit step.
 
     `released`: -A / old_prob * prob (1 - prob) (ln prob + H), the numerics of the authors' release.
-    `clip_aware`: the same, and 0 where PPO's clip takes the gradient away (the paper's text, version 4).
+    `clip_aware`: the same, and 0 where PPO's clip removes the gradient (the paper's text, version 4).
     `squared`: (1 - prob)^2 in place of (1 - prob) (the paper's first version).
     `exact`: `exact_entropy_change`.
 
     Args:
-        advantages, old_log_prob, log_prob: (batch, response_length).
-        entropys: entropy of the policy in each token's state, in nats, (batch, response_length); for `exact` that of
-            the policy being updated.
+        inputs: a micro-batch; `exact` reads `current_entropys` and the sums over the vocabulary, the others `entropys`.
         estimator: one of `ENTROPY_CHANGE_ESTIMATORS`.
-        clip_ratio_low, clip_ratio_high, clip_ratio_c: as in `ppo_clipped`; `clip_aware` and `exact` read them.
-        sum_pi_squared, sum_pi_squared_log_pi: as in `exact_entropy_change`, which alone reads them.
+        clip: PPO's clip, which `clip_aware` and `exact` read.
 
     Returns:
-        The estimate, finite, float32 (batch, response_length): above 0 where the entropy rises. Where an input is not
-        finite, so that the formula has no finite value, it is 0.
+        The estimate, finite: above 0 where the entropy rises. It is 0 where an input is not finite and the formula
+        therefore has no finite value.
 
     Raises:
-        ValueError: if the estimator is unknown, or is `exact` and a sum over the vocabulary is missing.
+        ValueError: if the estimator is unknown, or `inputs` lacks a field that it reads.
     """
     if estimator not in ENTROPY_CHANGE_ESTIMATORS:
         raise ValueError(f"estimator={estimator!r}: expected one of {', '.join(ENTROPY_CHANGE_ESTIMATORS)}")
-    clip = (clip_ratio_low, clip_ratio_high, clip_ratio_c)
     if estimator == "exact":
-        if sum_pi_squared is None or sum_pi_squared_log_pi is None:
-            raise ValueError("sum_pi_squared or sum_pi_squared_log_pi is None: estimator=exact expects both")
-        change = exact_entropy_change(
-            advantages, entropys, old_log_prob, log_prob, sum_pi_squared, sum_pi_squared_log_pi, *clip
-        )
-        return change.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-    log_prob = log_prob.float()
-    # In place wherever the memory is this function's own: on a CPU fresh memory costs more than the arithmetic.
+        return exact_entropy_change(inputs, clip).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    entropys = inputs.require("entropys", f"the estimator {estimator} expects the entropy of each response token")
+    log_prob = inputs.log_prob.float()
+    # Work in place on memory that this function owns: on a CPU an allocation costs more than the arithmetic.
     prob = log_prob.exp().clamp_(PROBABILITY_MARGIN, 1 - PROBABILITY_MARGIN)
-    # 1 - prob by way of expm1: float32 has no number between 1 - 6e-8 and 1, where certain tokens are.
+    # Compute 1 - prob by expm1: float32 has no number between 1 - 6e-8 and 1.
     minus_other_prob = torch.expm1(log_prob).clamp_(PROBABILITY_MARGIN - 1, -PROBABILITY_MARGIN)
-    old_prob = old_log_prob.float().exp().clamp_(PROBABILITY_MARGIN, 1.0)
-    change = (advantages.float() / old_prob).mul_(prob).mul_(minus_other_prob).mul_(log_prob + entropys.float())
+    old_prob = inputs.old_log_prob.float().exp().clamp_(PROBABILITY_MARGIN, 1.0)
+    change = (inputs.advantages.float() / old_prob).mul_(prob).mul_(minus_other_prob).mul_(log_prob + entropys.float())
     if estimator == "squared":
         change.mul_(minus_other_prob.neg_())
     if estimator == "clip_aware":
-        above, below = ppo_clipped(advantages, old_log_prob, log_prob, *clip)
+        above, below = ppo_clipped(inputs, clip)
         _zero_where(above | below, change)
     return change.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def estimate_entropy_change(*args: Any, **kwargs: Any) -> torch.Tensor:
-    """Magnitude of `signed_entropy_change`, whose arguments it takes: |omega|, at least 0, float32 of their shape."""
-    return signed_entropy_change(*args, **kwargs).abs_()
+def estimate_entropy_change(
+    inputs: LossInputs, estimator: str = "released", clip: ClipRatios = DEFAULT_CLIP
+) -> PerToken:
+    """|omega|, the magnitude of `signed_entropy_change`."""
+    return signed_entropy_change(inputs, estimator, clip).abs_()
 
 
 @torch.no_grad()
-def exact_entropy_change(
-    advantages: torch.Tensor,
-    entropys: torch.Tensor,
-    old_log_prob: torch.Tensor,
-    log_prob: torch.Tensor,
-    sum_pi_squared: torch.Tensor,
-    sum_pi_squared_log_pi: torch.Tensor,
-    clip_ratio_low: float = 0.2,
-    clip_ratio_high: float = 0.2,
-    clip_ratio_c: float = 3.0,
-) -> torch.Tensor:
+def exact_entropy_change(inputs: LossInputs, clip: ClipRatios) -> PerToken:
     """First-order change of a state's entropy when PPO's loss of one sampled token moves its logits, per unit step.
 
-    With a logit of its own for each action a' of the state, the step on the sampled action a changes the logits by
-    w (1[a' = a] - pi(a')), where w = I * ratio * A and I is 0 where PPO's clip takes the gradient away. As
+    With an independent logit for each action a' of the state, the step on the sampled action a changes the logits by
+    w (1[a' = a] - pi(a')), where w = I * ratio * A and I is 0 where PPO's clip removes the gradient. As
     dH / dlogit(a') = -pi(a') (ln pi(a') + H), the entropy changes by
 
-        -w [ prob (ln prob + H) - sum over a' of pi(a')^2 (ln pi(a') + H) ].
+        -w [ prob (ln prob + H) - sum over a' of pi(a')^2 (ln pi(a') + H) ],
 
-    Args:
-        advantages, old_log_prob, log_prob: (batch, response_length).
-        entropys: H of the policy being updated in each token's state, in nats, (batch, response_length).
-        sum_pi_squared: sum of pi^2 over the vocabulary, (batch, response_length).
-        sum_pi_squared_log_pi: sum of pi^2 ln pi over the vocabulary, in nats, (batch, response_length).
-        clip_ratio_low, clip_ratio_high, clip_ratio_c: as in `ppo_clipped`.
+    where H is the entropy of the policy being updated.
 
-    Returns:
-        The change with its sign, float32 (batch, response_length).
+    Raises:
+        ValueError: if `current_entropys` or a sum over the vocabulary is None.
     """
-    log_prob, entropys = log_prob.float(), entropys.float()
-    ratio = (log_prob - old_log_prob.float()).clamp_(-20.0, 20.0).exp_()
+    entropys, squares, squares_log = (
+        inputs.require(name, "entropy_change_estimator=exact expects it").float()
+        for name in ("current_entropys", "sum_pi_squared", "sum_pi_squared_log_pi")
+    )
+    log_prob = inputs.log_prob.float()
+    ratio = (log_prob - inputs.old_log_prob.float()).clamp_(-20.0, 20.0).exp_()
     sampled = log_prob.exp().mul_(log_prob + entropys)
-    expected = (entropys * sum_pi_squared.float()).add_(sum_pi_squared_log_pi.float())
-    change = ratio.mul_(advantages.float()).mul_(expected - sampled)
-    above, below = ppo_clipped(advantages, old_log_prob, log_prob, clip_ratio_low, clip_ratio_high, clip_ratio_c)
+    expected = (entropys * squares).add_(squares_log)
+    change = ratio.mul_(inputs.advantages.float()).mul_(expected - sampled)
+    above, below = ppo_clipped(inputs, clip)
     return _zero_where(above | below, change)
 
 
-def _zero_where(condition: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """`values` in place, 0 where the boolean condition holds, and NaN where besides they are not finite."""
-    # On a CPU torch multiplies by bytes many times as fast as it fills by, selects by or converts booleans.
+def _zero_where(condition: TokenMask, values: PerToken) -> PerToken:
+    """Multiply `values` in place by 0 where the condition holds."""
+    # On a CPU torch multiplies by bytes much faster than it fills, selects or converts booleans.
     return values.mul_((~condition).view(torch.uint8))
-
-
-class EntropyChangeRange(NamedTuple):
-    """What is small and what is large among the estimates of some set of tokens: numbers or scalar tensors."""
-
-    smallest: torch.Tensor | float
-    largest: torch.Tensor | float
-    #: The estimate at a given quantile; None where no mapping asks for it.
-    at_quantile: torch.Tensor | float | None = None
 
 
 @torch.no_grad()
 def entropy_change_range(
-    entropy_change: torch.Tensor, response_mask: torch.Tensor, quantile: float | None = None
+    entropy_change: Tensor, response_mask: Tensor, quantile: float | None = None
 ) -> EntropyChangeRange:
-    """Smallest and largest estimate among the valid tokens and, if asked for, the one at a quantile.
+    """Smallest and largest estimate among the valid tokens and, if a quantile is given, the estimate there.
 
     Args:
-        entropy_change: at least 0 and finite, any shape.
+        entropy_change: at least 0 and finite, of any shape.
         response_mask: 1 or True on valid tokens, of the same shape.
-        quantile: between 0 and 1; of n sorted estimates it names the one at the place (n - 1) * quantile, rounded
-            down.
+        quantile: between 0 and 1; of n sorted estimates it selects the one with index (n - 1) * quantile, rounded down.
 
     Returns:
         Scalar tensors. Without a valid token they are infinite, 0 and NaN.
@@ -225,16 +266,16 @@ def entropy_change_range(
     return EntropyChangeRange(_smallest(entropy_change, mask), (entropy_change * mask).amax(), at_quantile)
 
 
-def _smallest(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Smallest of the finite `values` where the mask, of numbers, is 1; infinite if it is 0 everywhere."""
+def _smallest(values: Tensor, mask: Tensor) -> Scalar:
+    """Smallest of the finite `values` where the numeric mask is 1; infinite if it is 0 everywhere."""
     beyond = mask.reciprocal().sub_(1.0)  # 0 on valid tokens, infinite on others
     return beyond.add_(values).amin()
 
 
 @torch.no_grad()
 def map_to_token_weights(
-    entropy_change: torch.Tensor,
-    response_mask: torch.Tensor,
+    entropy_change: PerToken,
+    response_mask: PerToken | TokenMask,
     token_weight_min: float = 0.8,
     token_weight_max: float = 1.2,
     linear: bool = True,
@@ -242,28 +283,27 @@ def map_to_token_weights(
     token_weight_map: str | None = None,
     quantile: float = 0.8,
     change_range: EntropyChangeRange | None = None,
-) -> torch.Tensor:
+) -> PerToken:
     """Weights that fall as the estimated entropy change grows.
 
-    Linear: from `token_weight_max` at the smallest change to `token_weight_min` at the largest; all equal gives their
-    mean. Exponential: exp(-k change) with k so that the largest change gets `token_weight_min`, that largest change
-    being no less than `ENTROPY_CHANGE_FLOOR`. Threshold: `token_weight_min` above the change at the quantile,
+    Linear: from `token_weight_max` at the smallest change to `token_weight_min` at the largest; their mean if all
+    changes are equal. Exponential: exp(-k change) with k such that the largest change, but at least
+    `ENTROPY_CHANGE_FLOOR`, gets `token_weight_min`. Threshold: `token_weight_min` above the change at the quantile,
     `token_weight_max` up to it.
 
     Args:
-        entropy_change: at least 0 and finite, float32 (batch, response_length).
-        response_mask: 1 or True on valid tokens, (batch, response_length).
-        token_weight_min: the weight of the token with the largest change.
-        token_weight_max: the weight of the token with the smallest change in the linear map; the upper bound in the
-            exponential one; the weight of all tokens up to the quantile in the threshold map.
+        entropy_change: at least 0 and finite.
+        response_mask: 1 or True on valid tokens.
+        token_weight_min: weight at the largest change.
+        token_weight_max: largest weight.
         linear: the linear map, else the exponential one, where `token_weight_map` is None.
         token_weight_map: one of `TOKEN_WEIGHT_MAPS`.
         quantile: as in `entropy_change_range`; only the threshold map reads it.
-        change_range: what the changes are measured by; None: the range of the valid tokens given. Changes beyond it
-            get the weight of its nearer end.
+        change_range: the range that the changes are measured by; None: that of the valid tokens given. Changes outside
+            it get the weight of its nearer end.
 
     Returns:
-        Weights, float32 (batch, response_length), 0 on tokens that are not valid.
+        Weights, float32, 0 on tokens that are not valid.
     """
     if token_weight_map is None:
         token_weight_map = "linear" if linear else "exponential"
@@ -272,7 +312,7 @@ def map_to_token_weights(
             entropy_change, response_mask, quantile if token_weight_map == "threshold" else None
         )
 
-    def scalar(bound: Any) -> torch.Tensor:
+    def scalar(bound: Any) -> Scalar:
         return entropy_change.new_full((), bound) if isinstance(bound, float) else bound
 
     largest = scalar(change_range.largest)
@@ -280,7 +320,7 @@ def map_to_token_weights(
         smallest = scalar(change_range.smallest)
         spread = largest - smallest
         slope = (token_weight_min - token_weight_max) / spread.clamp_min(torch.finfo(spread.dtype).tiny)
-        # All equal are halfway. Without a valid token the smallest is infinite.
+        # If all changes are equal, all weights are halfway. Without a valid token the smallest change is infinite.
         smallest, slope = smallest.where(spread > 0, 0.0), slope.where(spread > 0, 0.0)
         start = torch.where(spread > 0, token_weight_max, (token_weight_min + token_weight_max) / 2)
         weights = (entropy_change - smallest).mul_(slope).add_(start)
@@ -294,68 +334,47 @@ def map_to_token_weights(
 
 @torch.no_grad()
 def compute_token_weights(
-    advantages: torch.Tensor,
-    entropys: torch.Tensor,
-    old_log_prob: torch.Tensor,
-    log_prob: torch.Tensor,
-    response_mask: torch.Tensor,
+    advantages: PerToken,
+    entropys: PerToken,
+    old_log_prob: PerToken,
+    log_prob: PerToken,
+    response_mask: PerToken | TokenMask,
     token_weight_min: float = 0.8,
     token_weight_max: float = 1.2,
     linear: bool = True,
     *,
     estimator: str = "released",
-    clip_ratio_low: float = 0.2,
-    clip_ratio_high: float = 0.2,
-    clip_ratio_c: float = 3.0,
-    sum_pi_squared: torch.Tensor | None = None,
-    sum_pi_squared_log_pi: torch.Tensor | None = None,
-    token_weight_map: str | None = None,
-    quantile: float = 0.8,
-    change_range: EntropyChangeRange | None = None,
-) -> torch.Tensor:
+    clip: ClipRatios = DEFAULT_CLIP,
+    current_entropys: PerToken | None = None,
+    sum_pi_squared: PerToken | None = None,
+    sum_pi_squared_log_pi: PerToken | None = None,
+    **mapping: Any,
+) -> PerToken:
     """STEER's weight of each token's loss (arXiv 2510.10150); no gradient flows through it.
 
     Args:
-        advantages, entropys, old_log_prob, log_prob: (batch, response_length), as in `estimate_entropy_change`.
-        response_mask: 1 or True on valid tokens, (batch, response_length).
+        advantages, entropys, old_log_prob, log_prob, response_mask: as in `LossInputs`.
         token_weight_min, token_weight_max, linear: as in `map_to_token_weights`.
-        estimator, clip_ratio_low, clip_ratio_high, clip_ratio_c: as in `estimate_entropy_change`.
-        sum_pi_squared, sum_pi_squared_log_pi: as in `estimate_entropy_change`.
-        token_weight_map, quantile, change_range: as in `map_to_token_weights`.
+        estimator, clip: as in `signed_entropy_change`.
+        current_entropys, sum_pi_squared, sum_pi_squared_log_pi: as in `LossInputs`; the estimator `exact` reads them.
+        **mapping: `token_weight_map`, `quantile` and `change_range` of `map_to_token_weights`.
 
     Returns:
-        Weights, float32 (batch, response_length), 0 on tokens that are not valid. They depend on the valid tokens
-        only, not on padding or order.
+        Weights, float32, 0 on tokens that are not valid. They depend on the valid tokens only, not on padding or order.
 
     Raises:
-        ValueError: if the estimator is unknown, or is `exact` and a sum over the vocabulary is missing.
+        ValueError: if the estimator is unknown, or is `exact` and one of its inputs is None.
     """
-    entropy_change = estimate_entropy_change(
-        advantages,
-        entropys,
-        old_log_prob,
-        log_prob,
-        estimator,
-        clip_ratio_low,
-        clip_ratio_high,
-        clip_ratio_c,
-        sum_pi_squared=sum_pi_squared,
-        sum_pi_squared_log_pi=sum_pi_squared_log_pi,
-    )
-    return map_to_token_weights(
-        entropy_change,
-        response_mask,
-        token_weight_min,
-        token_weight_max,
-        linear,
-        token_weight_map=token_weight_map,
-        quantile=quantile,
-        change_range=change_range,
-    )
+    inputs = LossInputs(
+        old_log_prob, log_prob, advantages, response_mask, entropys,
+        current_entropys, sum_pi_squared, sum_pi_squared_log_pi,
+    )  # fmt: skip
+    change = estimate_entropy_change(inputs, estimator, clip)
+    return map_to_token_weights(change, response_mask, token_weight_min, token_weight_max, linear, **mapping)
 
 
 class _LeaveMetricsOnDevice(TorchFunctionMode):
-    """Keeps upstream's losses from waiting for the device: they read their metrics with `.item()`, one by one."""
+    """Keeps verl's losses from waiting for the device: they read each of their metrics with `.item()`."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.item:
@@ -365,54 +384,55 @@ class _LeaveMetricsOnDevice(TorchFunctionMode):
 
 def reweighted_policy_loss(
     base_loss: str,
-    token_weights: torch.Tensor,
-    old_log_prob: torch.Tensor,
-    log_prob: torch.Tensor,
-    advantages: torch.Tensor,
-    response_mask: torch.Tensor,
-    loss_agg_mode: str,
+    token_weights: PerToken | None,
+    inputs: LossInputs,
     config: Any,
-    rollout_is_weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """One of upstream's policy losses, each token's loss multiplied by its weight.
+    advantages: PerToken | None = None,
+    loss_agg_mode: str | None = None,
+) -> LossOutputs:
+    """One of verl's policy losses, each token's loss multiplied by its weight.
+
+    verl's losses multiply each token's loss by `rollout_is_weights`, so the weights are passed there, times the
+    rollout weights of `inputs` if there are any.
 
     Args:
         base_loss: one of `BASE_LOSSES`.
-        token_weights: without gradient, (batch, response_length).
-        old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config: upstream's arguments.
-        rollout_is_weights: upstream's weights for off-policy rollouts, multiplied in, (batch, response_length).
+        token_weights: without gradient; None: all tokens count alike.
+        inputs: a micro-batch.
+        config: `ActorConfig`.
+        advantages: in place of those of `inputs`.
+        loss_agg_mode: in place of `config.loss_agg_mode`.
 
     Returns:
-        The loss, a scalar with gradient, and upstream's metrics, scalar tensors on the loss's device.
+        The loss, verl's metrics and the weights.
     """
-    if rollout_is_weights is not None:
-        token_weights = token_weights * rollout_is_weights
+    weights = token_weights
+    if inputs.rollout_is_weights is not None:
+        weights = inputs.rollout_is_weights if weights is None else weights * inputs.rollout_is_weights
     with _LeaveMetricsOnDevice():
-        return _upstream.get_policy_loss_fn(base_loss)(
-            old_log_prob.float(),
-            log_prob.float(),
-            advantages.float(),
-            response_mask,
-            loss_agg_mode,
-            config,
-            token_weights,
+        loss, metrics = _upstream.get_policy_loss_fn(base_loss)(
+            old_log_prob=inputs.old_log_prob.float(),
+            log_prob=inputs.log_prob.float(),
+            advantages=(inputs.advantages if advantages is None else advantages).float(),
+            response_mask=inputs.response_mask,
+            loss_agg_mode=loss_agg_mode or config.loss_agg_mode,
+            config=config,
+            rollout_is_weights=weights,
         )
+    return LossOutputs(loss, metrics, token_weights)
 
 
 @torch.no_grad()
-def token_weight_metrics(
-    token_weights: torch.Tensor, entropy_change: torch.Tensor, mask: torch.Tensor
-) -> dict[str, torch.Tensor]:
+def token_weight_metrics(token_weights: PerToken, entropy_change: PerToken, mask: PerToken) -> dict[str, Scalar]:
     """Scalars over the valid tokens of one micro-batch, left on the device.
 
     Args:
-        token_weights, entropy_change: 0 on tokens that are not valid, (batch, response_length).
-        mask: of numbers, 1 on valid tokens, (batch, response_length).
+        token_weights, entropy_change: 0 on tokens that are not valid.
+        mask: 1.0 on valid tokens, else 0.0.
 
     Returns:
         Mean, minimum and maximum of the weights, mean and maximum of the estimated entropy change. Without a valid
-        token means are 0, the minimum is infinite and the maxima are 0, so that they leave a reduction over
-        micro-batches alone.
+        token means and maxima are 0 and the minimum is infinite, so that a reduction over micro-batches ignores them.
     """
     count = mask.sum().clamp_min(1)
     return {
@@ -424,119 +444,69 @@ def token_weight_metrics(
     }
 
 
-@_upstream.register_policy_loss("entropy_control")
-def compute_policy_loss_with_entropy(
-    old_log_prob: torch.Tensor,
-    log_prob: torch.Tensor,
-    advantages: torch.Tensor,
-    response_mask: torch.Tensor,
-    loss_agg_mode: str = "token-mean",
-    config: Any = None,
-    rollout_is_weights: torch.Tensor | None = None,
-    entropys: torch.Tensor | None = None,
-    current_entropys: torch.Tensor | None = None,
-    sum_pi_squared: torch.Tensor | None = None,
-    sum_pi_squared_log_pi: torch.Tensor | None = None,
-    change_range: EntropyChangeRange | None = None,
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """STEER (arXiv 2510.10150): upstream's dual-clip PPO loss or another of `BASE_LOSSES`, each token times its weight.
+def steer_policy_loss(inputs: LossInputs, config: Any, loss_agg_mode: str | None = None) -> LossOutputs:
+    """STEER (arXiv 2510.10150): verl's dual-clip PPO loss or another of `BASE_LOSSES`, each token times its weight.
 
     Args:
-        old_log_prob, log_prob, advantages: (batch, response_length).
-        response_mask: 1 or True on valid tokens, (batch, response_length).
-        loss_agg_mode: how token losses become one; see upstream's `agg_loss`.
+        inputs: a micro-batch.
         config: `ActorConfig`; `policy_loss` holds STEER's options, `clip_ratio*` the clip.
-        rollout_is_weights: upstream's weights for off-policy rollouts, multiplied in, (batch, response_length).
-        entropys: entropy of the old policy in each token's state, in nats, (batch, response_length).
-        current_entropys: the same of the policy being updated; the estimator `exact` reads it in place of `entropys`.
-        sum_pi_squared, sum_pi_squared_log_pi: as in `exact_entropy_change`.
-        change_range: what the estimates are measured by; None: the range of this micro-batch.
-
-    Returns:
-        The loss, a scalar with gradient, and metrics, scalar tensors on the loss's device.
+        loss_agg_mode: as in `reweighted_policy_loss`.
 
     Raises:
-        ValueError: if what the estimator needs is missing, or the range that the normalizer needs.
+        ValueError: if `inputs` lacks a field that the estimator or the normalizer reads.
     """
-    options, clip = config.policy_loss, clip_ratios(config)
-    if options.entropy_change_estimator == "exact":
-        entropys = current_entropys
-    if entropys is None:
-        raise ValueError("entropys=None: loss_mode=entropy_control expects the entropy of each response token")
-    if options.token_weight_normalizer != "micro_batch" and change_range is None:
-        raise ValueError(
-            f"change_range=None: token_weight_normalizer={options.token_weight_normalizer} expects the engine to "
-            "give the range of the mini-batch"
-        )
-    with torch.no_grad():
-        # Numbers once: upstream's losses multiply by it again and again too.
-        mask = response_mask.float()
-        entropy_change = estimate_entropy_change(
-            advantages,
-            entropys,
-            old_log_prob,
-            log_prob,
-            options.entropy_change_estimator,
-            *clip,
-            sum_pi_squared=sum_pi_squared,
-            sum_pi_squared_log_pi=sum_pi_squared_log_pi,
-        )
-        token_weights = map_to_token_weights(
-            entropy_change,
-            mask,
-            options.token_weight_min,
-            options.token_weight_max,
-            token_weight_map=options.token_weight_map,
-            quantile=options.token_weight_quantile,
-            change_range=change_range,
-        )
-        entropy_change.mul_(mask)
-        clipped = clipped_by_loss(config, advantages, old_log_prob, log_prob)
-        steer_metrics = token_weight_metrics(token_weights, entropy_change, mask)
-        steer_metrics |= token_metrics(advantages, old_log_prob, *clipped, mask, entropy_change, token_weights)
-    loss, metrics = reweighted_policy_loss(
-        options.base_loss,
-        token_weights,
-        old_log_prob,
-        log_prob,
-        advantages,
+    options = config.policy_loss
+    if options.token_weight_normalizer != "micro_batch":
+        inputs.require("change_range", f"token_weight_normalizer={options.token_weight_normalizer} expects a range")
+    # Convert the mask to float once; the base loss multiplies by it repeatedly.
+    mask = inputs.response_mask.float()
+    change = estimate_entropy_change(inputs, options.entropy_change_estimator, clip_ratios(config))
+    weights = map_to_token_weights(
+        change,
         mask,
-        loss_agg_mode,
-        config,
-        rollout_is_weights,
+        options.token_weight_min,
+        options.token_weight_max,
+        token_weight_map=options.token_weight_map,
+        quantile=options.token_weight_quantile,
+        change_range=inputs.change_range,
     )
-    return loss, metrics | steer_metrics
-
-
-def base_loss_of(policy_loss: Any) -> str:
-    """Name of the loss whose gradients tokens get: STEER's base loss, else the loss itself."""
-    return policy_loss.base_loss if policy_loss.loss_mode == "entropy_control" else policy_loss.loss_mode
-
-
-def clips_as_ppo(policy_loss: Any) -> bool:
-    """Whether a loss, `policy_loss` of the actor's configuration, takes gradients away where `ppo_clipped` tells."""
-    return base_loss_of(policy_loss) in PPO_CLIPPED_LOSSES
-
-
-def clipped_by_loss(
-    config: Any, advantages: torch.Tensor, old_log_prob: torch.Tensor, log_prob: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-    """`ppo_clipped` with the clip of an `ActorConfig`; None and None where its loss does not clip as PPO does."""
-    if not clips_as_ppo(config.policy_loss):
-        return None, None
-    return ppo_clipped(advantages, old_log_prob, log_prob, *clip_ratios(config))
-
-
-def clip_ratios(config: Any) -> tuple[float, float, float]:
-    """(clip_ratio_low, clip_ratio_high, clip_ratio_c) as upstream's vanilla loss resolves them."""
-    low, high = config.clip_ratio_low, config.clip_ratio_high
-    return (
-        config.clip_ratio if low is None else low,
-        config.clip_ratio if high is None else high,
-        config.get("clip_ratio_c", 3.0),
+    change.mul_(mask)
+    outputs = reweighted_policy_loss(
+        options.base_loss, weights, replace(inputs, response_mask=mask), config, loss_agg_mode=loss_agg_mode
     )
+    outputs.metrics |= token_weight_metrics(weights, change, mask)
+    outputs.entropy_change = change
+    return outputs
 
 
-# They register themselves, and take from this module what is above.
-from verl.steer.methods import advantages as _advantages  # noqa: E402, F401
-from verl.steer.methods import losses as _losses  # noqa: E402, F401
+@_upstream.register_policy_loss("entropy_control")
+def compute_policy_loss_with_entropy(
+    old_log_prob: PerToken,
+    log_prob: PerToken,
+    advantages: PerToken,
+    response_mask: PerToken | TokenMask,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: PerToken | None = None,
+    entropys: PerToken | None = None,
+    **inputs: Any,
+) -> tuple[Scalar, dict[str, Any]]:
+    """`steer_policy_loss` with the signature of verl's policy losses, plus `entropys`.
+
+    Args:
+        old_log_prob, log_prob, advantages, response_mask, rollout_is_weights, entropys, **inputs: fields of
+            `LossInputs`.
+        loss_agg_mode: how token losses become one; see verl's `agg_loss`.
+        config: `ActorConfig`.
+
+    Returns:
+        The loss with gradient, and metrics on the loss's device.
+
+    Raises:
+        ValueError: as `steer_policy_loss` does.
+    """
+    batch = LossInputs(
+        old_log_prob, log_prob, advantages, response_mask, entropys, rollout_is_weights=rollout_is_weights, **inputs
+    )
+    outputs = steer_policy_loss(batch, config, loss_agg_mode)
+    return outputs.loss, outputs.metrics

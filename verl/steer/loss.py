@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss function of the training workers: verl's `ppo_loss`, for the policy losses of this fork as well."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import verl.steer.methods  # noqa: F401 - registers the losses
+from tensordict import TensorDict
+from torch import Tensor
+from verl.steer.methods.registry import POLICY_LOSSES, clipped_by_loss
+from verl.steer.token_metrics import token_metrics
+from verl.trainer.ppo.core_algos import (
+    LossInputs,
+    LossOutputs,
+    PerToken,
+    agg_loss,
+    estimate_entropy_change,
+    kl_penalty,
+)
+from verl.utils import tensordict_utils as tu
+from verl.utils.metric import AggregationType, Metric
+from verl.workers.config import ActorConfig
+from verl.workers.utils.losses import ppo_loss as verl_ppo_loss
+from verl.workers.utils.padding import no_padding_2_padding, response_to_nested
+
+#: Outputs of the update's forward pass that are fields of `LossInputs`: name there -> field.
+MODEL_OUTPUTS = {
+    "log_probs": "log_prob",
+    "entropy": "current_entropys",
+    "sum_pi_squared": "sum_pi_squared",
+    "sum_pi_squared_log_pi": "sum_pi_squared_log_pi",
+}
+
+#: Columns of the batch that are fields of `LossInputs`.
+COLUMNS = {
+    "old_log_probs": "old_log_prob",
+    "advantages": "advantages",
+    "response_mask": "response_mask",
+    "entropy": "entropys",
+    "rollout_is_weights": "rollout_is_weights",
+}
+
+
+def loss_inputs(model_output: dict[str, Tensor], data: TensorDict) -> LossInputs:
+    """The inputs of a policy loss.
+
+    Args:
+        model_output: nested tensors of the forward pass: `log_probs` and, if requested, `entropy`, `sum_pi_squared` and
+            `sum_pi_squared_log_pi`; each (batch, tokens of the sequence).
+        data: one micro-batch of nested tensors, with the non-tensor data `entropy_change_range` and `entropy_coeff` if
+            a loss reads them.
+
+    Returns:
+        Padded tensors, each (batch, response_length). Without the old policy's entropies, as in bypass mode, `entropys`
+        are the current policy's.
+    """
+    fields: dict[str, Any] = {
+        field: no_padding_2_padding(model_output[name], data)
+        for name, field in MODEL_OUTPUTS.items()
+        if model_output.get(name) is not None
+    }
+    batch = data.select(*(column for column in COLUMNS if column in data)).to_padded_tensor()
+    fields |= {COLUMNS[column]: values for column, values in batch.items()}
+    fields["response_mask"] = fields["response_mask"].bool()
+    if "entropys" not in fields and "current_entropys" in fields:
+        fields["entropys"] = fields["current_entropys"].detach()
+    fields["change_range"] = tu.get_non_tensor_data(data, "entropy_change_range", None)
+    fields["entropy_coeff"] = tu.get_non_tensor_data(data, "entropy_coeff", None)
+    return LossInputs(**fields)
+
+
+def ppo_loss(
+    config: ActorConfig, model_output: dict[str, Tensor], data: TensorDict, dp_group: Any = None
+) -> tuple[Tensor, dict[str, Any]]:
+    """verl's `ppo_loss`, and the same for the policy losses of this fork.
+
+    Args:
+        config: the actor's configuration.
+        model_output, data: as in `loss_inputs`. The flag `token_metrics` of `data` requests `verl.steer.token_metrics`
+            of losses other than STEER's, `return_model_output` the loss's weights as `model_output["token_weights"]`,
+            nested (batch, tokens of the response).
+        dp_group: the data-parallel process group.
+
+    Returns:
+        The loss, a scalar with gradient, and metrics. Those whose names end in `_min` and `_max` are reduced over
+        micro-batches and ranks by minimum and maximum.
+    """
+    inputs = loss_inputs(model_output, data)
+    if config.policy_loss.loss_mode not in POLICY_LOSSES:
+        loss, metrics = verl_ppo_loss(config, model_output, data, dp_group)
+        outputs = LossOutputs(loss, metrics)
+    else:
+        outputs = _policy_loss(config, inputs, data)
+        if outputs.token_weights is not None and tu.get_non_tensor_data(data, "return_model_output", False):
+            model_output["token_weights"] = response_to_nested(outputs.token_weights, data["response_mask"])
+    if outputs.entropy_change is not None or tu.get_non_tensor_data(data, "token_metrics", False):
+        outputs.metrics |= Metric.from_dict(_token_metrics(config, inputs, outputs), AggregationType.MEAN)
+    return outputs.loss, outputs.metrics
+
+
+def _policy_loss(config: ActorConfig, inputs: LossInputs, data: TensorDict) -> LossOutputs:
+    """A policy loss of this fork with verl's entropy bonus and KL loss; all metrics become `Metric`."""
+    batch_info = {name: data[name] for name in ("dp_size", "batch_num_tokens", "global_batch_size")}
+    config.global_batch_info.update(batch_info, loss_scale_factor=config.loss_scale_factor)
+    # With a global size each micro-batch contributes its part of the global mean, and the parts add up.
+    is_global = batch_info["dp_size"] > 1 or any(
+        size is not None for size in (data["batch_num_tokens"], data["global_batch_size"], config.loss_scale_factor)
+    )
+    aggregation = AggregationType.SUM if is_global else AggregationType.MEAN
+
+    def aggregate(values: PerToken) -> Tensor:
+        return agg_loss(values, inputs.response_mask, config.loss_agg_mode, **config.global_batch_info)
+
+    outputs = POLICY_LOSSES[config.policy_loss.loss_mode].compute(inputs, config)
+    metrics: dict[str, Any] = Metric.from_dict(outputs.metrics, AggregationType.MEAN)
+    for name, metric in metrics.items():
+        if name.endswith(("_min", "_max")):
+            metric.aggregation = AggregationType(name[-3:])
+    metrics["actor/pg_loss"] = Metric(aggregation, outputs.loss)
+    if inputs.current_entropys is not None:
+        entropy = aggregate(inputs.current_entropys)
+        outputs.loss = outputs.loss - config.entropy_coeff * entropy
+        metrics["actor/entropy_loss"] = Metric(aggregation, entropy)
+    if config.use_kl_loss:
+        reference = data.select("ref_log_prob").to_padded_tensor()["ref_log_prob"]
+        kl_loss = aggregate(kl_penalty(inputs.log_prob, reference, config.kl_loss_type))
+        outputs.loss = outputs.loss + config.kl_loss_coef * kl_loss
+        metrics |= {"kl_loss": Metric(aggregation, kl_loss), "kl_coef": config.kl_loss_coef}
+    outputs.metrics = metrics
+    return outputs
+
+
+def _token_metrics(config: ActorConfig, inputs: LossInputs, outputs: LossOutputs) -> dict[str, Tensor]:
+    """Metrics of the tokens; for a loss other than STEER's the entropy change is the `released` estimate."""
+    change = outputs.entropy_change
+    if change is None and inputs.entropys is not None:
+        change = estimate_entropy_change(inputs).mul_(inputs.response_mask)
+    return token_metrics(inputs, clipped_by_loss(config, inputs), change, outputs.token_weights)

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The entry point, `python -m verl.steer.main`: verl's, with this fork's configurations, checks and task runner."""
+
+from __future__ import annotations
+
+import sys
+
+import hydra
+import ray
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig
+from verl.steer.requirements import check_and_complete
+from verl.steer.run_ending import ActorsDied, WatchedRunner, reason_of
+from verl.steer.task_runner import SteerTaskRunner
+from verl.trainer import main_ppo
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.config import validate_config
+from verl.utils.device import auto_set_device
+
+import verl_steer
+
+
+class VerlConfigs(SearchPathPlugin):
+    """Adds verl's configurations to Hydra's search path, after this fork's, which `main` names."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.append("verl", "pkg://verl.trainer.config")
+
+
+Plugins.instance().register(VerlConfigs)
+
+
+@hydra.main(config_path="../trainer/config", config_name="steer", version_base=None)
+def main(config: DictConfig) -> None:
+    """Train or evaluate by a Hydra configuration, such as `--config-name steer method=steer_exp`."""
+    verl_steer.check()
+    try:
+        check_and_complete(config)
+    except ValueError as error:
+        sys.exit(f"steer-verl: {error}")
+    if not config.trainer.use_v1:
+        main_ppo.main.__wrapped__(config)
+        return
+    auto_set_device(config)
+    validate_config(config, need_reference_policy(config), need_critic(config))
+    try:
+        main_ppo.run_ppo(config, task_runner_class=WatchedRunner(SteerTaskRunner))
+    except (ray.exceptions.RayError, ActorsDied) as error:
+        # Their modules import the trainers, which this process does not need before.
+        from verl.steer.checkpoint_ledger import UnknownMetric
+        from verl.steer.rollout.wait import RolloutsFailed
+
+        reason = reason_of(error, told_by=(UnknownMetric, RolloutsFailed))
+        if reason is None:
+            raise
+        # Ray passes on the workers' output until it has ended; end it first, so that the line below is the last one.
+        ray.shutdown()
+        sys.exit(f"steer-verl: {reason}")
+
+
+if __name__ == "__main__":
+    main()

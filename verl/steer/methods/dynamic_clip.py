@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`policy_loss.loss_mode=dynamic_clip`: PPO's clip, wider for improbable tokens (DCPO, arXiv 2509.02333)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from verl.steer.methods.registry import policy_loss
+from verl.steer.options import option
+from verl.trainer.ppo.core_algos import LossInputs, LossOutputs, PerToken, agg_loss
+from verl.utils.torch_functional import masked_mean
+
+
+@dataclass
+class DynamicClipOptions:
+    """Keys below `policy_loss`: bounds of |(ratio - 1) prob| below and above the ratio 1."""
+
+    dynamic_clip_low: float | None = option(0.16, above=0.0)
+    dynamic_clip_high: float | None = option(0.2, above=0.0)
+
+
+def dynamic_clip_bounds(old_log_prob: PerToken, low: float, high: float) -> tuple[PerToken, PerToken]:
+    """Ratios between which |(ratio - 1) prob| stays at most `low` below 1 and `high` above 1 (arXiv 2509.02333).
+
+    With prob = ratio * old_prob these are the roots 1/2 + 1/2 sqrt(1 - 4 low / old_prob), or 1/2 where there is none,
+    and 1/2 + 1/2 sqrt(1 + 4 high / old_prob).
+
+    Returns:
+        Lower and upper bound, float32.
+    """
+    inverse = torch.exp(-old_log_prob.float())
+    lower = 0.5 + 0.5 * (1 - 4 * low * inverse).clamp_min(0.0).sqrt()
+    return lower, 0.5 + 0.5 * (1 + 4 * high * inverse).sqrt()
+
+
+@policy_loss("dynamic_clip", clips_as_ppo=False)
+def compute_policy_loss_dynamic_clip(inputs: LossInputs, config: Any) -> LossOutputs:
+    """DCPO's dynamic-adaptive clipping: PPO's loss with `dynamic_clip_bounds`.
+
+    No ratio above `actor.clip_ratio_c` counts, whatever the sign of the advantage: this fork's reading of the paper.
+    The paper's smooth advantage standardisation over steps and its averaging of the loss are not implemented.
+    """
+    options, ceiling, mask = config.policy_loss, config.clip_ratio_c, inputs.response_mask
+    advantages = inputs.advantages.float()
+    log_ratio = (inputs.log_prob.float() - inputs.old_log_prob.float()).clamp(-20.0, 20.0)
+    ratio = log_ratio.exp()
+    lower, upper = dynamic_clip_bounds(inputs.old_log_prob, options.dynamic_clip_low, options.dynamic_clip_high)
+    ratio = torch.minimum(ratio, ratio.new_full((), ceiling))
+    within = torch.minimum(torch.maximum(ratio, lower), upper)
+    losses = torch.maximum(-advantages * ratio, -advantages * within)
+    if inputs.rollout_is_weights is not None:
+        losses = losses * inputs.rollout_is_weights
+    loss = agg_loss(losses, mask, config.loss_agg_mode, **config.global_batch_info)
+    with torch.no_grad():
+        above = (advantages > 0) & (ratio > upper) | (ratio >= ceiling)
+        below = (advantages < 0) & (ratio < lower)
+        metrics = {
+            "actor/pg_clipfrac_high": masked_mean(above.float(), mask),
+            "actor/pg_clipfrac_low": masked_mean(below.float(), mask),
+            "actor/ppo_kl": masked_mean(-log_ratio, mask),
+        }
+    return LossOutputs(loss, metrics)

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`algorithm.adv_estimator=gtpo` and `grpo_s`: rewards divided by entropy over tokens or responses (2508.04349)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from verl.steer.methods.registry import advantage_estimator
+from verl.steer.methods.sample_reinforcement import is_right
+from verl.steer.methods.unlikeliness import by_std
+from verl.steer.options import from_config, option, resolve_options
+from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
+from verl.utils import as_torch_index
+
+#: Lower bound of the entropy in 1 / H, in nats.
+ENTROPY_FLOOR = 1e-4
+
+#: Keeps a quotient by a group's standard deviation finite, as in verl's GRPO.
+STD_EPSILON = 1e-6
+
+
+@dataclass
+class EntropyRewardOptions:
+    """Key below `algorithm`: the fraction of the reward that is divided by entropy."""
+
+    entropy_reward_share: float | None = option(0.1, at_least=0.0, at_most=1.0)
+
+    def __post_init__(self) -> None:
+        resolve_options(self, "algorithm")
+
+
+@advantage_estimator("gtpo", "entropy")
+def compute_gtpo_advantage(
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: np.ndarray,
+    config: Any,
+    entropy: Tensor,
+    rm_scores: Tensor | None = None,
+    **unused: Any,
+) -> tuple[Tensor, Tensor]:
+    """GTPO (arXiv 2508.04349): token rewards by `entropy_weighted_rewards`, standardised over the prompt's tokens.
+
+    In this fork's reading of the paper, mean and standard deviation are over the tokens of right and wrong answers
+    together.
+    """
+    valid = response_mask.bool()
+    right = is_right(token_level_rewards, config, rm_scores)
+    rewards = entropy_weighted_rewards(entropy.float(), valid, right, index, config)
+    group = as_torch_index(index, device=rewards.device)
+    groups, count = int(group.max()) + 1, valid.sum(-1)
+
+    def mean_of_group(values: Tensor) -> Tensor:
+        """Mean over the valid tokens of each response's group, (batch, 1)."""
+        sums = values.new_zeros(groups).index_add_(0, group, values.masked_fill(~valid, 0).sum(-1))
+        counts = values.new_zeros(groups).index_add_(0, group, count.to(values.dtype))
+        return (sums / counts.clamp_min(1))[group].unsqueeze(-1)
+
+    advantages = rewards - mean_of_group(rewards)
+    if by_std(config):
+        advantages = advantages / (mean_of_group(advantages.square()).sqrt() + STD_EPSILON)
+    advantages = advantages.masked_fill(~valid, 0)
+    return advantages, advantages
+
+
+@advantage_estimator("grpo_s", "entropy")
+def compute_grpo_s_advantage(
+    token_level_rewards: Tensor,
+    response_mask: Tensor,
+    index: np.ndarray,
+    config: Any,
+    entropy: Tensor,
+    rm_scores: Tensor | None = None,
+    **unused: Any,
+) -> tuple[Tensor, Tensor]:
+    """GRPO-S (arXiv 2508.04349): `entropy_weighted_rewards` of a response's mean entropy, standardised over the prompt.
+
+    The advantage is the paper's; the ratio in the loss stays the token's (`policy_loss.loss_mode=gspo` has a
+    sequence's).
+    """
+    count = response_mask.sum(-1, keepdim=True)
+    entropys = (entropy.float() * response_mask).sum(-1, keepdim=True) / count.clamp_min(1)
+    right = is_right(token_level_rewards, config, rm_scores)
+    rewards = entropy_weighted_rewards(entropys, count > 0, right, index, config)
+    return compute_grpo_outcome_advantage(rewards, response_mask, index, norm_adv_by_std_in_grpo=by_std(config))
+
+
+def entropy_weighted_rewards(
+    entropys: Tensor, valid: Tensor, right: Tensor, index: np.ndarray, config: Any = None
+) -> Tensor:
+    """Rewards of 1 and -1, a fraction of which is divided by entropy (arXiv 2508.04349).
+
+    In each column, the right answers to a prompt divide their rewards in proportion to H, the wrong ones in proportion
+    to 1 / H: uncertainty is rewarded in right answers, certainty blamed in wrong ones. With s = `entropy_reward_share`
+    the reward is (1 - s) + s * n * H / (sum of H over those n right answers), and the negative of the same with 1 / H
+    for wrong ones.
+
+    Args:
+        entropys: in nats, (batch, columns): a column is a token position, or the only one, a mean over a response.
+        valid: which entropies exist, boolean (batch, columns).
+        right: whether the answer is right, boolean (batch,).
+        index: the prompt of each response, (batch,).
+        config: `algorithm` of the configuration.
+
+    Returns:
+        Float32 (batch, columns), 0 where nothing is valid.
+    """
+    fraction = from_config(EntropyRewardOptions, config).entropy_reward_share
+    entropys = entropys.float().clamp_min(ENTROPY_FLOOR)
+    scores = torch.where(right.unsqueeze(-1), entropys, 1 / entropys).masked_fill(~valid, 0)
+    # Right and wrong answers to one prompt are two classes.
+    together = 2 * as_torch_index(index, device=scores.device) + right.long()
+    sums = scores.new_zeros(int(together.max()) + 1, scores.shape[1])
+    counts = sums.index_add(0, together, valid.float())[together]
+    sums = sums.index_add(0, together, scores)[together]
+    rewards = (1 - fraction) + fraction * counts * scores / sums.clamp_min(torch.finfo(sums.dtype).tiny)
+    return torch.where(right.unsqueeze(-1), rewards, -rewards).masked_fill(~valid, 0)

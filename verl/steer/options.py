@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fields of configuration dataclasses that carry their default and their range.
+
+    @dataclass
+    class MyOptions:
+        strength: float | None = option(0.5, above=0.0)
+
+Configuration files set such a field to null: Hydra then accepts both `strength=…` and `+strength=…`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
+
+Options = TypeVar("Options")
+
+#: Upper bound of numbers without another one: neither NaN nor infinity lies below it.
+LARGEST = sys.float_info.max
+
+
+@dataclass(frozen=True)
+class Option:
+    """Default and range of a field.
+
+    Args:
+        default: in place of None.
+        above, at_least, at_most: bounds of a number.
+        integer: whether only integers are allowed.
+        choices: allowed values of a field that is not a number.
+    """
+
+    default: Any = None
+    above: float | None = None
+    at_least: float = -LARGEST
+    at_most: float = LARGEST
+    integer: bool = False
+    choices: tuple[Any, ...] = ()
+
+    def check(self, key: str, value: Any) -> None:
+        """Check the value of a key.
+
+        Raises:
+            ValueError: if it is out of range; the message has the key, the value and the range.
+        """
+        if value is None and self.default is None:
+            return
+        if self.choices:
+            if value not in self.choices or isinstance(value, bool) != isinstance(self.choices[0], bool):
+                expected = ", ".join(str(choice).lower() for choice in self.choices)
+                raise ValueError(f"{key}={value!r}: expected one of {expected}")
+            return
+        number = isinstance(value, int if self.integer else int | float) and not isinstance(value, bool)
+        if not number or not self.at_least <= value <= self.at_most or self.above is not None and value <= self.above:
+            raise ValueError(f"{key}={value!r}: expected {self._range()}")
+
+    def _range(self) -> str:
+        kind = "an integer" if self.integer else "a finite number" if self.at_most == LARGEST else "a number"
+        low = f" of at least {self.at_least:g}" if self.at_least > -LARGEST else ""
+        low = low if self.above is None else f" above {self.above:g}"
+        return kind + low + (f" and at most {self.at_most:g}" if self.at_most < LARGEST else "")
+
+
+def option(default: Any = None, **bounds: Any) -> Any:
+    """A dataclass field with an `Option`."""
+    return field(default=None, metadata={"option": Option(default, **bounds)})
+
+
+def resolve_options(config: Any, section: str) -> None:
+    """Replace None by the default in all fields made by `option`, and check their values.
+
+    Args:
+        config: an instance of a dataclass.
+        section: the dataclass's key in the configuration, such as `policy_loss`, for error messages.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+    for name, found in ((f.name, f.metadata["option"]) for f in fields(config) if "option" in f.metadata):
+        if getattr(config, name) is None:
+            object.__setattr__(config, name, found.default)
+        found.check(f"{section}.{name}", getattr(config, name))
+
+
+def from_config(cls: type[Options], config: Mapping[str, Any] | None, unknown: str | None = None) -> Options:
+    """A dataclass of options from a section of the configuration, which may have other keys.
+
+    Args:
+        cls: the dataclass.
+        config: the section; None: all defaults.
+        unknown: the section's key if it may have no other keys.
+
+    Raises:
+        ValueError: if the section has an unknown key and may not.
+    """
+    names: Iterable[str] = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    given = config or {}
+    for name in given if unknown else ():
+        if name not in names:
+            raise ValueError(f"{unknown}.{name}: unknown; expected one of {', '.join(names)}")
+    return cls(**{name: given.get(name) for name in names})
