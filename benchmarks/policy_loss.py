@@ -9,7 +9,7 @@ One row for each way, medians over interleaved rounds after a warm-up, forward a
 
     vanilla            upstream's `compute_policy_loss_vanilla`
     vanilla, logged    the same with the token metrics that every run of this fork logs, as `ppo_loss` adds them
-    steer …            `compute_policy_loss_with_entropy`, the first with its default options
+    steer …            `steer_policy_loss` and the token metrics, the first with its default options
     largest estimate   STEER's estimates and their largest, forward alone: what the loss needs before its first weight
     boolean-indexed    the default options once more, on the valid tokens picked out by a boolean index and scattered
                        back: the same weights, which the program checks, then upstream's loss with them
@@ -32,19 +32,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from verl.steer.config import PolicyLossConfig
 from verl.steer.token_metrics import token_metrics
 from verl.trainer.ppo.core_algos import (
     ENTROPY_CHANGE_ESTIMATORS,
     ENTROPY_CHANGE_FLOOR,
     PROBABILITY_MARGIN,
+    LossInputs,
     clip_ratios,
     compute_policy_loss_vanilla,
-    compute_policy_loss_with_entropy,
     compute_token_weights,
     estimate_entropy_change,
     ppo_clipped,
+    steer_policy_loss,
 )
-from verl.workers.config import FSDPActorConfig, PolicyLossConfig
+from verl.workers.config import FSDPActorConfig
 
 LOSS, WEIGHTS = "loss, forward and backward", "token weights alone"
 MODES = ("eager", "compiled")
@@ -128,17 +130,18 @@ def vanilla_loss(config: FSDPActorConfig, batch: Batch) -> Tensor:
 
 
 def logged_vanilla_loss(config: FSDPActorConfig, batch: Batch) -> Tensor:
-    old_log_prob, log_prob, advantages = batch["old_log_prob"], batch["log_prob"].detach(), batch["advantages"]
-    change = estimate_entropy_change(advantages, batch["entropys"], old_log_prob, log_prob)
-    clipped = ppo_clipped(advantages, old_log_prob, log_prob, *clip_ratios(config))
-    token_metrics(advantages, old_log_prob, *clipped, batch["response_mask"], change)
+    inputs = LossInputs(**batch)
+    token_metrics(inputs, ppo_clipped(inputs, clip_ratios(config)), estimate_entropy_change(inputs))
     return vanilla_loss(config, batch)
 
 
 def steer_loss(config: FSDPActorConfig, batch: Batch) -> Tensor:
-    # `exact` reads these besides; the time doesn't depend on the values.
+    # `exact` reads these too; the time doesn't depend on the values.
     read_by_exact = dict.fromkeys(("current_entropys", "sum_pi_squared", "sum_pi_squared_log_pi"), batch["entropys"])
-    return compute_policy_loss_with_entropy(**batch, **read_by_exact, config=config)[0]
+    inputs = LossInputs(**batch, **read_by_exact)
+    outputs = steer_policy_loss(inputs, config)
+    token_metrics(inputs, ppo_clipped(inputs, clip_ratios(config)), outputs.entropy_change, outputs.token_weights)
+    return outputs.loss
 
 
 def boolean_indexed_loss(config: FSDPActorConfig, batch: Batch) -> Tensor:
@@ -155,8 +158,7 @@ def boolean_indexed_loss(config: FSDPActorConfig, batch: Batch) -> Tensor:
 
 
 def largest_estimate(batch: Batch) -> Tensor:
-    arguments = (batch["advantages"], batch["entropys"], batch["old_log_prob"], batch["log_prob"])
-    return estimate_entropy_change(*arguments).mul_(batch["response_mask"]).amax()
+    return estimate_entropy_change(LossInputs(**batch)).mul_(batch["response_mask"]).amax()
 
 
 def losses() -> dict[str, Callable[[Batch], Tensor]]:

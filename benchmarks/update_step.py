@@ -38,11 +38,11 @@ if DEVICE == "cpu":
 for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29411"}.items():
     os.environ.setdefault(name, value)
 
-from verl.trainer import main_ppo  # noqa: E402
+from verl.steer.loss import ppo_loss  # noqa: E402
+from verl.steer.requirements import check_and_complete  # noqa: E402
 from verl.utils import tensordict_utils as tu  # noqa: E402
 from verl.utils.config import omega_conf_to_dataclass  # noqa: E402
 from verl.workers.engine import EngineRegistry  # noqa: E402
-from verl.workers.utils.losses import ppo_loss  # noqa: E402
 from verl.workers.utils.padding import response_from_nested  # noqa: E402
 
 import verl_steer  # noqa: E402
@@ -78,8 +78,9 @@ def configuration(way: str, model: str, arguments: argparse.Namespace):
     name, overrides = WAYS[way]
     with initialize_config_dir(str(verl_steer.OVERLAY / "trainer/config"), version_base=None):
         config = compose(
-            name,
+            "steer",
             [
+                f"method={name}",
                 f"hardware={'cpu' if DEVICE == 'cpu' else 'gpu1'}",
                 f"actor_rollout_ref.model.path={model}",
                 f"actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu={arguments.micro_batch}",
@@ -87,7 +88,7 @@ def configuration(way: str, model: str, arguments: argparse.Namespace):
                 *overrides,
             ],
         )
-    main_ppo.prepare(config)
+    check_and_complete(config)
     return omega_conf_to_dataclass(config.actor_rollout_ref.actor), config
 
 

@@ -35,7 +35,7 @@ for seed in ${SEEDS:-42 43 44}; do
     run=$OUTPUT_DIR/seed$seed/$method
     runs+=("$run")
     bash "$root/run/train_once.sh" "$run" "$method" task="$task" hardware="$hardware" "trainer.logger=[console,file]" \
-      data.seed="$seed" actor_rollout_ref.rollout.seed="$seed" actor_rollout_ref.actor.data_loader_seed="$seed" "$@"
+      +seed="$seed" "$@"
   done
 done
 "$PYTHON" "$root/scripts/compare_runs.py" "${runs[@]}" --out "$OUTPUT_DIR/comparison.png"

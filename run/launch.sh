@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Trains or evaluates by one of the configurations in verl/trainer/config; the launchers beside it name one each.
-#   bash run/launch.sh CONFIG [Hydra overrides and flags, such as hardware=cpu or --cfg job]
+# Trains by a method of verl/trainer/config/method, or by a configuration of verl/trainer/config such as eval; the
+# launchers beside it name one each.
+#   bash run/launch.sh NAME [Hydra overrides and flags, such as hardware=cpu or --cfg job]
 #   MODEL_PATH  Hugging Face folder or hub id (Qwen/Qwen2.5-Math-7B)
 #   DATA_DIR    folder of the parquet files (data in the repository)
 #   OUTPUT_DIR  folder of checkpoints, logs and figures (outputs in the repository)
@@ -8,7 +9,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-config=${1:?launch.sh: expected the name of a configuration, such as steer_exp}
+name=${1:?launch.sh: expected the name of a method or configuration, such as steer_exp}
 shift
 # Threads that wait by spinning keep each other from working where processes share the cores.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
@@ -21,4 +22,7 @@ fi
 "$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("verl_steer") is None)' ||
   { echo "launch.sh: $PYTHON has no verl_steer: run \`bash run/setup.sh\` or set PYTHON" >&2; exit 1; }
 "$PYTHON" -m verl_steer --check
-exec "$PYTHON" -m verl.steer.main --config-name "$config" "$@"
+if [ -f "$root/verl/trainer/config/method/$name.yaml" ]; then
+  exec "$PYTHON" -m verl.steer.main --config-name steer method="$name" "$@"
+fi
+exec "$PYTHON" -m verl.steer.main --config-name "$name" "$@"

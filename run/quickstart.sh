@@ -22,7 +22,7 @@ fi
 seed=${SEED:-42}
 overrides=(
   task=arithmetic hardware=cpu trainer.resume_mode=disable
-  data.seed="$seed" actor_rollout_ref.rollout.seed="$seed" actor_rollout_ref.actor.data_loader_seed="$seed" "$@"
+  +seed="$seed" "$@"
 )
 runs=()
 for method in ${METHODS:-grpo steer_exp}; do

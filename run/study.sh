@@ -75,7 +75,7 @@ for seed in $seeds; do
   for name in $names; do
     read -ra words <<<"$(definition "$name")"
     bash "$root/run/train_once.sh" "$OUTPUT_DIR/seed$seed/$name" "${words[0]}" task=arithmetic hardware=cpu \
-      data.seed="$seed" actor_rollout_ref.rollout.seed="$seed" actor_rollout_ref.actor.data_loader_seed="$seed" \
+      +seed="$seed" \
       trainer.total_training_steps=30 "${words[@]:1}" "$@"
   done
 done

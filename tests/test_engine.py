@@ -95,7 +95,7 @@ def test_the_outputs_are_float32_for_logits_in_bfloat16():
 def test_what_upstream_reduces_otherwise_stays_upstreams(flag, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        SteerFSDPEngineWithLMHead.__bases__[-1], "prepare_model_outputs", lambda *arguments: calls.append(arguments)
+        transformer_impl.FSDPEngineWithLMHead, "prepare_model_outputs", lambda *arguments: calls.append(arguments)
     )
     batch = TensorDict({}, batch_size=1)
     tu.assign_non_tensor(batch, **{flag: True})

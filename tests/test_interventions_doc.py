@@ -7,8 +7,9 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 from test_configuration import CONFIGS, POLICY_LOSS, validated
-from verl.steer.methods.advantages import AdvantageOptions
-from verl.steer.methods.losses import QUADRANTS
+from verl.steer.config import ADVANTAGE_OPTIONS
+from verl.steer.options import from_config
+from verl.steer.token_metrics import QUADRANTS
 from verl.trainer.ppo.core_algos import (
     BASE_LOSSES,
     ENTROPY_CHANGE_ESTIMATORS,
@@ -35,7 +36,8 @@ def test_the_keys_have_the_values_that_the_page_gives(root):
         if key.startswith("actor."):
             actual = OmegaConf.select(config, f"actor_rollout_ref.{key}")
         elif key.startswith("algorithm."):
-            actual = getattr(AdvantageOptions.of(config.algorithm), key.removeprefix("algorithm."))
+            options = {k: v for cls in ADVANTAGE_OPTIONS for k, v in vars(from_config(cls, config.algorithm)).items()}
+            actual = options[key.removeprefix("algorithm.")]
         else:
             assert OmegaConf.select(config, POLICY_LOSS).get(key, "missing") != "missing", key
             actual = getattr(policy_loss, key)

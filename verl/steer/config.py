@@ -48,15 +48,15 @@ class SteerOptions:
             core_algos.PPO_CLIPPED_ESTIMATORS work with `vanilla` only.
     """
 
-    token_weight_min: float | None = option(0.8, above=0.0)
+    token_weight_min: float = option(0.8, above=0.0)
     token_weight_max: float | None = option(above=0.0)
-    linear: bool | None = option(True, choices=(True, False))
+    linear: bool = option(True, choices=(True, False))
     token_weight_map: str | None = option(choices=core_algos.TOKEN_WEIGHT_MAPS)
-    token_weight_quantile: float | None = option(0.8, at_least=0.0, at_most=1.0)
-    token_weight_normalizer: str | None = option("micro_batch", choices=core_algos.TOKEN_WEIGHT_NORMALIZERS)
-    token_weight_ema_decay: float | None = option(0.9, at_least=0.0, at_most=1.0)
-    entropy_change_estimator: str | None = option("released", choices=core_algos.ENTROPY_CHANGE_ESTIMATORS)
-    base_loss: str | None = option("vanilla", choices=core_algos.BASE_LOSSES)
+    token_weight_quantile: float = option(0.8, at_least=0.0, at_most=1.0)
+    token_weight_normalizer: str = option("micro_batch", choices=core_algos.TOKEN_WEIGHT_NORMALIZERS)
+    token_weight_ema_decay: float = option(0.9, at_least=0.0, at_most=1.0)
+    entropy_change_estimator: str = option("released", choices=core_algos.ENTROPY_CHANGE_ESTIMATORS)
+    base_loss: str = option("vanilla", choices=core_algos.BASE_LOSSES)
 
 
 @dataclass

@@ -131,7 +131,7 @@ def _policy_loss(config: ActorConfig, inputs: LossInputs, data: TensorDict) -> L
     return outputs
 
 
-def _token_metrics(config: ActorConfig, inputs: LossInputs, outputs: LossOutputs) -> dict[str, Tensor]:
+def _token_metrics(config: ActorConfig, inputs: LossInputs, outputs: LossOutputs) -> dict[str, Any]:
     """Metrics of the tokens; for a loss other than STEER's the entropy change is the `released` estimate."""
     change = outputs.entropy_change
     if change is None and inputs.entropys is not None:

@@ -3,9 +3,10 @@
 
     @dataclass
     class MyOptions:
-        strength: float | None = option(0.5, above=0.0)
+        strength: float = option(0.5, above=0.0)
 
-Configuration files set such a field to null: Hydra then accepts both `strength=…` and `+strength=…`.
+Configuration files set such a field to null: Hydra then accepts both `strength=…` and `+strength=…`. `resolve_options`
+replaces null by the default, so a field with a default is annotated without None.
 """
 
 from __future__ import annotations

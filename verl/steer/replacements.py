@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Any
+
 from torch.distributed.fsdp import CPUOffloadPolicy
 from verl.steer.engine import jagged_rows
 from verl.utils import tensordict_utils
@@ -12,12 +15,11 @@ from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 
 def replace_in_worker() -> None:
     """The replacements in a training worker's process."""
-    from verl.workers.engine.fsdp import transformer_impl
-
     tensordict_utils.index_select_tensor_dict = jagged_rows.index_select_tensor_dict
     tensordict_utils.chunk_tensordict = jagged_rows.chunk_tensordict
     if get_device_name() == "cpu":
         # verl offloads a reference model to pinned memory, which only an accelerator has.
+        transformer_impl: Any = import_module("verl.workers.engine.fsdp.transformer_impl")
         transformer_impl.CPUOffloadPolicy = lambda pin_memory: CPUOffloadPolicy(pin_memory=False)
 
 
@@ -27,8 +29,7 @@ def replace_in_trainer(batched: bool) -> None:
     Args:
         batched: whether rollouts are generated in whole batches, by servers without a load balancer.
     """
-    from verl.trainer.ppo.v1 import trainer_base
-
+    trainer_base: Any = import_module("verl.trainer.ppo.v1.trainer_base")
     trainer_base.get_seqlen_balanced_partitions = balanced_partitions
     if batched:
         from verl.steer.rollout import vllm_batched

@@ -46,4 +46,4 @@ class SteerTaskRunner:
             give_steer_workers(config.trainer.v1.trainer_mode)
             replace_in_trainer(batched)
             queue.result()
-        TaskRunnerV1.__ray_metadata__.modified_class().run(config)
+        TaskRunnerV1.__ray_metadata__.modified_class().run(config)  # type: ignore[attr-defined] # Ray's

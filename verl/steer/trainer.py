@@ -126,7 +126,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         os.environ.setdefault("TENSORBOARD_DIR", str(self.folder / "tensorboard"))
         freeze_gc_heap()
         if self.batched:
-            self.rollout_wait.failure = lambda: agent_loop_manager.failure
+            self.rollout_wait.failure = lambda: agent_loop_manager.failure  # type: ignore[attr-defined] # the batched one's
         with naming_a_full_disk(self.folder):
             super().fit(agent_loop_manager)
 

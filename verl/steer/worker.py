@@ -13,7 +13,7 @@ from verl.steer.engine import fsdp  # noqa: F401 - registers the engine
 from verl.steer.loss import ppo_loss
 from verl.steer.replacements import replace_in_worker
 from verl.trainer.ppo.utils import Role
-from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY
+from verl.trainer.ppo.v1.trainer_base import TRAINER_REGISTRY, PPOTrainer
 from verl.utils.device import get_device_name
 from verl.utils.distributed import initialize_global_process_group_ray
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
@@ -31,11 +31,11 @@ class SteerTrainingWorker(TrainingWorker):
         replace_in_worker()
         super().__init__(*args, **kwargs)
 
-    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)  # type: ignore[attr-defined] # verl makes the members at run time
     def set_loss_fn(self, loss_fn: Callable[..., Any]) -> None:
         """Set the loss; `verl.steer.loss.ppo_loss` in place of verl's."""
-        if getattr(loss_fn, "func", None) is verl_ppo_loss:
-            loss_fn = partial(ppo_loss, **loss_fn.keywords)  # type: ignore[attr-defined]
+        if isinstance(loss_fn, partial) and loss_fn.func is verl_ppo_loss:
+            loss_fn = partial(ppo_loss, **loss_fn.keywords)
         super().set_loss_fn(loss_fn)
 
 
@@ -45,13 +45,13 @@ class SteerActorRolloutRefWorker(ActorRolloutRefWorker):
     actor_worker_cls = ref_worker_cls = SteerTrainingWorker
 
 
-class SteerWorkers:
-    """Mixin of a verl trainer, before it among a class's bases: the trainer starts this fork's workers."""
+class SteerWorkers(PPOTrainer):
+    """A trainer that starts this fork's workers."""
 
     role_worker_mapping: dict[Role, Any]
 
     def _init_resource_pool_mgr(self) -> None:
-        super()._init_resource_pool_mgr()  # type: ignore[misc]
+        super()._init_resource_pool_mgr()
         for role in self.role_worker_mapping:
             worker = SteerTrainingWorker if role == Role.Critic else SteerActorRolloutRefWorker
             self.role_worker_mapping[role] = ray.remote(worker)

@@ -31,6 +31,7 @@ from verl.trainer.ppo.core_algos import LossInputs, ppo_clipped
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.utils.metric import AggregationType, Metric
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.utils.padding import no_padding_2_padding
 
 #: Flags of the audit's own passes, whatever the update's flags are.
@@ -45,8 +46,8 @@ FLAGS = {
 COLUMNS = ("advantages", "old_log_probs", "response_mask", "responses")
 
 
-class EntropyAudit:
-    """Mixin of an engine, before it among a class's bases: audits the updates of mini-batches that request it."""
+class EntropyAudit(FSDPEngineWithLMHead):
+    """verl's engine, which audits the updates of mini-batches that request it."""
 
     #: Saved tokens of the current step, a frame for each mini-batch.
     audited_tokens: list[pd.DataFrame]
@@ -61,22 +62,22 @@ class EntropyAudit:
         """
         request = tu.get_non_tensor_data(data, "entropy_audit", None)
         if request is None:
-            return super().train_batch(data, loss_function)  # type: ignore[misc]
+            return super().train_batch(data, loss_function)
         before = self._statistics(data)
         tu.assign_non_tensor(data, return_model_output=True)  # among the outputs are the loss's weights
-        output = super().train_batch(data, loss_function)  # type: ignore[misc]
+        output = super().train_batch(data, loss_function)
         after = self._statistics(data)
         weights = output["model_output"].get("token_weights")
         config = loss_function.keywords["config"]  # type: ignore[attr-defined]
         scores = self._audit(data, config, before, after["entropy"] - before["entropy"], weights, request)
-        named = {f"entropy_audit/{name}": score for name, score in scores.items()}
+        named: dict[str, Any] = {f"entropy_audit/{name}": score for name, score in scores.items()}
         output["metrics"] |= Metric.from_dict(named, AggregationType.MEAN)
         return output
 
     @contextmanager
     def _inference(self) -> Iterator[None]:
         """The engine's evaluation mode inside its training mode, which is restored afterwards."""
-        mode, training = self.mode, self.module.training  # type: ignore[has-type]
+        mode, training = self.mode, self.module.training
         with self.eval_mode(disable_auto_offload=True):
             yield
         self.mode = mode

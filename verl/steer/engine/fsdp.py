@@ -11,13 +11,13 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from verl.steer.audit.update import EntropyAudit
+from verl.steer.config import FSDPEngineConfig
 from verl.steer.cpu import packed_attention  # noqa: F401 - registers packed_sdpa
 from verl.steer.engine.normalizer import TokenWeightNormalizer
 from verl.steer.engine.vocab_reductions import vocab_reductions
 from verl.steer.gc_heap import freeze_gc_heap
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine.base import EngineRegistry
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 #: Flags of a micro-batch with which verl does not reduce whole logits, or computes more than the reductions.
 VERL_ONLY = ("use_fused_kernels", "distillation_use_topk", "distillation_only")
@@ -26,11 +26,13 @@ VERL_ONLY = ("use_fused_kernels", "distillation_use_topk", "distillation_only")
 # FSDP2 shards on the CPU over gloo. FSDP1 needs an accelerator, and verl's error says so.
 @EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cpu")
 @EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cuda", vendor="nvidia")
-class SteerFSDPEngineWithLMHead(EntropyAudit, TokenWeightNormalizer, FSDPEngineWithLMHead):
+class SteerFSDPEngineWithLMHead(EntropyAudit, TokenWeightNormalizer):
     """verl's engine; with `fsdp_config.one_pass_reductions` it reads the logits once for log-prob and entropy.
 
     verl's separate functions for log-prob, entropy and Σπ² each read the logits at least once and keep copies of them.
     """
+
+    engine_config: FSDPEngineConfig
 
     def initialize(self) -> None:
         """Build the model; later garbage collections skip the objects made so far."""

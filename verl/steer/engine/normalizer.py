@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from tensordict import TensorDict
 from verl.trainer.ppo.core_algos import EntropyChangeRange, LossInputs, entropy_change_range, estimate_entropy_change
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 #: File of the running range in an actor's checkpoint.
 RANGE_FILE = "token_weight_range.json"
@@ -35,20 +35,18 @@ RANGE_FILE = "token_weight_range.json"
 NOTHING_VALID = EntropyChangeRange(0.0, 0.0, 0.0)
 
 
-class TokenWeightNormalizer:
-    """Mixin of an engine, before it among a class's bases: computes each mini-batch's range if the loss reads one."""
+class TokenWeightNormalizer(FSDPEngineWithLMHead):
+    """verl's engine, which computes each mini-batch's range if the loss reads one."""
 
     running_range: EntropyChangeRange | None = None
 
-    def forward_backward_batch(
-        self, data: TensorDict, loss_function: Callable | None, forward_only: bool = False
-    ) -> dict[str, Any]:
+    def forward_backward_batch(self, data: TensorDict, loss_function: Any, forward_only: bool = False) -> Any:
         """Add `entropy_change_range` to the mini-batch's non-tensor data, then run the engine's method."""
         # verl binds the actor's configuration to its loss function; other engines' losses have no policy loss.
         config: Any = getattr(loss_function, "keywords", {}).get("config")
         if not forward_only and hasattr(config, "policy_loss"):
             self._measure(data, config.policy_loss)
-        return super().forward_backward_batch(data, loss_function, forward_only=forward_only)  # type: ignore[misc]
+        return super().forward_backward_batch(data, loss_function, forward_only=forward_only)
 
     def _measure(self, data: TensorDict, options: Any) -> None:
         """Add the mini-batch's range, unless each micro-batch is measured by its own."""
@@ -62,7 +60,7 @@ class TokenWeightNormalizer:
 
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         """Save the engine's state and the running range."""
-        super().save_checkpoint(local_path, *args, **kwargs)  # type: ignore[misc]
+        super().save_checkpoint(local_path, *args, **kwargs)
         if self.running_range is not None:
             # All ranks write the same, whether they share the folder or not. The file appears complete or not at all.
             part = Path(local_path, f"{RANGE_FILE}.{torch.distributed.get_rank()}")
@@ -75,7 +73,7 @@ class TokenWeightNormalizer:
         file = Path(local_path or "", RANGE_FILE)
         if file.is_file():
             self.running_range = EntropyChangeRange(**json.loads(file.read_text()))
-        super().load_checkpoint(local_path, *args, **kwargs)  # type: ignore[misc]
+        super().load_checkpoint(local_path, *args, **kwargs)
 
 
 @torch.no_grad()
@@ -107,7 +105,8 @@ def old_policy_range(data: TensorDict, options: Any, group: Any) -> EntropyChang
         return NOTHING_VALID
     quantile = options.token_weight_quantile if options.token_weight_map == "threshold" else None
     found = entropy_change_range(changes, torch.ones_like(changes), quantile)
-    return EntropyChangeRange(*(None if bound is None else float(bound) for bound in found))
+    at_quantile = None if found.at_quantile is None else float(found.at_quantile)
+    return EntropyChangeRange(float(found.smallest), float(found.largest), at_quantile)
 
 
 def gather(values: torch.Tensor, group: Any) -> torch.Tensor:
@@ -128,7 +127,7 @@ def mean_range(past: EntropyChangeRange | None, present: EntropyChangeRange, dec
     if past is None or present is NOTHING_VALID:
         return past or present
 
-    def mean(old: Any, new: Any) -> float | None:
+    def mean(old: Any, new: Any) -> Any:
         return None if new is None else decay * (new if old is None else old) + (1 - decay) * new
 
     return EntropyChangeRange(*map(mean, past, present))

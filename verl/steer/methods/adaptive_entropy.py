@@ -26,9 +26,9 @@ class AdaptiveEntropyOptions:
         entropy_coeff_max: upper bound of the coefficient.
     """
 
-    target_entropy: float | None = option(0.2, above=0.0)
-    entropy_coeff_step: float | None = option(1e-4, above=0.0)
-    entropy_coeff_max: float | None = option(5e-3, above=0.0)
+    target_entropy: float = option(0.2, above=0.0)
+    entropy_coeff_step: float = option(1e-4, above=0.0)
+    entropy_coeff_max: float = option(5e-3, above=0.0)
 
 
 @policy_loss("adaptive_entropy", needs=("current_entropys", "entropy_coeff"))

@@ -17,8 +17,8 @@ from verl.utils.torch_functional import masked_mean
 class DynamicClipOptions:
     """Keys below `policy_loss`: bounds of |(ratio - 1) prob| below and above the ratio 1."""
 
-    dynamic_clip_low: float | None = option(0.16, above=0.0)
-    dynamic_clip_high: float | None = option(0.2, above=0.0)
+    dynamic_clip_low: float = option(0.16, above=0.0)
+    dynamic_clip_high: float = option(0.2, above=0.0)
 
 
 def dynamic_clip_bounds(old_log_prob: PerToken, low: float, high: float) -> tuple[PerToken, PerToken]:

@@ -22,8 +22,8 @@ class EntropyShapedAdvantageOptions:
         advantage_entropy_kappa: the bonus is at most |A| / kappa.
     """
 
-    advantage_entropy_alpha: float | None = option(0.4, at_least=0.0)
-    advantage_entropy_kappa: float | None = option(2.0, above=1.0)
+    advantage_entropy_alpha: float = option(0.4, at_least=0.0)
+    advantage_entropy_kappa: float = option(2.0, above=1.0)
 
 
 @policy_loss("entropy_shaped_advantage", needs=("entropys",))

@@ -27,7 +27,7 @@ STD_EPSILON = 1e-6
 class EntropyRewardOptions:
     """Key below `algorithm`: the fraction of the reward that is divided by entropy."""
 
-    entropy_reward_share: float | None = option(0.1, at_least=0.0, at_most=1.0)
+    entropy_reward_share: float = option(0.1, at_least=0.0, at_most=1.0)
 
     def __post_init__(self) -> None:
         resolve_options(self, "algorithm")

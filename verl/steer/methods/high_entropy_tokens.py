@@ -17,7 +17,7 @@ from verl.utils.torch_functional import masked_mean
 class HighEntropyOptions:
     """Key below `policy_loss`: the fraction of the tokens that has a gradient."""
 
-    high_entropy_share: float | None = option(0.2, above=0.0, at_most=1.0)
+    high_entropy_share: float = option(0.2, above=0.0, at_most=1.0)
 
 
 @policy_loss("high_entropy_tokens", needs=("entropys",))

@@ -25,8 +25,8 @@ class QuadrantOptions:
             the estimated entropy change turn their sign.
     """
 
-    quadrant: str | None = option("positive_likely", choices=QUADRANTS)
-    quadrant_weight: float | None = option(0.5, at_least=0.0)
+    quadrant: str = option("positive_likely", choices=QUADRANTS)
+    quadrant_weight: float = option(0.5, at_least=0.0)
     quadrant_probability: float | None = option(above=0.0, at_most=1.0)
 
 

@@ -16,7 +16,7 @@ from verl.steer.options import from_config, option, resolve_options
 class ReinforceOptions:
     """Key below `algorithm`: the advantage of a right answer in `w_reinforce`."""
 
-    positive_weight: float | None = option(0.1, at_least=0.0, at_most=1.0)
+    positive_weight: float = option(0.1, at_least=0.0, at_most=1.0)
 
     def __post_init__(self) -> None:
         resolve_options(self, "algorithm")

@@ -20,7 +20,7 @@ from verl.utils import as_torch_index
 class UnlikelinessOptions:
     """Key below `algorithm`: the fraction of the reward that the likeliest right answer of a group loses."""
 
-    unlikeliness_beta: float | None = option(0.25, at_least=0.0, at_most=1.0)
+    unlikeliness_beta: float = option(0.25, at_least=0.0, at_most=1.0)
 
     def __post_init__(self) -> None:
         resolve_options(self, "algorithm")
