@@ -269,8 +269,8 @@ def test_another_metric_starts_the_best_anew(tmp_path, caplog):
     assert again.is_best(0.5)
 
 
-@pytest.mark.parametrize("write", ["ledger", "tracker", "mark"])
-def test_files_are_on_the_disk_before_they_count(tmp_path, monkeypatch, write):
+@pytest.mark.parametrize("file", [LEDGER, TRACKER, UNFINISHED])
+def test_files_are_on_the_disk_before_they_count(tmp_path, monkeypatch, file):
     """Without fsync the name can reach the disk before what is in the file."""
     ledger = CheckpointLedger.open(tmp_path)
     save(ledger, 1)
@@ -289,15 +289,12 @@ def test_files_are_on_the_disk_before_they_count(tmp_path, monkeypatch, write):
     monkeypatch.setattr(checkpoint_ledger.os, "fsync", recorded_fsync)
     monkeypatch.setattr(checkpoint_ledger.Path, "replace", recorded_replace)
     ledger.begin(2)
-    if write == "mark":
-        status = (tmp_path / "global_step_2" / UNFINISHED).stat()
-        assert events == [("fsync", status.st_ino, 0)]
-        return
+    mark = (tmp_path / "global_step_2" / UNFINISHED).stat().st_ino
     ledger.saved(2)
-    name = {"ledger": LEDGER, "tracker": TRACKER}[write]
-    (place,) = [place for place, event in enumerate(events) if event[:2] == ("replace", name)]
-    _, _, inode, size = events[place]
-    assert size > 0 and events[place - 1] == ("fsync", inode, size)
+    (index,) = [index for index, event in enumerate(events) if event[:2] == ("replace", file)]
+    _, _, inode, size = events[index]
+    assert inode == mark if file == UNFINISHED else size > 0
+    assert events[index - 1] == ("fsync", inode, size)
 
 
 def test_metric_name():
