@@ -99,6 +99,25 @@ def test_going_back_keeps_an_earlier_best(tmp_path):
     assert steps(tmp_path) == [10, 25, 30] and (ledger.best_step, ledger.best_value) == (10, 0.5)
 
 
+def test_killed_between_tracker_and_ledger(tmp_path, monkeypatch):
+    """A run that went back to step 20 stays there if only one of the two files names that step."""
+    ledger = CheckpointLedger.open(tmp_path)
+    for step in (10, 20, 30):
+        save(ledger, step)
+    ledger.go_on_from(20)
+    replace = checkpoint_ledger.Path.replace
+
+    def killed_after(path, target):
+        replace(path, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint_ledger.Path, "replace", killed_after)
+    with pytest.raises(KeyboardInterrupt):
+        ledger.begin(25)
+    monkeypatch.undo()
+    assert CheckpointLedger.open(tmp_path).saved_steps == [10, 20] and steps(tmp_path) == [10, 20, 30]
+
+
 def test_checkpoints_of_upstreams_own_trainer_are_taken_over(tmp_path):
     """20 and 30 were saved by `trainer_mode=sync`, which knows no ledger: the tracker's one is the latest."""
     save(CheckpointLedger.open(tmp_path), 10)

@@ -2,8 +2,8 @@
 """End a run soon after one of its processes dies or a disk is full, with one line that names the process or folder.
 
 A trainer notices a dead process only while it waits for a result of that process. It doesn't notice the death of a
-storage unit of the TransferQueue, for example: it waits for a message for ever. Ray knows which actors have died, so
-the process that launched the run asks Ray every few seconds.
+storage unit of the TransferQueue, for example, and keeps waiting for the unit's message. Ray knows which actors have
+died, so the process that launched the run asks Ray every few seconds.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ class WatchedRunner:
         return WatchedRunner(self.runner_class.options(**options))
 
     def remote(self) -> SimpleNamespace:
-        """Start the actor; the result's `run.remote(config)` returns once the run has ended."""
+        """Start the actor; `run.remote(config)` of the returned object waits for the end of the run."""
         return SimpleNamespace(run=SimpleNamespace(remote=partial(_run, self.runner_class.remote())))
 
 
 def _run(runner: Any, config: Any) -> ray.ObjectRef:
-    """Wait for `runner.run(config)` and return its result.
+    """Call `runner.run(config)` and return the reference to its result once the call has ended.
 
     Raises:
         ActorsDied: if an actor has died and the run does not end within `GRACE` seconds.

@@ -47,7 +47,7 @@ class RecordsSteps(PPOTrainer):
     """Mix-in for a trainer: each step with a whole checkpoint is logged and its rollouts are dumped, despite kills."""
 
     step_record: StepRecord | None = None
-    #: Batch, metrics and times of the last step.
+    #: Batch, metrics and seconds by timer of the last step.
     last_step: tuple[KVBatchMeta, dict[str, Any], dict[str, float]] | None = None
     dumped_step: int | None = None
 
