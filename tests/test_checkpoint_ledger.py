@@ -99,6 +99,25 @@ def test_going_back_keeps_an_earlier_best(tmp_path):
     assert steps(tmp_path) == [10, 25, 30] and (ledger.best_step, ledger.best_value) == (10, 0.5)
 
 
+def test_killed_between_tracker_and_ledger(tmp_path, monkeypatch):
+    """A run that went back to step 20 stays there if only one of the two files names that step."""
+    ledger = CheckpointLedger.open(tmp_path)
+    for step in (10, 20, 30):
+        save(ledger, step)
+    ledger.go_on_from(20)
+    replace = checkpoint_ledger.Path.replace
+
+    def killed_after(path, target):
+        replace(path, target)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint_ledger.Path, "replace", killed_after)
+    with pytest.raises(KeyboardInterrupt):
+        ledger.begin(25)
+    monkeypatch.undo()
+    assert CheckpointLedger.open(tmp_path).saved_steps == [10, 20] and steps(tmp_path) == [10, 20, 30]
+
+
 def test_checkpoints_of_upstreams_own_trainer_are_taken_over(tmp_path):
     """20 and 30 were saved by `trainer_mode=sync`, which knows no ledger: the tracker's one is the latest."""
     save(CheckpointLedger.open(tmp_path), 10)
@@ -269,8 +288,8 @@ def test_another_metric_starts_the_best_anew(tmp_path, caplog):
     assert again.is_best(0.5)
 
 
-@pytest.mark.parametrize("write", ["ledger", "tracker", "mark"])
-def test_files_are_on_the_disk_before_they_count(tmp_path, monkeypatch, write):
+@pytest.mark.parametrize("file", [LEDGER, TRACKER, UNFINISHED])
+def test_files_are_on_the_disk_before_they_count(tmp_path, monkeypatch, file):
     """Without fsync the name can reach the disk before what is in the file."""
     ledger = CheckpointLedger.open(tmp_path)
     save(ledger, 1)
@@ -289,15 +308,12 @@ def test_files_are_on_the_disk_before_they_count(tmp_path, monkeypatch, write):
     monkeypatch.setattr(checkpoint_ledger.os, "fsync", recorded_fsync)
     monkeypatch.setattr(checkpoint_ledger.Path, "replace", recorded_replace)
     ledger.begin(2)
-    if write == "mark":
-        status = (tmp_path / "global_step_2" / UNFINISHED).stat()
-        assert events == [("fsync", status.st_ino, 0)]
-        return
+    mark = (tmp_path / "global_step_2" / UNFINISHED).stat().st_ino
     ledger.saved(2)
-    name = {"ledger": LEDGER, "tracker": TRACKER}[write]
-    (place,) = [place for place, event in enumerate(events) if event[:2] == ("replace", name)]
-    _, _, inode, size = events[place]
-    assert size > 0 and events[place - 1] == ("fsync", inode, size)
+    (index,) = [index for index, event in enumerate(events) if event[:2] == ("replace", file)]
+    _, _, inode, size = events[index]
+    assert inode == mark if file == UNFINISHED else size > 0
+    assert events[index - 1] == ("fsync", inode, size)
 
 
 def test_metric_name():

@@ -207,7 +207,7 @@ def test_killed_at_every_change_of_the_file_system(memory, monkeypatch, name, em
 
     def fresh(source, target):
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(source, target)
+        shutil.copytree(source, target, copy_function=shutil.copyfile)
 
     def new(**other):
         return trainer_of(folder, values=NEW, **{**options, **other})

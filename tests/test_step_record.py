@@ -7,12 +7,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import verl.trainer.ppo.v1.trainer_base as trainer_base
 from omegaconf import OmegaConf
 from verl.steer.report.metrics_files import next_file
 from verl.steer.report.run_metrics import read_run
 from verl.steer.step_record import STEP_RECORD, RecordsSteps, StepRecord
-from verl.trainer.ppo.v1 import trainer_base
-from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
 STEPS = 4
 ACCURACY = "val-core/a/acc/mean@1"
@@ -22,7 +21,7 @@ class Killed(BaseException):
     """Stands for SIGKILL."""
 
 
-class Upstream(PPOTrainer):
+class Upstream(trainer_base.PPOTrainer):
     """Upstream's loop over steps whose metrics are known; it is killed before the n-th event."""
 
     def __init__(self, folder, events, **options):

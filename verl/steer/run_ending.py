@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a run ends when one of its processes dies or a disk is full: soon, and with one line that says which.
+"""End a run soon after one of its processes dies or a disk is full, with one line that names the process or folder.
 
-A trainer learns of a dead process only where it waits for a result of that process. Of others, such as a storage unit
-of the TransferQueue, it waits for messages that never come. Ray knows which actors have died, so the process that
-launched the run asks it every few seconds.
+A trainer notices a dead process only while it waits for a result of that process. It doesn't notice the death of a
+storage unit of the TransferQueue, for example, and keeps waiting for the unit's message. Ray knows which actors have
+died, so the process that launched the run asks Ray every few seconds.
 """
 
 from __future__ import annotations
@@ -15,118 +15,81 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ray
 from ray._private.state import actors
 
-#: Seconds between two looks at the run's actors.
+#: Seconds between two checks for dead actors.
 LOOK_EVERY = 5.0
-#: Seconds that the trainer has to end by itself, and to close its loggers, once an actor has died.
+#: Seconds after an actor's death for the trainer to end by itself, with its loggers closed.
 GRACE = 20.0
-#: Bytes that must fit on a disk that isn't full: what a failed write leaves free is less.
+#: Bytes of a test file. A full disk has less room than this; a failed write may leave a little.
 PROBE = 1 << 20
-
-
-@dataclass(frozen=True, order=True)
-class DeadActor:
-    """An actor whose process ended though nobody asked it to."""
-
-    died_at: int
-    class_name: str
-    name: str
-    pid: int
-    node: str
-
-    def __str__(self) -> str:
-        named = f" `{self.name}`" if self.name else ""
-        return f"{self.class_name}{named} (pid {self.pid} on node {self.node}) died"
 
 
 class ActorsDied(RuntimeError):
     """Actors of the run died, and the trainer did not end by itself."""
 
 
-def dead_actors() -> list[DeadActor]:
-    """This job's actors whose processes were killed or crashed, the first to die first."""
-    job = ray.get_runtime_context().get_job_id()
-    return sorted(
-        DeadActor(
-            died_at=actor["EndTime"],
-            class_name=actor["ActorClassName"].rpartition(".")[2],
-            name=actor["Name"],
-            pid=actor["Pid"],
-            node=actor["Address"]["IPAddress"],
-        )
-        for actor in actors(actor_state_name="DEAD").values()
-        if actor["JobID"] == job and _unasked(actor["DeathCause"])
-    )
+def dead_actors() -> list[str]:
+    """Descriptions of this job's actors whose processes were killed or crashed, in the order of their deaths."""
+    job, dead = ray.get_runtime_context().get_job_id(), []
+    for actor in sorted(actors(actor_state_name="DEAD").values(), key=lambda actor: actor["EndTime"]):
+        if actor["JobID"] == job and _crashed(actor["DeathCause"]):
+            class_name = actor["ActorClassName"].rpartition(".")[2]
+            name = f" `{actor['Name']}`" if actor["Name"] else ""
+            dead.append(f"{class_name}{name} (pid {actor['Pid']} on node {actor['Address']['IPAddress']}) died")
+    return dead
 
 
-def _unasked(cause: Any) -> bool:
-    """Whether an actor's process was killed or crashed, rather than ended by its owner, by itself or with its owner."""
+def _crashed(cause: Any) -> bool:
+    """Whether an actor's process was killed or crashed, rather than ended by itself, by its owner or with its owner."""
     context = cause.actor_died_error_context
     return cause.HasField("oom_context") or context.reason in (context.WORKER_DIED, context.NODE_DIED)
 
 
+@dataclass
 class WatchedRunner:
-    """Stands for a task runner's actor class where upstream starts one and waits for it.
+    """Replaces a task runner's actor class in upstream's `run_ppo`: a dead actor ends the wait for `run(config)`."""
 
-    Args:
-        runner_class: the actor class, with a method `run(config)`.
-    """
-
-    def __init__(self, runner_class: Any) -> None:
-        self.runner_class = runner_class
+    runner_class: Any
 
     def options(self, **options: Any) -> WatchedRunner:
         return WatchedRunner(self.runner_class.options(**options))
 
-    def remote(self) -> WatchedRunner:
-        self.runner = self.runner_class.remote()
-        return self
-
-    @property
-    def run(self) -> _WatchedCall:
-        return _WatchedCall(self.runner)
+    def remote(self) -> SimpleNamespace:
+        """Start the actor; `run.remote(config)` of the returned object waits for the end of the run."""
+        return SimpleNamespace(run=SimpleNamespace(remote=partial(_run, self.runner_class.remote())))
 
 
-@dataclass
-class _WatchedCall:
-    """`runner.run` with a `remote` that returns once the run has ended."""
+def _run(runner: Any, config: Any) -> ray.ObjectRef:
+    """Call `runner.run(config)` and return the reference to its result once the call has ended.
 
-    runner: Any
-
-    def remote(self, config: Any) -> ray.ObjectRef:
-        """Run to the end.
-
-        Raises:
-            ActorsDied: if an actor has died and the runner goes on regardless.
-        """
-        result = self.runner.run.remote(config)
-        while not _ended(result, LOOK_EVERY):
-            if dead_actors() and not _ended(result, GRACE):
-                raise ActorsDied
-        return result
-
-
-def _ended(result: ray.ObjectRef, seconds: float) -> bool:
-    return bool(ray.wait([result], timeout=seconds)[0])
+    Raises:
+        ActorsDied: if an actor has died and the run does not end within `GRACE` seconds.
+    """
+    result = runner.run.remote(config)
+    while not ray.wait([result], timeout=LOOK_EVERY)[0]:
+        if dead_actors() and not ray.wait([result], timeout=GRACE)[0]:
+            raise ActorsDied
+    return result
 
 
 def reason_of(error: Exception, told_by: tuple[type[Exception], ...]) -> str | None:
-    """One line that says why a run ended with this error, or None where a traceback says it better.
+    """One line with the reason why a run ended, or None if the traceback is more useful.
 
     Args:
-        error: what waiting for the task runner raised.
-        told_by: errors whose message says all.
+        error: raised while waiting for the task runner.
+        told_by: classes of errors whose message is the reason.
     """
-    # What died comes first, since it is mostly why something else failed. The error may be there a moment before Ray's
-    # table of actors has the death.
+    # A death comes first because most other errors follow from it. Ray may list it a moment after raising the error.
     for _ in range(10 if isinstance(error, ActorsDied | ray.exceptions.RayActorError) else 1):
-        if died := dead_actors():
-            return "; ".join(map(str, died))
+        if dead := dead_actors():
+            return "; ".join(dead)
         time.sleep(0.5)
     cause = getattr(error, "cause", None)
     if isinstance(cause, told_by):
@@ -138,15 +101,12 @@ def reason_of(error: Exception, told_by: tuple[type[Exception], ...]) -> str | N
 
 @contextmanager
 def naming_a_full_disk(folder: Path) -> Iterator[None]:
-    """Turn whatever a full disk has made fail into an OSError that names the folder.
+    """Replace an error by one that names the folder, if the folder's disk or quota is full.
 
-    PyTorch's writer, among others, says that a write failed and not why.
-
-    Args:
-        folder: where the failing code writes.
+    PyTorch's writer, for example, reports that a write failed but not why.
 
     Raises:
-        OSError: in place of the error at hand, if the folder's disk or quota is full.
+        OSError: in place of the original error; its file name is the folder.
     """
     try:
         yield

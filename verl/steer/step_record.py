@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the step of a checkpoint logs, in the checkpoint: `global_step_N/step_record.json`.
+"""The metrics of a checkpoint's step, kept in the checkpoint: `global_step_N/step_record.json`.
 
-verl saves a step's checkpoint before the step's validation, and logs the step and dumps its rollouts after it. A run
-that is killed in between goes on with the next step. So a checkpoint takes its step's metrics along, and the run that
-goes on logs them; the rollouts are dumped before the checkpoint is whole.
+verl saves a step's checkpoint before it validates, logs the step and dumps its rollouts. A run that is killed between
+the two resumes with the next step. So the checkpoint keeps its step's metrics, which the resumed run logs, and the
+rollouts are dumped before the checkpoint is whole.
 """
 
 from __future__ import annotations
@@ -16,20 +16,16 @@ from typing import Any
 
 from transfer_queue import KVBatchMeta
 from verl.experimental.agent_loop import AgentLoopManager
+from verl.steer.checkpoint_ledger import replace_file
 from verl.trainer.ppo.v1.replay_buffer import DAPO_FILTERED_REWARD_COUNTS_KEY
+from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 
 STEP_RECORD = "step_record.json"
 
 
 @dataclass
 class StepRecord:
-    """The metrics of a step, without its validation's.
-
-    Args:
-        file: in the step's checkpoint.
-        metrics: by name.
-        logged: whether the loggers have them.
-    """
+    """The metrics of a step without those of its validation, and whether the loggers have received them."""
 
     file: Path
     metrics: dict[str, float]
@@ -37,69 +33,68 @@ class StepRecord:
 
     @classmethod
     def read(cls, checkpoint: Path) -> StepRecord | None:
-        """The record of a checkpoint's folder; None where there is none, as in plain verl's checkpoints."""
+        """The record in a checkpoint's folder; None for a checkpoint of plain verl, which has none."""
         file = checkpoint / STEP_RECORD
         return cls(file, **json.loads(file.read_text())) if file.is_file() else None
 
     def write(self) -> None:
-        """Replace the file; a kill leaves the old one or this."""
-        new = self.file.with_name(f".{STEP_RECORD}.new")
-        new.write_text(json.dumps({"metrics": self.metrics, "logged": self.logged}, default=_number) + "\n")
-        new.replace(self.file)
+        """Write the file; scalars of NumPy and PyTorch become numbers."""
+        entries = {"metrics": self.metrics, "logged": self.logged}
+        replace_file(self.file, json.dumps(entries, default=lambda scalar: scalar.item()) + "\n")
 
 
-class RecordsSteps:
-    """Stands before a trainer among a class's bases: each step of a run is logged, and its rollouts are dumped."""
+class RecordsSteps(PPOTrainer):
+    """Mix-in for a trainer: each step with a whole checkpoint is logged and its rollouts are dumped, despite kills."""
 
     step_record: StepRecord | None = None
-    #: What `step` made last: its batch, metrics and times.
+    #: Batch, metrics and seconds by timer of the last step.
     last_step: tuple[KVBatchMeta, dict[str, Any], dict[str, float]] | None = None
     dumped_step: int | None = None
 
     def fit(self, agent_loop_manager: AgentLoopManager) -> None:
-        """The trainer's, which first does what is left to do of the step that it goes on from."""
+        """Train; first validate the step that the run resumes from, if a kill prevented that."""
         options = self.config.trainer
         if self._unlogged() and options.test_freq > 0:
             last = self.global_steps >= self.total_training_steps
             options.val_before_train |= last or self.global_steps % options.test_freq == 0
-        super().fit(agent_loop_manager)  # type: ignore[misc]
+        super().fit(agent_loop_manager)
         self._mark_logged()
 
     def on_train_begin(self) -> None:
-        super().on_train_begin()  # type: ignore[misc]
+        super().on_train_begin()
         if record := self._unlogged():
             self.logger.log(data=record.metrics, step=self.global_steps - 1)
 
     def on_step_begin(self) -> None:
-        super().on_step_begin()  # type: ignore[misc]
+        super().on_step_begin()
         self._mark_logged()
 
     def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> KVBatchMeta:
-        batch = super().step(metrics, timing_raw)  # type: ignore[misc]
+        batch = super().step(metrics, timing_raw)
         self.last_step = batch, metrics, timing_raw
         return batch
 
     def read_step_record(self, checkpoint: Path) -> None:
-        """The run goes on from a checkpoint."""
+        """Read the record of the checkpoint that the run resumes from."""
         self.step_record = StepRecord.read(checkpoint)
 
     def write_step_record(self, checkpoint: Path) -> None:
-        """Into a checkpoint what the present step has to log, and its rollouts on disk.
+        """Write the record of the current step into its checkpoint, and dump the step's rollouts.
 
-        Nothing where there is no step yet: a resumed run's first validation may find the best value.
+        Before the first step there is nothing to write: the validation of a resumed run may save a best checkpoint.
         """
         if self.last_step is None:
             return
         batch, metrics, timing = self.last_step
-        # The time of a step is not known before its checkpoint is saved.
-        metrics, timing = dict(metrics), {"step": sum(timing.values()), **timing}
-        metrics.pop(DAPO_FILTERED_REWARD_COUNTS_KEY, None)
-        # Upstream computes the metrics once more when it logs them, and these counts add up.
-        counts = copy.deepcopy(self._rollout_moe_lb_metrics_accumulator)  # type: ignore[has-type]
-        self._compute_metrics(
-            batch, metrics, timing, self.global_steps, epoch=(self.global_steps - 1) // self.steps_per_epoch
-        )
-        self._rollout_moe_lb_metrics_accumulator = counts
+        # A table, which verl logs apart from the metrics.
+        metrics = {name: value for name, value in metrics.items() if name != DAPO_FILTERED_REWARD_COUNTS_KEY}
+        # The step's own time is not measured before its checkpoint is saved.
+        timing = {"step": sum(timing.values()), **timing}
+        # Upstream will compute the metrics again to log them, and this accumulator must count a step once.
+        accumulator = copy.deepcopy(self._rollout_moe_lb_metrics_accumulator)  # type: ignore[has-type]
+        epoch = (self.global_steps - 1) // self.steps_per_epoch
+        self._compute_metrics(batch, metrics, timing, self.global_steps, epoch)
+        self._rollout_moe_lb_metrics_accumulator = accumulator
         self.step_record = StepRecord(checkpoint / STEP_RECORD, metrics)
         self.step_record.write()
         if folder := self.config.trainer.get("rollout_data_dir"):
@@ -108,9 +103,9 @@ class RecordsSteps:
                 dump.result()
 
     def _log_rollout_data(self, batch: KVBatchMeta, timing_raw: dict[str, float], rollout_data_dir: str) -> None:
-        """Upstream's, once a step."""
+        """Dump the step's rollouts as upstream does, unless its checkpoint has done so."""
         if self.dumped_step != self.global_steps:
-            super()._log_rollout_data(batch, timing_raw, rollout_data_dir)  # type: ignore[misc]
+            super()._log_rollout_data(batch, timing_raw, rollout_data_dir)
             self.dumped_step = self.global_steps
 
     def _unlogged(self) -> StepRecord | None:
@@ -120,8 +115,3 @@ class RecordsSteps:
         if record := self._unlogged():
             record.logged = True
             record.write()
-
-
-def _number(value: Any) -> float:
-    """A scalar of NumPy or PyTorch, which `json` doesn't know."""
-    return value.item()
