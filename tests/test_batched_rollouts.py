@@ -159,7 +159,7 @@ async def to_the_end(manager, batch):
     """Generate for a batch and wait until it is done or has failed."""
     manager.event_loop = asyncio.get_running_loop()
     manager.generate_sequences(batch)
-    assert len(manager.batches) == 1
+    assert not any(batch.done() for batch in manager.batches) and len(manager.batches) == 1
     await asyncio.gather(*map(asyncio.wrap_future, manager.batches), return_exceptions=True)
     assert not manager.batches
 
@@ -215,6 +215,16 @@ def test_chunks_keep_the_batchs_order(run, chunk_size, calls):
 def test_a_rollouts_seed_does_not_depend_on_its_chunk(run):
     one, many = (sorted(run(chunk_size)[1].llm_client.seeds) for chunk_size in (100, 1))
     assert one == many and len({seed for _, seed in one}) == PROMPTS * ROLLOUTS
+
+
+def test_the_manager_is_made_on_its_event_loop():
+    class Manager(BatchedAgentLoopManager):
+        def __init__(self, *arguments):
+            self.arguments, self.event_loop = arguments, asyncio.get_running_loop()
+
+    manager = Manager.create(1, 2)
+    assert manager.arguments == (1, 2) and manager.event_loop.is_running()
+    manager.event_loop.call_soon_threadsafe(manager.event_loop.stop)
 
 
 # What is lost alone.
@@ -344,6 +354,7 @@ def test_sampling_in_training_and_in_validation(run, monkeypatch):
 def test_a_rows_own_number_of_rollouts_and_whether_they_are_sampled(run):
     numbers, sampled = NonTensorStack(1, 2, 3, 0, 5, 1), NonTensorStack(True, False, True, True, True, True)
     queue, manager = run(batch=prompts(__rollout_n__=numbers, __do_sample__=sampled))
+    assert queue.statuses == {f"uid{i}": "finished" for i in range(PROMPTS)}
     assert Counter(int(key[3]) for key in queue.stored) == {0: 1, 1: 2, 2: 3, 4: 5, 5: 1}
     greedy = [params["temperature"] == 0 for params in manager.llm_client.params]
     assert greedy == [False] + [True] * 2 + [False] * 9
@@ -512,16 +523,16 @@ def test_a_step_goes_on_without_the_lost(run, trainer, monkeypatch, lost):
     batch = trainer._balance_batch(batch, metrics)
     assert metrics[LOST_IN_TRAINING] == len(lost)
     assert len(batch.keys) == LACKING[lost]
-    asked_of_workerS = []
+    asked_of_workers = []
     monkeypatch.setattr(
         trainer_steer.PPOTrainerSync,
         "_compute_ref_log_prob",
-        lambda self, batch, metrics: asked_of_workerS.append(dict(batch.extra_info)) or batch,
+        lambda self, batch, metrics: asked_of_workers.append(dict(batch.extra_info)) or batch,
     )
     trainer.batched = False
     assert "micro_batch_size_per_gpu" not in trainer._compute_ref_log_prob(batch, metrics).extra_info
     # 9 divides 18 rows of a rank, and 3 is what it shares with 12.
-    assert asked_of_workerS == [{} if len(batch.keys) == 18 else {"micro_batch_size_per_gpu": 3}]
+    assert asked_of_workers == [{} if len(batch.keys) == 18 else {"micro_batch_size_per_gpu": 3}]
 
     trainer._compute_advantage(batch, metrics)
     for key in batch.keys:

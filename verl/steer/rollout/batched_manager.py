@@ -375,7 +375,7 @@ async def _grade_part(worker: ActorHandle, batch: DataProto) -> list[dict[str, A
         if not _raised_by_grading(error):
             raise
     calls = [worker.compute_score.remote(row) for row in batch.split(1)]
-    grades = await asyncio.gather(*calls, return_exceptions=True)
+    grades: list[dict[str, Any] | BaseException] = await asyncio.gather(*calls, return_exceptions=True)
     for grade in grades:
         if isinstance(grade, BaseException) and not _raised_by_grading(grade):
             raise grade

@@ -51,7 +51,7 @@ def stored_samples(
     return stored, dict(metrics)
 
 
-def means_of_what_is_there(
+def means_over_stored_samples(
     metrics: Mapping[str, float],
     data_sources: Sequence[str],
     uids: Sequence[str],
@@ -60,9 +60,9 @@ def means_of_what_is_there(
 ) -> dict[str, float]:
     """Upstream's metrics of a validation that lacks samples, with one mean for each data source and variable.
 
-    Upstream groups prompts by their number of samples, so that `acc/mean@4` omits a prompt with three. Here `mean@N`, with
-    N the largest number requested, is over all prompts, each with its stored samples, and `mean@k` with k < N is dropped.
-    The other metrics remain upstream's.
+    Upstream groups prompts by their number of samples, so that `acc/mean@4` omits a prompt with three. Here `mean@N`,
+    N the largest number requested, is over all prompts, each with its stored samples, and `mean@k` of a smaller k is
+    dropped. The other metrics remain upstream's.
 
     Args:
         metrics: upstream's, `val-(core|aux)/{data source}/{variable}/...`.

@@ -79,10 +79,14 @@ class BatchedLLMServerClient(LLMServerClient):
 
 
 class BatchedLLMServerManager(LLMServerManager):
-    """Upstream's manager without the load balancer's process, which `BatchedLLMServerClient` doesn't use."""
+    """Upstream's manager with that client, which needs no load balancer, a process of its own."""
 
     async def _init_global_load_balancer(self) -> None:
         self.global_load_balancer = None
+
+    def get_client(self) -> BatchedLLMServerClient:
+        """The client of all servers."""
+        return super().get_client(BatchedLLMServerClient, servers=self.server_handles)
 
 
 def register() -> None:
