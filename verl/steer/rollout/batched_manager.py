@@ -153,7 +153,7 @@ class BatchedAgentLoopManager(AgentLoopWorker):
                         "rollout %d of prompt %s is lost: %s", rollout.session_id, rollout.prompt["uid"], rollout.error
                     )
                 lost += len(failed)
-                # The cause is then no single rollout. A training batch of one prompt may replace one that failed.
+                # With all lost, no single one is the cause; a training batch of one prompt may replace a failed prompt.
                 if lost == expected and (validate or len(prompts) > 1):
                     raise RolloutsFailed(f"all {lost} rollouts failed, the last by {failed[-1].error}")
                 if stored := _not_lost(chunk):
