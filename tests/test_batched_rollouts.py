@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rollouts in shares: what is stored, in which order, what is lost and what ends a run; what a step does without."""
+"""Batched rollouts: what is stored and in which order, which rollouts are lost, which errors end a run; the trainer."""
 
 import asyncio
 import gc
@@ -20,12 +20,11 @@ from tensordict.tensorclass import NonTensorData, NonTensorStack
 from transfer_queue import KVBatchMeta
 from verl.steer import trainer as trainer_steer
 from verl.steer.gc_heap import freeze_gc_heap
-from verl.steer.rollout import batched_manager as agent_loop_batched
-from verl.steer.rollout import checks as rollout_checks
-from verl.steer.rollout.batched_manager import BatchedAgentLoopManager, BatchedAgentLoopWorker
+from verl.steer.rollout import batched_manager
+from verl.steer.rollout.batched_manager import BatchedAgentLoopManager
+from verl.steer.rollout.checks import BATCHED_MANAGER, check_rollouts
 from verl.steer.rollout.lost_rollouts import LOST_IN_TRAINING
 from verl.steer.rollout.wait import RolloutsFailed, RolloutWait
-from verl.steer.task_runner import BATCHED_MANAGER
 from verl.steer.trainer import SteerTrainer
 from verl.trainer.ppo import padding_utils
 from verl.trainer.ppo.v1 import replay_buffer, trainer_base
@@ -86,7 +85,7 @@ class Queue:
 
 
 class Servers:
-    """Answers a request by its prompt and its number within the prompt; earlier shares take longer.
+    """Answers a request by its prompt and its number within the prompt; earlier chunks take longer.
 
     Args:
         answers: (prompt, number) -> what is answered in place of a response.
@@ -156,37 +155,40 @@ def prompts(**columns):
     return TensorDict(columns, batch_size=PROMPTS)
 
 
+async def to_the_end(manager, batch):
+    """Generate for a batch and wait until it is done or has failed."""
+    manager.event_loop = asyncio.get_running_loop()
+    manager.generate_sequences(batch)
+    assert not any(batch.done() for batch in manager.batches) and len(manager.batches) == 1
+    await asyncio.gather(*map(asyncio.wrap_future, manager.batches), return_exceptions=True)
+    assert not manager.batches
+
+
 @pytest.fixture
 def run(monkeypatch):
-    """Runs a batch to its end: what reached the TransferQueue, and the worker."""
+    """Generates for a batch to its end; returns the TransferQueue and the manager."""
 
-    def run(together=100, batch=None, grades=None, refused=None, untokenizable=None, length=5, **servers):
+    def run(chunk_size=100, batch=None, grades=None, refused=None, untokenizable=None, length=5, **servers):
         queue = Queue(refused)
-        monkeypatch.setattr(agent_loop_batched.tq, "async_kv_batch_put", queue.async_kv_batch_put)
-        monkeypatch.setattr(agent_loop_batched, "ROLLOUTS_TOGETHER", together)
-        worker = object.__new__(BatchedAgentLoopWorker)
-        worker.rollout_config = SimpleNamespace(
+        monkeypatch.setattr(batched_manager.tq, "async_kv_batch_put", queue.async_kv_batch_put)
+        monkeypatch.setattr(batched_manager, "CHUNK_SIZE", chunk_size)
+        manager = object.__new__(BatchedAgentLoopManager)
+        manager.rollout_config = SimpleNamespace(
             n=ROLLOUTS, temperature=1.0, top_p=0.9, top_k=20, calculate_log_probs=True, full_determinism=True, seed=3,
             response_length=length, val_kwargs=SimpleNamespace(n=2, temperature=0.6, top_p=0.7, top_k=-1),
         )  # fmt: skip
-        worker.background_tasks, worker.failure = set(), None
-        worker.reward_loop_worker_handles = [Grader(grades), Grader(grades)]
-        worker.llm_client = Servers(**servers)
+        manager.batches, manager.failure = set(), None
+        manager.reward_loop_worker_handles = [Grader(grades), Grader(grades)]
+        manager.llm_client = Servers(**servers)
 
         async def initial_tokens(messages):
             if messages[0]["content"] == untokenizable:
                 raise TypeError("the template wants a list")
             return [int(messages[0]["content"]), 9]
 
-        worker.single_turn = SimpleNamespace(ct_build_initial_tokens=initial_tokens)
-
-        async def to_the_end():
-            await worker.generate_sequences(prompts() if batch is None else batch)
-            assert queue.stored == []
-            await asyncio.gather(*worker.background_tasks, return_exceptions=True)
-
-        asyncio.run(to_the_end())
-        return queue, worker
+        manager.single_turn = SimpleNamespace(ct_build_initial_tokens=initial_tokens)
+        asyncio.run(to_the_end(manager, prompts() if batch is None else batch))
+        return queue, manager
 
     return run
 
@@ -195,24 +197,34 @@ KEYS = [f"uid{prompt}_{session}_0" for prompt in range(PROMPTS) for session in r
 
 
 @pytest.mark.parametrize(
-    ("together", "calls"), [(100, [18]), (9, [9, 9]), (7, [9, 9]), (5, [6, 6, 6]), (1, [3] * 6), (12, [12, 6])]
+    ("chunk_size", "calls"), [(100, [18]), (9, [9, 9]), (7, [9, 9]), (5, [6, 6, 6]), (1, [3] * 6), (12, [12, 6])]
 )
-def test_shares_keep_the_batchs_order(run, together, calls):
-    queue, worker = run(together)
-    assert worker.llm_client.calls == calls
-    assert queue.stored == KEYS and worker.failure is None
+def test_chunks_keep_the_batchs_order(run, chunk_size, calls):
+    queue, manager = run(chunk_size)
+    assert manager.llm_client.calls == calls
+    assert queue.stored == KEYS and manager.failure is None
     assert queue.statuses == {f"uid{i}": "finished" for i in range(PROMPTS)}
     for key, fields in queue.rows.items():
         prompt = int(key[3])
         assert fields["responses"].tolist() == [prompt, 7] and fields["prompts"].tolist() == [prompt, 9]
         assert fields["rm_scores"].tolist() == [0, prompt]
-    # As long as none raises, a reward worker is called once for a share.
-    assert all(grader.calls == {"batch": len(calls)} for grader in worker.reward_loop_worker_handles)
+    # As long as none raises, a reward worker is called once for a chunk.
+    assert all(grader.calls == {"batch": len(calls)} for grader in manager.reward_loop_worker_handles)
 
 
-def test_a_rollouts_seed_does_not_depend_on_its_share(run):
-    one, many = (sorted(run(together)[1].llm_client.seeds) for together in (100, 1))
+def test_a_rollouts_seed_does_not_depend_on_its_chunk(run):
+    one, many = (sorted(run(chunk_size)[1].llm_client.seeds) for chunk_size in (100, 1))
     assert one == many and len({seed for _, seed in one}) == PROMPTS * ROLLOUTS
+
+
+def test_the_manager_is_made_on_its_event_loop():
+    class Manager(BatchedAgentLoopManager):
+        def __init__(self, *arguments):
+            self.arguments, self.event_loop = arguments, asyncio.get_running_loop()
+
+    manager = Manager.create(1, 2)
+    assert manager.arguments == (1, 2) and manager.event_loop.is_running()
+    manager.event_loop.call_soon_threadsafe(manager.event_loop.stop)
 
 
 # What is lost alone.
@@ -226,17 +238,17 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize("together", [100, 9, 1])
+@pytest.mark.parametrize("chunk_size", [100, 9, 1])
 @pytest.mark.parametrize("why", BAD)
-def test_a_bad_rollout_costs_that_one_rollout(run, together, why, caplog):
+def test_a_bad_rollout_costs_that_one_rollout(run, chunk_size, why, caplog):
     bad, told = BAD[why]
-    queue, worker = run(together, **bad)
+    queue, manager = run(chunk_size, **bad)
     assert queue.stored == [key for key in KEYS if key != "uid2_1_0"]
     assert queue.statuses == {f"uid{i}": "failure" if i == 2 else "finished" for i in range(PROMPTS)}
     assert {key: fields["rm_scores"].tolist() for key, fields in queue.rows.items()} == {
         key: [0, int(key[3])] for key in queue.stored
     }
-    assert worker.failure is None
+    assert manager.failure is None
     assert [record.message for record in caplog.records if "rollout" in record.message][0].startswith(
         f"rollout 1 of prompt uid2 is lost: {told}"
     )
@@ -244,16 +256,16 @@ def test_a_bad_rollout_costs_that_one_rollout(run, together, why, caplog):
 
 def test_several_bad_rollouts_of_all_kinds(run, caplog):
     grades = {(0, 0): KeyError("answer"), (5, 2): ZeroDivisionError(), (5, 1): float("inf")}
-    queue, worker = run(9, grades=grades, answers={(1, 0): EMPTY, (5, 0): "EngineGenerateError: "})
+    queue, manager = run(9, grades=grades, answers={(1, 0): EMPTY, (5, 0): "EngineGenerateError: "})
     lost = {"uid0_0_0", "uid1_0_0", "uid5_0_0", "uid5_1_0", "uid5_2_0"}
-    assert queue.stored == [key for key in KEYS if key not in lost] and worker.failure is None
+    assert queue.stored == [key for key in KEYS if key not in lost] and manager.failure is None
     assert {uid for uid, status in queue.statuses.items() if status == "failure"} == {"uid0", "uid1", "uid5"}
     assert sum("is lost" in record.message for record in caplog.records) == len(lost)
 
 
 def test_a_prompt_that_has_no_tokens_costs_its_own_rollouts(run, caplog):
-    queue, worker = run(untokenizable="3")
-    assert queue.stored == [key for key in KEYS if key[3] != "3"] and worker.failure is None
+    queue, manager = run(untokenizable="3")
+    assert queue.stored == [key for key in KEYS if key[3] != "3"] and manager.failure is None
     assert "rollout 2 of prompt uid3 is lost: tokenizing: TypeError: the template wants a list" in caplog.text
 
 
@@ -276,13 +288,13 @@ FATAL = {
 }
 
 
-@pytest.mark.parametrize("together", [100, 9])
+@pytest.mark.parametrize("chunk_size", [100, 9])
 @pytest.mark.parametrize("why", FATAL)
-def test_what_is_no_matter_of_a_rollout_is_kept_for_the_trainer(run, together, why):
+def test_what_is_no_matter_of_a_rollout_is_kept_for_the_trainer(run, chunk_size, why):
     fatal, told = FATAL[why]
-    queue, worker = run(together, **fatal)
-    assert isinstance(worker.failure, RolloutsFailed) and told in str(worker.failure)
-    assert "\n" not in str(worker.failure)
+    queue, manager = run(chunk_size, **fatal)
+    assert isinstance(manager.failure, RolloutsFailed) and told in str(manager.failure)
+    assert "\n" not in str(manager.failure)
     # The trainer would take a batch of which every prompt is done.
     assert not queue.statuses or "running" in queue.statuses.values()
 
@@ -292,15 +304,11 @@ def test_a_reward_function_is_not_to_blame_for_an_actor_that_it_asks(run):
         async def _all(self, batch):
             raise RayTaskError("compute_score_batch", "a remote traceback", ActorDiedError()).as_instanceof_cause()
 
-    worker = run(grades={})[1]
-    worker.reward_loop_worker_handles = [Died()]
+    manager = run(grades={})[1]
+    manager.reward_loop_worker_handles = [Died()]
 
-    async def to_the_end():
-        await worker.generate_sequences(prompts())
-        await asyncio.gather(*worker.background_tasks, return_exceptions=True)
-
-    asyncio.run(to_the_end())
-    assert "grading: ActorDiedError" in str(worker.failure)
+    asyncio.run(to_the_end(manager, prompts()))
+    assert "grading: ActorDiedError" in str(manager.failure)
 
 
 @pytest.mark.parametrize(
@@ -334,20 +342,21 @@ def test_single_turn_rows_are_served(run):
 
 
 def test_sampling_in_training_and_in_validation(run, monkeypatch):
-    *_, worker = run()
+    *_, manager = run()
     params = {"temperature": 1.0, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.0, "logprobs": True}
     expected = params | {"temperature": 0.6, "top_p": 0.7, "top_k": -1}
-    assert worker._sampling_params(False, True) == params and worker._sampling_params(True, True) == expected
+    assert manager._sampling_params(False, True) == params and manager._sampling_params(True, True) == expected
     # Upstream: a prompt's own wish is heard in training only.
-    assert worker._sampling_params(True, False) == expected
-    assert worker._sampling_params(False, False) == params | {"temperature": 0, "top_p": 1.0, "top_k": -1}
+    assert manager._sampling_params(True, False) == expected
+    assert manager._sampling_params(False, False) == params | {"temperature": 0, "top_p": 1.0, "top_k": -1}
 
 
 def test_a_rows_own_number_of_rollouts_and_whether_they_are_sampled(run):
     numbers, sampled = NonTensorStack(1, 2, 3, 0, 5, 1), NonTensorStack(True, False, True, True, True, True)
-    queue, worker = run(batch=prompts(__rollout_n__=numbers, __do_sample__=sampled))
+    queue, manager = run(batch=prompts(__rollout_n__=numbers, __do_sample__=sampled))
+    assert queue.statuses == {f"uid{i}": "finished" for i in range(PROMPTS)}
     assert Counter(int(key[3]) for key in queue.stored) == {0: 1, 1: 2, 2: 3, 4: 5, 5: 1}
-    greedy = [params["temperature"] == 0 for params in worker.llm_client.params]
+    greedy = [params["temperature"] == 0 for params in manager.llm_client.params]
     assert greedy == [False] + [True] * 2 + [False] * 9
     assert not {"__rollout_n__", "__do_sample__"} & set(queue.rows["uid1_0_0"])
 
@@ -356,9 +365,9 @@ def test_validation_asks_for_its_own_number_by_its_own_options(run, monkeypatch)
     batch = prompts(validate=NonTensorData(True))
     with monkeypatch.context() as patch:
         patch.setattr(Queue, "async_kv_batch_put", put_of("val"))
-        queue, worker = run(batch=batch)
+        queue, manager = run(batch=batch)
     assert Counter(key[:4] for key in queue.stored) == {f"uid{i}": 2 for i in range(PROMPTS)}
-    assert {params["temperature"] for params in worker.llm_client.params} == {0.6}
+    assert {params["temperature"] for params in manager.llm_client.params} == {0.6}
 
 
 def put_of(partition):
@@ -489,9 +498,7 @@ def test_the_trainer_waits_by_its_key_and_learns_of_a_failure(run, trainer, monk
         monkeypatch.setenv(name, str(tmp_path))
     trainer.folder, trainer.replay_buffer = tmp_path, trainer._build_replay_buffer()
     assert trainer.rollout_wait.timeout == 12
-    manager = object.__new__(BatchedAgentLoopManager)
-    manager.worker = run(refused="finished")[1]
-    trainer.fit(manager)
+    trainer.fit(run(refused="finished")[1])
     with pytest.raises(RolloutsFailed, match="0 of 6 prompts done: writing to the TransferQueue: TimeoutError"):
         trainer.replay_buffer.sample(global_steps=7, partition_id="train", batch_size=PROMPTS)
 
@@ -629,9 +636,7 @@ def checked(tmp_path, agent_names=None, rollout=None, **trainer):
         "train_files": str(tmp_path / "train.parquet"),
         "val_files": [str(tmp_path / "test.parquet"), "no.parquet"],
     }
-    rollout_checks.check_rollouts(
-        OmegaConf.create({"trainer": trainer, "actor_rollout_ref": {"rollout": rollout}, "data": files})
-    )
+    check_rollouts(OmegaConf.create({"trainer": trainer, "actor_rollout_ref": {"rollout": rollout}, "data": files}))
 
 
 def test_what_can_be_served_passes(tmp_path):
@@ -669,7 +674,7 @@ def test_what_can_not_be_served_is_refused_before_ray_starts(tmp_path, changes, 
 
 
 @given(st.lists(st.integers(1, 4000), min_size=4, max_size=12), st.sampled_from([1, 2, 4]))
-def test_shares_of_a_batch_are_verls(lengths, ranks):
+def test_partitions_of_a_batch_are_verls(lengths, ranks):
     lengths = lengths[: len(lengths) // ranks * ranks]
     expected = seqlen_balancing.get_seqlen_balanced_partitions(lengths, ranks, equal_size=True)
     assert trainer_base.get_seqlen_balanced_partitions(lengths, k_partitions=ranks, equal_size=True) == expected

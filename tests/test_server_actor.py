@@ -5,10 +5,11 @@ import asyncio
 import inspect
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from verl.steer.rollout.server_actor import METHODS, VLLMServerActor
-from verl.steer.rollout.vllm_batched import BatchedVLLMHttpServer
+from verl.steer.rollout.vllm_batched import BatchedLLMServerClient, BatchedVLLMHttpServer
 from verl.workers.rollout.replica import TokenOutput
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -22,6 +23,7 @@ def test_every_public_method_of_the_server_is_passed_on():
 def test_a_worker_loads_the_rollout_and_the_actor_without_vllm():
     code = """
 import sys
+from types import SimpleNamespace
 import verl.workers.engine_workers
 import verl.workers.rollout.vllm_rollout.vllm_rollout
 import verl.steer.rollout.server_actor
@@ -58,3 +60,22 @@ def test_a_request_that_fails_leaves_the_others_their_responses():
 def test_a_dead_engine_is_no_matter_of_a_request():
     with pytest.raises(EngineDeadError):
         asyncio.run(server(TokenOutput(token_ids=[1]), EngineDeadError()).generate_batch(requests(2)))
+
+
+class Handle:
+    """A Ray handle whose `generate_batch` returns the requests."""
+
+    def __init__(self):
+        self.calls, self.generate_batch = [], SimpleNamespace(remote=self._generate_batch)
+
+    async def _generate_batch(self, requests):
+        self.calls.append(requests)
+        return requests
+
+
+@pytest.mark.parametrize(("requests", "calls"), [(7, [[0, 1, 2], [3, 4, 5], [6]]), (2, [[0], [1]]), (0, [])])
+def test_the_client_gives_each_server_neighbouring_requests(requests, calls):
+    servers = [Handle() for _ in range(3)]
+    client = BatchedLLMServerClient(config=None, servers=servers)
+    assert asyncio.run(client.generate_batch(list(range(requests)))) == list(range(requests))
+    assert [call for server in servers for call in server.calls] == calls

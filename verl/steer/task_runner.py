@@ -11,14 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import ray
 import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf
+from verl.steer.rollout.checks import BATCHED_MANAGER, is_batched  # noqa: F401
 from verl.steer.rollout.server_actor import start_servers
-
-BATCHED_MANAGER = "verl.steer.rollout.batched_manager.BatchedAgentLoopManager"
-
-
-def is_batched(config: DictConfig) -> bool:
-    """Whether rollouts are generated in whole batches, by the servers of `vllm_batched`."""
-    return config.actor_rollout_ref.rollout.agent.get("agent_loop_manager_class") == BATCHED_MANAGER
 
 
 @ray.remote

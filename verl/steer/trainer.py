@@ -38,7 +38,7 @@ from verl.steer.methods.adaptive_entropy import AdaptiveEntropyCoefficient
 from verl.steer.methods.registry import bind_estimator, estimator_fields
 from verl.steer.options import from_config
 from verl.steer.report.metrics_files import next_file
-from verl.steer.rollout.lost_rollouts import LOST_IN_TRAINING, lost_rollouts, means_of_what_is_there, stored_samples
+from verl.steer.rollout.lost_rollouts import LOST_IN_TRAINING, lost_rollouts, means_over_stored_samples, stored_samples
 from verl.steer.rollout.wait import ROLLOUT_TIMEOUT, RolloutWait
 from verl.steer.run_ending import naming_a_full_disk
 from verl.steer.step_record import RecordsSteps
@@ -52,7 +52,6 @@ from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.dataset.rl_dataset import collate_fn
 from verl.utils.transferqueue_utils import kv_batch_meta2batch_meta
-from verl.workers.rollout.llm_server import LLMServerClient
 
 logger = logging.getLogger(__name__)
 
@@ -110,15 +109,6 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         self.entropy_audit = from_config(AuditOptions, config.trainer.get("entropy_audit"), "trainer.entropy_audit")
         self.last_entropy: float | None = None
         self.batched = is_batched(config)
-
-    def get_llm_client(self) -> LLMServerClient:
-        """The client that the agent loops generate by."""
-        if not self.batched:
-            return super().get_llm_client()
-        from verl.steer.rollout.vllm_batched import BatchedLLMServerClient
-
-        servers = self.llm_server_manager.server_handles
-        return self.llm_server_manager.get_client(client_cls=BatchedLLMServerClient, servers=servers)
 
     def fit(self, agent_loop_manager: AgentLoopManager) -> None:
         """Train; the loggers that write files do so in `trainer.default_local_dir` unless the environment says else."""
@@ -348,7 +338,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
             data_sources, sample_uids, reward_extra_infos_dict, sample_turns, expected_acc_counts=stored
         )
         if stored != asked:
-            metrics = means_of_what_is_there(metrics, data_sources, sample_uids, reward_extra_infos_dict, asked)
+            metrics = means_over_stored_samples(metrics, data_sources, sample_uids, reward_extra_infos_dict, asked)
         return metrics | counts
 
     def _validate_one_file_after_another(self) -> dict[str, float]:

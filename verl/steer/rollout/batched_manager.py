@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Single-turn generation a batch at a time, named by `rollout.agent.agent_loop_manager_class`.
+"""Single-turn generation in batches, the value of `rollout.agent.agent_loop_manager_class` on a CPU.
 
-verl runs one agent loop for each rollout: a few Ray calls and one write to the TransferQueue apiece, which is what a
-step of short responses spends its time on. Here a share of the rollouts, a hundred-odd, goes to each vLLM replica in
-one call, is graded in one and written in one, while later shares are generated. Samples, fields and tags are those of
-`verl.trainer.ppo.v1.agent_loop_tq`. Text-only prompts and the agent loop `single_turn_agent` are what it serves.
+verl runs an agent loop for each rollout, with several Ray calls and a TransferQueue write, which takes most of the time
+where responses are short. Here a chunk of about 128 rollouts takes one call to each vLLM server, one to each reward
+worker and one write, while later chunks are generated. Samples, fields and tags are those of
+`verl.trainer.ppo.v1.agent_loop_tq`. It serves text-only prompts of the agent loop `single_turn_agent`.
 
-A rollout whose prompt can't be tokenized, whose request fails, whose response is empty or whose grading raises is lost
-alone: the log says why, and the others of its prompt are stored. All other errors, and one that befalls every rollout
-of a batch, end the run.
+A rollout is lost alone if its prompt can't be tokenized, its request fails, its response is empty or its grading
+raises: the log names the reason, and the other rollouts of the prompt are stored. Any other error, or the loss of all
+rollouts of a batch, ends the run.
 """
 
 from __future__ import annotations
@@ -17,25 +17,27 @@ import asyncio
 import logging
 import math
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain, groupby
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 import transfer_queue as tq
+from ray.actor import ActorHandle
 from ray.exceptions import RayError, RayTaskError
 from tensordict import TensorDict
-from tensordict.tensorclass import NonTensorData, NonTensorStack
 from torch.nn.utils.rnn import pad_sequence
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, AgentLoopWorker, DictConfigWrap, ToolListWrap
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.protocol import DataProto
 from verl.steer.rollout.checks import AGENT_LOOP, ONLY_SINGLE_TURN
-from verl.steer.rollout.wait import RolloutsFailed, told
-from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, apply_greedy_sampling_params
+from verl.steer.rollout.wait import RolloutsFailed, error_text
+from verl.trainer.ppo.v1.agent_loop_tq import apply_greedy_sampling_params
 from verl.utils.profiler import simple_timer
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.rollout.replica import TokenOutput
@@ -43,37 +45,46 @@ from verl.workers.rollout.replica import TokenOutput
 logger = logging.getLogger(__name__)
 
 Prompt = dict[str, Any]
-Result = TypeVar("Result")
 
-#: Rollouts that are generated, graded and stored together: few enough that a step has others to generate meanwhile.
-ROLLOUTS_TOGETHER = 128
+#: Rollouts that are generated, graded and stored together: few enough that a step has several chunks.
+CHUNK_SIZE = 128
 
 
 @dataclass
 class Rollout:
-    """One response to a prompt, on its way to the TransferQueue.
+    """One response to a prompt.
 
     Args:
-        prompt: its row of the batch.
-        session_id: its number within the prompt's group.
-        request: what the vLLM server is asked for.
-        lost: why it will not be stored, if so.
-        output: the response; not there before it is generated, nor if that fails.
+        prompt: row of the batch.
+        session_id: index within the prompt's group.
+        sampling_params: of its request to vLLM.
+        error: why the rollout is lost, or None.
+        prompt_ids: the tokenized prompt.
+        output: the response, with its score once it is graded.
     """
 
     prompt: Prompt
     session_id: int
-    request: dict[str, Any] = field(default_factory=dict)
-    lost: str | None = None
+    sampling_params: dict[str, Any]
+    error: str | None = None
+    prompt_ids: list[int] | None = None
     output: AgentLoopOutput = field(init=False)
 
 
-class BatchedAgentLoopWorker(AgentLoopWorker):
-    """Generates, grades and stores a batch of single-turn prompts together."""
+class BatchedAgentLoopManager(AgentLoopWorker):
+    """Generates, grades and stores batches of single-turn prompts, on an event loop in a thread of the trainer.
+
+    Upstream's manager starts workers as actors, each of which would first import all that the trainer has imported;
+    `rollout.agent.num_workers` has no effect here.
+
+    Attributes:
+        failure: the error that ended the work on a batch, or None; the trainer reads it while it waits for rollouts.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.background_tasks: set[asyncio.Task[None]] = set()
+        self.event_loop = asyncio.get_running_loop()
+        self.batches: set[Future[None]] = set()
         self.failure: BaseException | None = None
         self.single_turn = SingleTurnAgentLoop(
             DictConfigWrap(self.config),
@@ -86,131 +97,91 @@ class BatchedAgentLoopWorker(AgentLoopWorker):
             tools=ToolListWrap(self.tools),
         )
 
-    async def generate_sequences(self, batch: TensorDict) -> None:
-        """Start on a batch of prompts and return; what becomes of it goes to the TransferQueue.
+    @classmethod
+    def create(cls, *args: Any, **kwargs: Any) -> BatchedAgentLoopManager:
+        """Start the event loop and make the manager on it, with the arguments of `AgentLoopWorker`."""
+        event_loop = asyncio.new_event_loop()
+        threading.Thread(target=event_loop.run_forever, name="agent_loop", daemon=True).start()
 
-        What ends the work on a batch is kept in `failure`, for who waits for the TransferQueue.
+        async def construct() -> BatchedAgentLoopManager:
+            return cls(*args, **kwargs)
+
+        return asyncio.run_coroutine_threadsafe(construct(), event_loop).result()
+
+    def generate_sequences(self, prompts: TensorDict) -> None:
+        """Start to generate for a batch of prompts and return; the rollouts go to the TransferQueue.
 
         Raises:
-            RolloutsFailed: if a prompt is not for a single turn of text.
+            RolloutsFailed: if a prompt is not a single turn of text.
         """
-        validate = bool(batch["validate"]) if "validate" in batch else False
-        columns = [(key, values) for key, values in batch.items() if key != "validate"]
-        prompts = [{key: _item(values, i) for key, values in columns} for i in range(len(batch))]
-        for prompt in prompts:
-            check_single_turn_text(prompt)
-        task = asyncio.create_task(self._run_prompts(prompts, validate))
-        self.background_tasks.add(task)
-        task.add_done_callback(self._ended)
+        validate = bool(prompts["validate"]) if "validate" in prompts else False
+        rows = [row.to_dict() for row in prompts.exclude("validate")]
+        for row in rows:
+            check_single_turn_text(row)
+        batch = asyncio.run_coroutine_threadsafe(self._run_prompts(rows, validate), self.event_loop)
+        self.batches.add(batch)
+        batch.add_done_callback(self._on_done)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self.background_tasks.discard(task)
-        failure = task.exception()
+    def _on_done(self, batch: Future[None]) -> None:
+        self.batches.discard(batch)
+        failure = batch.exception()
         if failure is not None:
-            logger.error("work on a batch of prompts ended", exc_info=failure)
+            logger.error("generating for a batch of prompts failed", exc_info=failure)
             self.failure = self.failure or failure
 
     async def _run_prompts(self, prompts: list[Prompt], validate: bool) -> None:
-        """Start all shares, and store each, in the batch's order, once it is graded.
+        """Generate all chunks at once; store each, in the batch's order, when it is graded.
 
         Raises:
-            RolloutsFailed: if not one rollout of the batch can be stored.
+            RolloutsFailed: if every rollout of the batch is lost.
         """
         partition_id = "val" if validate else "train"
-        await _set_status({prompt["uid"]: "running" for prompt in prompts}, partition_id)
-        asked, lost = sum(self._rollouts_of(prompt, validate) for prompt in prompts), 0
-        shares = list(self._shares(prompts, validate))
-        generations = [asyncio.create_task(self._generate(share, validate)) for share in shares]
+        groups = [self._group(index, prompt, validate) for index, prompt in enumerate(prompts)]
+        statuses = {
+            prompt["uid"]: {"status": "running" if group else "finished"}
+            for prompt, group in zip(prompts, groups, strict=True)
+        }
+        await _put(statuses, partition_id)
+        expected, lost = sum(map(len, groups)), 0
+        generations = [asyncio.create_task(self._generate(chunk)) for chunk in _chunks(groups)]
         try:
             for generation in generations:
-                rollouts = await generation
-                failed = [rollout for rollout in rollouts if rollout.lost]
+                chunk = await generation
+                failed = [rollout for rollout in chunk if rollout.error]
                 for rollout in failed:
                     logger.error(
-                        "rollout %d of prompt %s is lost: %s", rollout.session_id, rollout.prompt["uid"], rollout.lost
+                        "rollout %d of prompt %s is lost: %s", rollout.session_id, rollout.prompt["uid"], rollout.error
                     )
                 lost += len(failed)
-                # What befalls all is no matter of a rollout. A batch of one prompt may stand in for one that failed.
-                if lost == asked and (validate or len(prompts) > 1):
-                    raise RolloutsFailed(f"all {lost} rollouts failed, the last by {failed[-1].lost}")
-                await self._store([rollout for rollout in rollouts if not rollout.lost], partition_id)
-                # As upstream: a prompt that lacks a rollout has failed, and the trainer takes what it has.
-                statuses = {rollout.prompt["uid"]: "finished" for rollout in rollouts}
-                await _set_status(statuses | {rollout.prompt["uid"]: "failure" for rollout in failed}, partition_id)
+                # With all lost, no single one is the cause; a training batch of one prompt may replace a failed prompt.
+                if lost == expected and (validate or len(prompts) > 1):
+                    raise RolloutsFailed(f"all {lost} rollouts failed, the last by {failed[-1].error}")
+                if stored := _not_lost(chunk):
+                    keys, tags, fields = zip(*map(_record, stored), strict=True)
+                    await _put(dict(zip(keys, tags, strict=True)), partition_id, list_of_dict_to_tensordict(fields))
+                # As upstream: a prompt that lacks a rollout has failed, and the trainer takes its other rollouts.
+                statuses = {rollout.prompt["uid"]: {"status": "finished"} for rollout in chunk}
+                statuses |= {rollout.prompt["uid"]: {"status": "failure"} for rollout in failed}
+                await _put(statuses, partition_id)
         finally:
             for generation in generations:
                 generation.cancel()
 
-    def _shares(self, prompts: list[Prompt], validate: bool) -> Iterator[list[tuple[int, Prompt]]]:
-        """Neighbouring prompts with their places in the batch, of about `ROLLOUTS_TOGETHER` rollouts."""
-        share: list[tuple[int, Prompt]] = []
-        rollouts = 0
-        for place, prompt in enumerate(prompts):
-            share.append((place, prompt))
-            rollouts += self._rollouts_of(prompt, validate)
-            if rollouts >= ROLLOUTS_TOGETHER:
-                yield share
-                share, rollouts = [], 0
-        if share:
-            yield share
+    def _group(self, index: int, prompt: Prompt, validate: bool) -> list[Rollout]:
+        """The rollouts to generate for prompt `index` of the batch.
 
-    async def _generate(self, prompts: list[tuple[int, Prompt]], validate: bool) -> list[Rollout]:
-        """Rollouts of a share, each with its graded response or why it is lost."""
-        rollouts: list[Rollout] = []
-        for place, prompt in prompts:
-            rollouts += await self._requests(place, prompt, validate)
-        await self._respond([rollout for rollout in rollouts if not rollout.lost])
-        if self.reward_loop_worker_handles is not None:
-            await self._grade([rollout for rollout in rollouts if not rollout.lost])
-        return rollouts
-
-    async def _requests(self, place: int, prompt: Prompt, validate: bool) -> list[Rollout]:
-        """A prompt's rollouts with what the server is asked for; `place` is the prompt's in the batch."""
-        sessions = self._rollouts_of(prompt, validate)
-        prompt.pop("__rollout_n__", None)
+        With `rollout.full_determinism` each has its own seed, so that a run repeats however vLLM batches the requests.
+        Upstream's servers use one seed for all requests, with which all rollouts of a prompt are equal.
+        """
+        options = self.rollout_config
+        n = int(prompt.pop("__rollout_n__", options.val_kwargs.n if validate else options.n))
         sampling_params = self._sampling_params(validate, prompt.pop("__do_sample__", True))
-        try:
-            prompt_ids = await self.single_turn.ct_build_initial_tokens(list(prompt["raw_prompt"]))
-        except Exception as error:  # the chat template's
-            return [Rollout(prompt, session_id, lost=f"tokenizing: {told(error)}") for session_id in range(sessions)]
-        rollouts = []
-        for session_id in range(sessions):
-            seed = self._request_seed(int(validate), prompt["global_steps"], place, session_id)
-            request = {"prompt_ids": prompt_ids, "sampling_params": sampling_params | seed}
-            rollouts.append(Rollout(prompt, session_id, request))
-        return rollouts
-
-    async def _respond(self, rollouts: list[Rollout]) -> None:
-        """Responses into `rollouts`."""
-        if not rollouts:
-            return
-        timing: dict[str, float] = {}
-        with simple_timer("generate_sequences", timing), _doing("generation"):
-            tokens = await self.llm_client.generate_batch([rollout.request for rollout in rollouts])
-        for rollout, token in zip(rollouts, tokens, strict=True):
-            if isinstance(token, str):
-                rollout.lost = f"generation: {token}"
-            elif not token.token_ids:
-                # Upstream puts the reward on a response's last token. vLLM gives at least one, unless it is stopped.
-                rollout.lost = f"generation: the response is empty, stop_reason={token.stop_reason}"
-            else:
-                rollout.output = self._agent_loop_output(rollout.request["prompt_ids"], token, timing)
-
-    async def _store(self, rollouts: list[Rollout], partition_id: str) -> None:
-        if not rollouts:
-            return
-        records = [_record(rollout) for rollout in rollouts]
-        with _doing("writing to the TransferQueue"):
-            await tq.async_kv_batch_put(
-                keys=[f"{rollout.prompt['uid']}_{rollout.session_id}_0" for rollout in rollouts],
-                fields=list_of_dict_to_tensordict([fields for fields, _ in records]),
-                tags=[tag for _, tag in records],
-                partition_id=partition_id,
-            )
-
-    def _rollouts_of(self, prompt: Prompt, validate: bool) -> int:
-        configured = self.rollout_config.val_kwargs.n if validate else self.rollout_config.n
-        return int(prompt.get("__rollout_n__", configured))
+        group = [Rollout(prompt, session_id, dict(sampling_params)) for session_id in range(n)]
+        if options.full_determinism:
+            for rollout in group:
+                entropy = [options.seed, int(validate), prompt["global_steps"], index, rollout.session_id]
+                rollout.sampling_params["seed"] = int(np.random.SeedSequence(entropy).generate_state(1)[0])
+        return group
 
     def _sampling_params(self, validate: bool, do_sample: bool) -> dict[str, Any]:
         source = self.rollout_config.val_kwargs if validate else self.rollout_config
@@ -225,221 +196,194 @@ class BatchedAgentLoopWorker(AgentLoopWorker):
             apply_greedy_sampling_params(params)
         return params
 
-    def _request_seed(self, *place: int) -> dict[str, int]:
-        """A seed of its own for each rollout, so that a run repeats whatever vLLM batches together.
+    async def _generate(self, chunk: list[Rollout]) -> list[Rollout]:
+        """Generate and grade: sets `output` or `error` of each rollout of a chunk, and returns the chunk."""
+        for _, group in groupby(chunk, key=lambda rollout: rollout.prompt["uid"]):
+            await self._tokenize(list(group))
+        await self._respond(_not_lost(chunk))
+        await self._grade(_not_lost(chunk))
+        return chunk
 
-        Upstream's servers give all requests one seed, and with it all rollouts of a prompt the same response.
-        """
-        if not self.rollout_config.full_determinism:
-            return {}
-        return {"seed": int(np.random.SeedSequence([self.rollout_config.seed, *place]).generate_state(1)[0])}
+    async def _tokenize(self, group: list[Rollout]) -> None:
+        prompt_ids, error_of_all = None, None
+        try:
+            prompt_ids = await self.single_turn.ct_build_initial_tokens(list(group[0].prompt["raw_prompt"]))
+        except Exception as error:  # a chat template can raise anything
+            error_of_all = f"tokenizing: {error_text(error)}"
+        for rollout in group:
+            rollout.prompt_ids, rollout.error = prompt_ids, error_of_all
 
-    def _agent_loop_output(
-        self, prompt_ids: list[int], token: TokenOutput, timing: dict[str, float]
-    ) -> AgentLoopOutput:
-        """What `SingleTurnAgentLoop.run` returns for one rollout."""
+    async def _respond(self, rollouts: list[Rollout]) -> None:
+        requests = [{"prompt_ids": one.prompt_ids, "sampling_params": one.sampling_params} for one in rollouts]
+        timing: dict[str, float] = {}
+        with simple_timer("generate_sequences", timing), _stage("generation"):
+            responses = await self.llm_client.generate_batch(requests)
+        for rollout, response in zip(rollouts, responses, strict=True):
+            if isinstance(response, str):
+                rollout.error = f"generation: {response}"
+            elif not response.token_ids:
+                # Upstream puts the reward on a response's last token. vLLM generates at least one unless it is stopped.
+                rollout.error = f"generation: the response is empty, stop_reason={response.stop_reason}"
+            else:
+                rollout.output = self._output(rollout, response, timing)
+
+    def _output(self, rollout: Rollout, response: TokenOutput, timing: dict[str, float]) -> AgentLoopOutput:
+        """The result of `SingleTurnAgentLoop.run` for one rollout."""
         length = self.rollout_config.response_length
-        steps = token.extra_fields.get("global_steps")
+        response_ids = response.token_ids[:length]
+        steps = response.extra_fields.get("global_steps")
         return AgentLoopOutput(
-            prompt_ids=prompt_ids,
-            response_ids=token.token_ids[:length],
-            response_mask=[1] * len(token.token_ids[:length]),
-            response_logprobs=token.log_probs[:length] if token.log_probs else None,
+            prompt_ids=rollout.prompt_ids,
+            response_ids=response_ids,
+            response_mask=[1] * len(response_ids),
+            response_logprobs=response.log_probs[:length] if response.log_probs else None,
             multi_modal_data={},
             num_turns=2,
-            metrics={
-                "generate_sequences": timing["generate_sequences"],
-                "num_preempted": -1 if token.num_preempted is None else token.num_preempted,
-            },
-            extra_fields={
-                **token.extra_fields,
-                "min_global_steps": steps,
-                "max_global_steps": steps,
-                "turn_scores": [],
-                "tool_rewards": [],
-            },
+            metrics=timing | {"num_preempted": -1 if response.num_preempted is None else response.num_preempted},
+            extra_fields=response.extra_fields
+            | {"min_global_steps": steps, "max_global_steps": steps, "turn_scores": [], "tool_rewards": []},
         )
 
     async def _grade(self, rollouts: list[Rollout]) -> None:
-        """Scores into `rollouts`, by the reward workers, an equal share each."""
-        if not rollouts:
+        """Have each reward worker grade an equal part of the rollouts."""
+        workers = self.reward_loop_worker_handles
+        if not rollouts or workers is None:
             return
-        batch, handles = _reward_batch(rollouts), self.reward_loop_worker_handles
-        share = -(-len(rollouts) // len(handles))
+        parts = _reward_batch(rollouts).split(math.ceil(len(rollouts) / len(workers)))
         timing: dict[str, float] = {}
-        with simple_timer("compute_score", timing), _doing("grading"):
-            calls = [
-                _grade_rows(handle, batch[start : start + share])
-                for handle, start in zip(handles, range(0, len(rollouts), share), strict=False)
-            ]
-            results = [result for chunk in await asyncio.gather(*calls) for result in chunk]
-        for rollout, result in zip(rollouts, results, strict=True):
-            if isinstance(result, BaseException):
-                rollout.lost = f"grading: {told(result)}"
-            elif not _is_score(result["reward_score"]):
-                rollout.lost = f"grading: reward_score={result['reward_score']!r}: expected a finite number"
+        with simple_timer("compute_score", timing), _stage("grading"):
+            grades = await asyncio.gather(*map(_grade_part, workers, parts))
+        for rollout, grade in zip(rollouts, chain(*grades), strict=True):
+            if isinstance(grade, BaseException):
+                rollout.error = f"grading: {error_text(grade)}"
+            elif not isinstance(grade["reward_score"], Real | torch.Tensor) or not math.isfinite(grade["reward_score"]):
+                rollout.error = f"grading: reward_score={grade['reward_score']!r}: expected a finite number"
             else:
-                rollout.output.reward_score = result["reward_score"]
-                rollout.output.extra_fields["reward_extra_info"] = result["reward_extra_info"]
+                rollout.output.reward_score = grade["reward_score"]
+                rollout.output.extra_fields["reward_extra_info"] = grade["reward_extra_info"]
                 rollout.output.metrics.compute_score = timing["compute_score"]
 
 
-async def _grade_rows(handle: Any, batch: DataProto) -> list[dict[str, Any] | BaseException]:
-    """Grades of a reward worker, row by row where they do not come together: those that raise tell their error.
-
-    Raises:
-        RayError: if it is not the grading itself that failed, but the reward worker or who it asks.
-    """
-    try:
-        return await handle.compute_score_batch.remote(batch)
-    except RayTaskError as error:
-        if not _raised_by_grading(error):
-            raise
-    grades: list[dict[str, Any] | BaseException] = []
-    calls = [handle.compute_score.remote(batch[row : row + 1]) for row in range(len(batch))]
-    for grade in await asyncio.gather(*calls, return_exceptions=True):
-        if isinstance(grade, BaseException) and not _raised_by_grading(grade):
-            raise grade
-        grades.append(grade)
-    return grades
-
-
-def _raised_by_grading(error: BaseException) -> bool:
-    """Whether a reward function raised it; one that asks an actor which died is not to blame."""
-    return isinstance(error, RayTaskError) and (
-        not isinstance(error.cause, RayError) or isinstance(error.cause, RayTaskError)
-    )
-
-
-def _is_score(value: Any) -> bool:
-    return isinstance(value, Real | torch.Tensor) and math.isfinite(value)
-
-
-class BatchedAgentLoopManager(AgentLoopManagerTQ):
-    """Upstream's manager with one worker, in the trainer's process, on an event loop of its own.
-
-    The trainer waits while the worker works, and an actor would first import what this process has imported.
-    `rollout.agent.num_workers` does not count here.
-    """
-
-    async def _init_agent_loop_workers(self) -> None:
-        self.event_loop = asyncio.new_event_loop()
-        threading.Thread(target=self.event_loop.run_forever, name="agent_loop", daemon=True).start()
-        self.worker = self._on_event_loop(self._make_worker())
-
-    async def _make_worker(self) -> BatchedAgentLoopWorker:
-        # Agent loops keep the event loop that runs when they are made.
-        return BatchedAgentLoopWorker(
-            self.config, self.llm_client, self.teacher_client, self.reward_loop_worker_handles
-        )
-
-    def _on_event_loop(self, coroutine: Coroutine[Any, Any, Result]) -> Result:
-        return asyncio.run_coroutine_threadsafe(coroutine, self.event_loop).result()
-
-    @property
-    def failure(self) -> BaseException | None:
-        """What ended the work on a batch, which will not be whole then."""
-        return self.worker.failure
-
-    def generate_sequences(self, prompts: TensorDict) -> None:
-        """Start on a batch of prompts and return; see `BatchedAgentLoopWorker.generate_sequences`."""
-        self._on_event_loop(self.worker.generate_sequences(prompts))
-
-
 def check_single_turn_text(prompt: Prompt) -> None:
-    """That a row is one that the batched manager serves as upstream's would.
+    """Check that the batched manager serves a row of the data.
 
     Raises:
-        RolloutsFailed: if it names another agent loop, or holds images, videos or audio.
+        RolloutsFailed: if the row names another agent loop, or holds images, videos or audio.
     """
     agent_name = prompt.get("agent_name", AGENT_LOOP)
     if agent_name != AGENT_LOOP:
         raise RolloutsFailed(f"agent_name={agent_name} in the data: {ONLY_SINGLE_TURN}")
-    for message in prompt["raw_prompt"]:
-        kinds = {part["type"] for part in message["content"]} if isinstance(message["content"], list) else set()
-        if kinds - {"text"}:
-            raise RolloutsFailed(f"a prompt with {', '.join(sorted(kinds - {'text'}))}: {ONLY_SINGLE_TURN}")
+    contents = [message["content"] for message in prompt["raw_prompt"]]
+    kinds = {part["type"] for content in contents if isinstance(content, list) for part in content} - {"text"}
+    if kinds:
+        raise RolloutsFailed(f"a prompt with {', '.join(sorted(kinds))}: {ONLY_SINGLE_TURN}")
+
+
+def _chunks(groups: Iterable[list[Rollout]]) -> Iterator[list[Rollout]]:
+    """Join neighbouring groups to chunks of at least `CHUNK_SIZE` rollouts; the last chunk may have fewer."""
+    chunk: list[Rollout] = []
+    for group in groups:
+        chunk += group
+        if len(chunk) >= CHUNK_SIZE:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def _not_lost(rollouts: list[Rollout]) -> list[Rollout]:
+    return [rollout for rollout in rollouts if not rollout.error]
 
 
 @contextmanager
-def _doing(what: str) -> Iterator[None]:
-    """Errors inside say what was being done."""
+def _stage(name: str) -> Iterator[None]:
+    """Raise errors of a stage as `RolloutsFailed` with the stage's name."""
     try:
         yield
     except Exception as error:
-        raise RolloutsFailed(f"{what}: {told(error)}") from error
+        raise RolloutsFailed(f"{name}: {error_text(error)}") from error
 
 
-async def _set_status(statuses: dict[str, str], partition_id: str) -> None:
-    with _doing("writing to the TransferQueue"):
-        await tq.async_kv_batch_put(
-            keys=list(statuses), partition_id=partition_id, tags=[{"status": status} for status in statuses.values()]
-        )
+async def _put(tags: dict[str, dict[str, Any]], partition_id: str, fields: TensorDict | None = None) -> None:
+    """Write the tags, and the fields if given, of some keys to the TransferQueue."""
+    with _stage("writing to the TransferQueue"):
+        await tq.async_kv_batch_put(keys=list(tags), partition_id=partition_id, fields=fields, tags=list(tags.values()))
 
 
-def _item(value: Any, i: int) -> Any:
-    """Row i of a TensorDict's column, whatever its kind."""
-    if isinstance(value, NonTensorData) and not isinstance(value, NonTensorStack):
-        return value.data
-    row = value[i]
-    return row.data if isinstance(row, NonTensorData) else row
-
-
-def _reward_batch(rollouts: list[Rollout]) -> DataProto:
-    """What a reward manager reads: padded tokens (batch, longest) and the columns of the prompts' rows."""
-    prompt_rows, outputs = [rollout.prompt for rollout in rollouts], [rollout.output for rollout in rollouts]
-
-    def padded(rows: list[list[int]]) -> torch.Tensor:
-        return pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
-
-    prompts, responses = padded([o.prompt_ids for o in outputs]), padded([o.response_ids for o in outputs])
-    attention_mask = torch.cat(
-        [padded([[1] * len(o.prompt_ids) for o in outputs]), padded([o.response_mask for o in outputs])], dim=1
-    )
-    columns: dict[str, list[Any]] = {key: [prompt[key] for prompt in prompt_rows] for key in prompt_rows[0]}
-    # A reward manager writes into extra_info, and the rollouts of a prompt share it.
-    columns["extra_info"] = [dict(prompt.get("extra_info") or {}) for prompt in prompt_rows]
-    columns["session_id"] = [rollout.session_id for rollout in rollouts]
-    columns["__num_turns__"] = [output.num_turns for output in outputs]
-    columns["tool_extra_fields"] = [output.extra_fields for output in outputs]
-    return DataProto(
-        batch=TensorDict(
-            {
-                "prompts": prompts,
-                "responses": responses,
-                "attention_mask": attention_mask,
-                "input_ids": torch.cat([prompts, responses], dim=1),
-            },
-            batch_size=len(outputs),
-        ),
-        non_tensor_batch={key: _object_array(values) for key, values in columns.items()},
-    )
-
-
-def _object_array(values: list[Any]) -> np.ndarray:
-    """One-dimensional, even where the values are lists of one length."""
-    array: np.ndarray = np.empty(len(values), dtype=object)
-    array[:] = values
-    return array
-
-
-def _record(rollout: Rollout) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The fields and the tag of one rollout in the TransferQueue."""
-    output = rollout.output
-    fields = output.as_dict() | rollout.prompt | {"session_id": rollout.session_id}
+def _record(rollout: Rollout) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Key, tag and fields of a rollout in the TransferQueue."""
+    output, prompt = rollout.output, rollout.prompt
+    fields = output.as_dict() | prompt | {"session_id": rollout.session_id, "multi_modal_inputs": {}}
     fields.pop("multi_modal_data", None)
     prompt_len, response_len = len(output.prompt_ids), len(output.response_ids)
     fields["loss_mask"] = fields["response_mask"]
     fields["input_ids"] = torch.cat([fields["prompts"], fields["responses"]])
     fields["position_ids"] = torch.arange(prompt_len + response_len)
-    fields["multi_modal_inputs"] = {}
     tag = {
         "status": "success",
         "prompt_len": prompt_len,
         "response_len": response_len,
         "seq_len": prompt_len + response_len,
-        "global_steps": rollout.prompt["global_steps"],
+        "global_steps": prompt["global_steps"],
         "min_global_steps": output.extra_fields["min_global_steps"],
         "max_global_steps": output.extra_fields["max_global_steps"],
     }
-    return fields, tag
+    return f"{prompt['uid']}_{rollout.session_id}_0", tag, fields
+
+
+def _reward_batch(rollouts: list[Rollout]) -> DataProto:
+    """The input of a reward manager: tokens (batch, longest), padded on the right, and the columns of the prompts."""
+    outputs = [rollout.output for rollout in rollouts]
+
+    def padded(rows: Iterable[list[int]]) -> torch.Tensor:
+        return pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
+
+    prompts = padded(output.prompt_ids for output in outputs)
+    responses = padded(output.response_ids for output in outputs)
+    prompt_mask = padded([1] * len(output.prompt_ids) for output in outputs)
+    response_mask = padded(output.response_mask for output in outputs)
+    tensors = {
+        "prompts": prompts,
+        "responses": responses,
+        "attention_mask": torch.cat([prompt_mask, response_mask], dim=1),
+        "input_ids": torch.cat([prompts, responses], dim=1),
+    }
+    rows = [
+        rollout.prompt
+        | {
+            # A copy for each rollout, because reward managers write into it.
+            "extra_info": dict(rollout.prompt.get("extra_info") or {}),
+            "session_id": rollout.session_id,
+            "__num_turns__": rollout.output.num_turns,
+            "tool_extra_fields": rollout.output.extra_fields,
+        }
+        for rollout in rollouts
+    ]
+    columns = {key: np.fromiter((row[key] for row in rows), dtype=object) for key in rows[0]}
+    return DataProto.from_dict(tensors, columns)
+
+
+async def _grade_part(worker: ActorHandle, batch: DataProto) -> list[dict[str, Any] | BaseException]:
+    """Grades of a reward worker: in one call or, if grading raises, row by row, an error in place of the row's grade.
+
+    Raises:
+        RayError: if the cause is not the grading but the death of the reward worker or of an actor that it calls.
+    """
+    try:
+        return await worker.compute_score_batch.remote(batch)
+    except RayTaskError as error:
+        if not _raised_by_grading(error):
+            raise
+    calls = [worker.compute_score.remote(row) for row in batch.split(1)]
+    grades: list[dict[str, Any] | BaseException] = await asyncio.gather(*calls, return_exceptions=True)
+    for grade in grades:
+        if isinstance(grade, BaseException) and not _raised_by_grading(grade):
+            raise grade
+    return grades
+
+
+def _raised_by_grading(error: BaseException) -> bool:
+    """Whether a reward function raised an error itself, not Ray because of an actor's death."""
+    if not isinstance(error, RayTaskError):
+        return False
+    return isinstance(error.cause, RayTaskError) or not isinstance(error.cause, RayError)

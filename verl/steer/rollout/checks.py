@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a run's rollouts can be refused before Ray starts."""
+"""The batched manager's name, and checks of the rollout options before Ray starts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
 from omegaconf import DictConfig
-from verl.steer.task_runner import is_batched
 from verl.trainer.distillation import is_distillation_enabled
+
+BATCHED_MANAGER = "verl.steer.rollout.batched_manager.BatchedAgentLoopManager"
 
 #: The agent loop that the batched manager serves.
 AGENT_LOOP = "single_turn_agent"
@@ -20,8 +20,13 @@ ONLY_SINGLE_TURN = (
 )
 
 
+def is_batched(config: DictConfig) -> bool:
+    """Whether the configuration names the batched manager."""
+    return config.actor_rollout_ref.rollout.agent.get("agent_loop_manager_class") == BATCHED_MANAGER
+
+
 def check_rollouts(config: DictConfig) -> None:
-    """Check the time limit, and that the batched manager, where it is named, can serve what is asked of it.
+    """Check `trainer.rollout_timeout`, and whether the batched manager, if configured, serves the options and the data.
 
     Raises:
         ValueError: if not.
@@ -40,21 +45,17 @@ def check_rollouts(config: DictConfig) -> None:
         if value != served:
             raise ValueError(f"{key}={value}: {ONLY_SINGLE_TURN}")
     for key in ("train_files", "val_files"):
-        for file in _parquet_files(config.data[key]):
-            for name in _agent_names(file):
+        files = config.data[key] or []
+        for file in [files] if isinstance(files, str) else files:
+            for name in _agent_names(str(file)):
                 if name != AGENT_LOOP:
                     raise ValueError(f"data.{key}: {file} has rows with agent_name={name}: {ONLY_SINGLE_TURN}")
 
 
-def _parquet_files(files: str | list[str] | None) -> Iterator[Path]:
-    """Those at hand: what must be downloaded first, and what is not there, is the data set's to tell."""
-    for file in [files] if isinstance(files, str) else files or []:
-        if str(file).endswith(".parquet") and Path(file).is_file():
-            yield Path(file)
-
-
-def _agent_names(file: Path) -> list[str]:
+def _agent_names(file: str) -> list[str | None]:
+    """The values of a local Parquet file's column `agent_name`; the data set itself reports a missing file."""
+    if not file.endswith(".parquet") or not Path(file).is_file():
+        return []
     with pq.ParquetFile(file) as parquet:
-        if "agent_name" not in parquet.schema_arrow.names:
-            return []
-        return parquet.read(columns=["agent_name"])["agent_name"].unique().to_pylist()
+        table = parquet.read(columns=["agent_name"])
+    return table["agent_name"].unique().to_pylist() if table.column_names else []

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step and a validation say of rollouts that were asked for and never stored.
+"""Metrics of a step and of a validation in which rollouts are lost.
 
-A step goes on without them: upstream's advantages are relative to those of the group that are there, and rows without
-a valid token fill its mini-batches up.
+A step goes on without them: upstream computes advantages relative to the group's stored rollouts, and fills
+mini-batches with rows that have no valid token.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 
 import numpy as np
 
-#: The number of a step's rollouts that are missing.
+#: The number of a step's lost rollouts.
 LOST_IN_TRAINING = "training/rollout_failure/lost_rollouts"
 
 
 def lost_rollouts(asked: Mapping[str, int], failed: Iterable[str], keys: Iterable[str]) -> int:
-    """How many rollouts of the prompts that failed are missing.
+    """The number of lost rollouts of the failed prompts.
 
     Args:
-        asked: rollouts of each prompt.
-        failed: prompts whose status is `failure`; a finished one lacks none.
-        keys: of what is stored, `{prompt}_{rollout}_{output}`.
+        asked: prompt -> number of rollouts requested.
+        failed: prompts with status `failure`; the others lack no rollout.
+        keys: `{prompt}_{rollout}_{output}` of the stored outputs.
     """
     stored = Counter(session.partition("_")[0] for session in {key.rpartition("_")[0] for key in keys})
     return sum(asked[uid] - stored[uid] for uid in failed)
@@ -32,18 +32,18 @@ def lost_rollouts(asked: Mapping[str, int], failed: Iterable[str], keys: Iterabl
 def stored_samples(
     data_sources: Sequence[str], uids: Sequence[str], asked: Mapping[tuple[str, str], int]
 ) -> tuple[dict[tuple[str, str], int], dict[str, int]]:
-    """How many of a validation's samples are there, prompt by prompt, and its metrics of them.
+    """The numbers of stored samples of a validation.
 
     Args:
-        data_sources, uids: of each sample that is there.
-        asked: samples of each (data source, prompt).
+        data_sources, uids: of each stored sample.
+        asked: (data source, prompt) -> number of samples requested.
 
     Returns:
-        Samples of each (data source, prompt), for upstream to take no other for wrong, and the metrics
-        `val-aux/{data source}/num_samples`, what the data source's means are over, and `.../num_lost`.
+        (data source, prompt) -> number of samples stored, for upstream, which counts the others as wrong; and the
+        metrics `val-aux/{data source}/num_samples` (stored) and `.../num_lost`.
     """
-    there = Counter(zip(map(str, data_sources), map(str, uids), strict=True))
-    stored = {prompt: min(there[prompt], count) for prompt, count in asked.items()}
+    found = Counter(zip(map(str, data_sources), map(str, uids), strict=True))
+    stored = {prompt: min(found[prompt], count) for prompt, count in asked.items()}
     metrics: Counter[str] = Counter()
     for (source, uid), count in asked.items():
         metrics[f"val-aux/{source}/num_samples"] += stored[source, uid]
@@ -51,7 +51,7 @@ def stored_samples(
     return stored, dict(metrics)
 
 
-def means_of_what_is_there(
+def means_over_stored_samples(
     metrics: Mapping[str, float],
     data_sources: Sequence[str],
     uids: Sequence[str],
@@ -60,32 +60,31 @@ def means_of_what_is_there(
 ) -> dict[str, float]:
     """Upstream's metrics of a validation that lacks samples, with one mean for each data source and variable.
 
-    Upstream names a mean by how many samples a prompt has, so that `acc/mean@4` would leave a prompt with three out.
-    Here `mean@N`, N the most samples asked for, is over all prompts, each with the samples it has, and `mean@k` of
-    fewer is dropped. The other metrics @N stay upstream's, of the prompts with N samples.
+    Upstream groups prompts by their number of samples, so that `acc/mean@4` omits a prompt with three. Here `mean@N`,
+    N the largest number requested, is over all prompts, each with its stored samples, and `mean@k` of a smaller k is
+    dropped. The other metrics remain upstream's.
 
     Args:
         metrics: upstream's, `val-(core|aux)/{data source}/{variable}/...`.
-        data_sources, uids: of each sample that is there.
-        values: variable -> of each sample, None where it has none.
-        asked: samples of each (data source, prompt).
+        data_sources, uids: of each stored sample.
+        values: variable -> value of each stored sample, or None.
+        asked: (data source, prompt) -> number of samples requested.
     """
     metrics = dict(metrics)
     if "acc" in values:
-        values = {**values, "acc_success_only": values["acc"]}  # upstream's name for the same, had it counted the lost
-    for source in {source for source, _ in asked}:
-        most = max(count for (of, _), count in asked.items() if of == source)
-        for variable, of_samples in values.items():
-            by_prompt = defaultdict(list)
-            for of, uid, value in zip(data_sources, uids, of_samples, strict=True):
-                if of == source and value is not None and not isinstance(value, str):
-                    by_prompt[uid].append(value)
-            named = [name for name in metrics if name.split("/", 1)[1].startswith(f"{source}/{variable}/mean@")]
-            if not named:
-                continue
-            core = any(name.startswith("val-core/") for name in named)
-            for name in named:
+        values = {**values, "acc_success_only": values["acc"]}  # upstream's `acc` without lost samples counted as wrong
+    samples: dict[tuple[str, str], dict[str, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    for variable, column in values.items():
+        for source, uid, value in zip(data_sources, uids, column, strict=True):
+            if value is not None and not isinstance(value, str):
+                samples[source, variable][uid].append(value)
+    for (source, variable), by_prompt in samples.items():
+        replaced = [name for name in metrics if name.partition("/")[2].startswith(f"{source}/{variable}/mean@")]
+        if replaced:
+            core = any(name.startswith("val-core/") for name in replaced)
+            for name in replaced:
                 del metrics[name]
+            most = max(count for (other, _), count in asked.items() if other == source)
             mean = float(np.mean([np.mean(of_prompt) for of_prompt in by_prompt.values()]))
             metrics[f"val-{'core' if core else 'aux'}/{source}/{variable}/mean@{most}"] = mean
     return metrics

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A vLLM server that takes a batch of requests in one Ray call, and its client, for `agent_loop_batched`."""
+"""A vLLM server that takes a batch of requests in one Ray call, and its client, for `batched_manager`."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from typing import Any
 from uuid import uuid4
 
-import ray
+from ray.actor import ActorHandle
 from verl.plugin.platform import get_platform
 from verl.steer.rollout.server_actor import ServerClass
 from verl.workers.rollout.llm_server import LLMServerClient, LLMServerManager
@@ -19,38 +20,35 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 
 class BatchedVLLMHttpServer(vLLMHttpServer):
-    """Upstream's server with one more method."""
+    """Upstream's server with `generate_batch`."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         if get_platform().device_name == "cpu":
-            # Asked for by rollout.full_determinism; vLLM has it as Triton kernels, which a CPU hasn't.
+            # Upstream sets it for rollout.full_determinism; vLLM implements it in Triton only, which needs a GPU.
             os.environ.pop("VLLM_BATCH_INVARIANT", None)
 
     async def generate_batch(self, requests: list[dict[str, Any]]) -> list[TokenOutput | str]:
-        """Responses to `requests`, each the keyword arguments of `generate` but its id, in their order.
+        """Generate a response to each request.
 
-        In place of a response there may be the error of its request, as text: an exception might not reach the caller.
+        Args:
+            requests: keyword arguments of `generate` except `request_id`.
+
+        Returns:
+            Of each request, in order, the response or the text of its error: an exception might not be serializable.
 
         Raises:
-            EngineDeadError: if the engine is gone.
+            EngineDeadError: if the engine died.
         """
-        # Upstream would have vLLM build every response, its text too, anew at each token, and reads the last's tokens.
+        # By default vLLM builds each response and its text anew at every token, of which upstream reads the last.
         for request in requests:
             request["sampling_params"] |= {"output_kind": RequestOutputKind.FINAL_ONLY, "detokenize": False}
-        responses = await asyncio.gather(
-            *(self.generate(request_id=uuid4().hex, **request) for request in requests), return_exceptions=True
-        )
-        return [response_or_error(response) for response in responses]
-
-
-def response_or_error(response: TokenOutput | BaseException) -> TokenOutput | str:
-    """A response, or the text of its request's error; an error that is not the request's own is raised."""
-    if not isinstance(response, BaseException):
-        return response
-    if isinstance(response, EngineDeadError) or not isinstance(response, Exception):
-        raise response
-    return f"{type(response).__name__}: {response}"
+        calls = [self.generate(request_id=uuid4().hex, **request) for request in requests]
+        responses = await asyncio.gather(*calls, return_exceptions=True)
+        for response in responses:
+            if isinstance(response, EngineDeadError | asyncio.CancelledError):
+                raise response
+        return [f"{type(one).__name__}: {one}" if isinstance(one, Exception) else one for one in responses]
 
 
 class BatchedVLLMReplica(vLLMReplica):
@@ -58,37 +56,39 @@ class BatchedVLLMReplica(vLLMReplica):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.server_class = ServerClass({})
+        self.server_class = ServerClass(BatchedVLLMHttpServer)
 
 
 class BatchedLLMServerClient(LLMServerClient):
-    """Upstream's client, which can also share a batch out among all servers without asking the load balancer.
+    """Upstream's client, which can also divide a batch among all servers without the load balancer.
 
     Args:
-        servers: handles of `VLLMServerActor`.
+        servers: handles of `BatchedVLLMHttpServer`.
     """
 
-    def __init__(self, *args: Any, servers: list[ray.actor.ActorHandle], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, servers: list[ActorHandle], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.servers = servers
 
     async def generate_batch(self, requests: list[dict[str, Any]]) -> list[TokenOutput | str]:
         """One call to each server; neighbours stay together, so that the rollouts of a prompt share its prefix."""
-        share = -(-len(requests) // len(self.servers))
-        calls = [
-            server.generate_batch.remote(requests[start : start + share])
-            for server, start in zip(self.servers, range(0, len(requests), share), strict=False)
-        ]
-        return [output for outputs in await asyncio.gather(*calls) for output in outputs]
+        size = math.ceil(len(requests) / len(self.servers)) or 1
+        parts = [requests[start : start + size] for start in range(0, len(requests), size)]
+        calls = [server.generate_batch.remote(part) for server, part in zip(self.servers, parts, strict=False)]
+        return [response for responses in await asyncio.gather(*calls) for response in responses]
 
 
 class BatchedLLMServerManager(LLMServerManager):
-    """Upstream's manager without the load balancer, a process of its own, which that client has no use for."""
+    """Upstream's manager with that client, which needs no load balancer, a process of its own."""
 
     async def _init_global_load_balancer(self) -> None:
         self.global_load_balancer = None
 
+    def get_client(self) -> BatchedLLMServerClient:
+        """The client of all servers."""
+        return super().get_client(BatchedLLMServerClient, servers=self.server_handles)
+
 
 def register() -> None:
-    """Make `rollout.name=vllm` mean this replica in this process, the one that launches them."""
+    """Register `BatchedVLLMReplica` as `rollout.name=vllm` in this process, which launches the servers."""
     RolloutReplicaRegistry.register("vllm", lambda: BatchedVLLMReplica)
