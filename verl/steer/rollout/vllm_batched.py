@@ -45,10 +45,13 @@ class BatchedVLLMHttpServer(vLLMHttpServer):
             request["sampling_params"] |= {"output_kind": RequestOutputKind.FINAL_ONLY, "detokenize": False}
         calls = [self.generate(request_id=uuid4().hex, **request) for request in requests]
         responses = await asyncio.gather(*calls, return_exceptions=True)
+        results: list[TokenOutput | str] = []
         for response in responses:
             if isinstance(response, EngineDeadError | asyncio.CancelledError):
                 raise response
-        return [f"{type(one).__name__}: {one}" if isinstance(one, Exception) else one for one in responses]
+            failed = isinstance(response, BaseException)
+            results.append(f"{type(response).__name__}: {response}" if failed else response)
+        return results
 
 
 class BatchedVLLMReplica(vLLMReplica):
@@ -84,9 +87,9 @@ class BatchedLLMServerManager(LLMServerManager):
     async def _init_global_load_balancer(self) -> None:
         self.global_load_balancer = None
 
-    def get_client(self) -> BatchedLLMServerClient:
+    def get_client(self, client_cls: type[LLMServerClient] = BatchedLLMServerClient, **kwargs: Any) -> LLMServerClient:
         """The client of all servers."""
-        return super().get_client(BatchedLLMServerClient, servers=self.server_handles)
+        return super().get_client(client_cls, servers=self.server_handles, **kwargs)
 
 
 def register() -> None:
