@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -260,7 +261,7 @@ def _check_checkpoints(config: DictConfig) -> None:
 
 def _yaml(value: Any) -> str:
     """A value as a YAML file writes it."""
-    return {None: "null", True: "true", False: "false"}.get(value, str(value))
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _check_checkpoints_of_steer(config: DictConfig) -> None:

@@ -38,11 +38,11 @@ from verl.steer.methods.adaptive_entropy import AdaptiveEntropyCoefficient
 from verl.steer.methods.registry import bind_estimator, estimator_fields
 from verl.steer.options import from_config
 from verl.steer.report.metrics_files import next_file
+from verl.steer.rollout.checks import is_batched
 from verl.steer.rollout.lost_rollouts import LOST_IN_TRAINING, lost_rollouts, means_over_stored_samples, stored_samples
 from verl.steer.rollout.wait import ROLLOUT_TIMEOUT, RolloutWait
 from verl.steer.run_ending import naming_a_full_disk
 from verl.steer.step_record import RecordsSteps
-from verl.steer.rollout.checks import is_batched
 from verl.steer.worker import SteerWorkers
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.trainer.ppo.utils import create_rl_dataset
@@ -111,7 +111,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         self.batched = is_batched(config)
 
     def fit(self, agent_loop_manager: AgentLoopManager) -> None:
-        """Train; loggers write their files into `trainer.default_local_dir` unless the environment names another place."""
+        """Train; loggers write into `trainer.default_local_dir` unless the environment names another folder."""
         os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(next_file(self.folder, self.global_steps)))
         os.environ.setdefault("TENSORBOARD_DIR", str(self.folder / "tensorboard"))
         freeze_gc_heap()
@@ -274,7 +274,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         )
 
     def _save_checkpoint(self) -> None:
-        """Save, unless this step is too early or only the best is saved; verl calls this every `trainer.save_freq` steps."""
+        """Save, unless it is too early or only the best is saved; verl calls this every `trainer.save_freq` steps."""
         options = self.config.trainer
         if options.save_best_only or self.global_steps < self.save_after:
             return
@@ -288,7 +288,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         # verl's workers would delete the best checkpoint as one of the oldest; the ledger deletes instead.
         kept = {key: options[key] for key in ("max_actor_ckpt_to_keep", "max_critic_ckpt_to_keep")}
         options.update(dict.fromkeys(kept))
-        # A user's callback may take long and copy the folder: call it after the mark of an unfinished checkpoint is gone.
+        # A user's callback may take long and copy the folder: call it once the checkpoint is complete.
         self.checkpoint_callback = SimpleNamespace(on_save=lambda **event: events.append(event))  # type: ignore
         self.ledger.begin(self.global_steps)
         super()._save_checkpoint()

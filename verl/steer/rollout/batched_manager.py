@@ -266,7 +266,7 @@ class BatchedAgentLoopManager(AgentLoopWorker):
             elif not isinstance(grade["reward_score"], Real | torch.Tensor) or not math.isfinite(grade["reward_score"]):
                 rollout.error = f"grading: reward_score={grade['reward_score']!r}: expected a finite number"
             else:
-                rollout.output.reward_score = grade["reward_score"]
+                rollout.output.reward_score = grade["reward_score"]  # type: ignore[assignment] # tensors too
                 rollout.output.extra_fields["reward_extra_info"] = grade["reward_extra_info"]
                 rollout.output.metrics.compute_score = timing["compute_score"]
 

@@ -49,8 +49,8 @@ class BatchedVLLMHttpServer(vLLMHttpServer):
         for response in responses:
             if isinstance(response, EngineDeadError | asyncio.CancelledError):
                 raise response
-            failed = isinstance(response, BaseException)
-            results.append(f"{type(response).__name__}: {response}" if failed else response)
+            error = f"{type(response).__name__}: {response}"
+            results.append(error if isinstance(response, BaseException) else response)
         return results
 
 
@@ -87,7 +87,9 @@ class BatchedLLMServerManager(LLMServerManager):
     async def _init_global_load_balancer(self) -> None:
         self.global_load_balancer = None
 
-    def get_client(self, client_cls: type[LLMServerClient] = BatchedLLMServerClient, **kwargs: Any) -> LLMServerClient:
+    def get_client(
+        self, client_cls: type[LLMServerClient] | None = BatchedLLMServerClient, **kwargs: Any
+    ) -> LLMServerClient:
         """The client of all servers."""
         return super().get_client(client_cls, servers=self.server_handles, **kwargs)
 
