@@ -47,8 +47,7 @@ def majority(samples: pd.DataFrame) -> bool:
 def interval(values: np.ndarray) -> tuple[float, float]:
     """95 % bootstrap interval of the mean of `values`, one per problem, (problems,)."""
     means = np.random.default_rng(0).choice(values, (RESAMPLES, len(values))).mean(axis=1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
 def results_of(responses: pd.DataFrame) -> dict[str, Any]:

@@ -45,15 +45,9 @@ class ReportOptions:
 
 
 def write_report(runs: Sequence[Run], out: Path, options: ReportOptions) -> Path:
-    """Write `out/report.html` and `out/figures/*.png|svg`; the same runs give the same bytes.
+    """Write `out/report.html`, which is returned, and `out/figures/*.png|svg`; the same runs give the same bytes.
 
-    Figures of an earlier report in the folder are deleted.
-
-    Returns:
-        The page.
-
-    Raises:
-        ValueError: if an audit lacks a column or the estimator `options.estimator`.
+    Figures of an earlier report in the folder are deleted. ValueError if an audit lacks a column or the estimator.
     """
     groups = group_seeds(runs)
     (out / "figures").mkdir(parents=True, exist_ok=True)

@@ -54,11 +54,7 @@ class Run:
 
     @cached_property
     def audit(self) -> pd.DataFrame | None:
-        """The audited tokens of `audit/*.parquet`, sorted; None if there are none.
-
-        Raises:
-            ValueError: if a file lacks a column.
-        """
+        """The audited tokens of `audit/*.parquet`, sorted; None without tokens, ValueError if a file lacks a column."""
         frames = []
         for file in sorted((self.folder / "audit").glob("*.parquet")):
             frames.append(pd.read_parquet(file))
