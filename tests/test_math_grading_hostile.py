@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from verl.steer.grading import boxed, symbolic
+from verl.steer.grading import score, symbolic
 
 TIMEOUT = 0.5  # seconds of CPU time that a symbolic comparison may take here
 RETURNS = 600.0  # seconds after which a grader that hasn't returned counts as stuck, on a busy machine too
@@ -108,13 +108,13 @@ HOSTILE = {
 TRUTHS = ["7", r"\frac{x^2+1}{2}"]
 
 
-def grade(response: str, truth: str, rule: str = "eval") -> dict:
-    return boxed.compute_score(response, truth, rule=rule, timeout=TIMEOUT)
+def grade(response: str, truth: str, rule: str = "eval", timeout: float = TIMEOUT) -> dict:
+    return score.compute_score("math_dapo", response, truth, rule=rule, timeout=timeout)
 
 
 def assert_grading_works() -> None:
-    assert boxed.compute_score(box(r"\sqrt{8}"), r"2\sqrt{2}", rule="eval", timeout=60.0)["acc"]
-    assert not boxed.compute_score(box(r"\sqrt{9}"), r"2\sqrt{2}", rule="eval", timeout=60.0)["acc"]
+    assert grade(box(r"\sqrt{8}"), r"2\sqrt{2}", timeout=60.0)["acc"]
+    assert not grade(box(r"\sqrt{9}"), r"2\sqrt{2}", timeout=60.0)["acc"]
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_a_hostile_response_is_graded_and_the_next_one_too(thread, response, tmp
             result = thread.submit(grade, response, truth, rule).result(timeout=RETURNS)
             assert result.keys() == {"score", "acc", "pred", "timed_out"}
             json.dumps(result, ensure_ascii=False).encode()
-            assert len(result["pred"]) <= boxed.MAX_PRED
+            assert len(result["pred"]) <= score.MAX_PRED
             assert symbolic.comparer.starts - starts <= 2, "one response replaced the child more than once"
         assert_grading_works()
     assert not list(tmp_path.iterdir())
