@@ -202,6 +202,7 @@ def test_compare_trains_the_methods_over_the_seeds_once(launched, tmp_path):
     assert trained == [f"{method} {seed} arithmetic cpu" for seed in (42, 43, 44) for method in methods]
     assert (tmp_path / "out/seed43/kl_cov/config.yaml").read_text() == "experiment: kl_cov\n"
     assert "clip_cov" in result.stdout and "0.500 ± 0.000" in result.stdout
+    assert (tmp_path / "out/comparison.png").exists()
     result, trained = launched("compare.sh")
     assert result.returncode == 0 and trained == [] and "seed44/steer_exp: trained already" in result.stdout
 
