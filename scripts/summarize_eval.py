@@ -3,11 +3,11 @@
 
     python scripts/summarize_eval.py outputs/eval/MODEL-0123456789 --only aime24-0123456789 math500-0123456789
 
-Reads `BENCHMARK/0.jsonl` below the folder, one line a response, as run/eval.sh makes it; a digest at the end of a
-benchmark's name is left out of what is shown. Responses to the same prompt are samples of one problem; k is their
-number. mean@k is the mean accuracy, maj@k the accuracy of the most frequent answer (of equals the first; a response
-without an answer has no vote, and a problem without any is wrong), pass@k the share of problems with a right one among
-k. Intervals are 95 % by bootstrap over problems.
+Reads `BENCHMARK/0.jsonl` below the folder, one line per response, written by run/eval.sh; benchmarks are shown without
+the digest at the end of their names. Responses to the same prompt are samples of one problem; k is their number. mean@k
+is the mean accuracy, maj@k the accuracy of the most frequent answer (the first of several; a response without an answer
+has no vote, a problem without any answer is wrong), pass@k the share of problems with a right response among k.
+Intervals are 95 % by bootstrap over problems.
 """
 
 from __future__ import annotations
@@ -45,14 +45,13 @@ def majority(samples: pd.DataFrame) -> bool:
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of one value a problem, (problems,)."""
-    random = np.random.default_rng(0)
-    means = random.choice(values, (RESAMPLES, len(values))).mean(axis=1)
+    """95 % bootstrap interval of the mean of `values`, one per problem, (problems,)."""
+    means = np.random.default_rng(0).choice(values, (RESAMPLES, len(values))).mean(axis=1)
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
 def results_of(responses: pd.DataFrame) -> dict[str, Any]:
-    """n, k and the three metrics with their intervals for one benchmark's responses."""
+    """n, k and the three metrics with their intervals, from one benchmark's responses."""
     problems = [samples for _, samples in responses.groupby("input", sort=False)]
     counts = {len(samples) for samples in problems}
     result: dict[str, Any] = {"n": len(problems), "k": max(counts), "complete": len(counts) == 1}
@@ -63,9 +62,8 @@ def results_of(responses: pd.DataFrame) -> dict[str, Any]:
 
 
 def table(results: dict[str, dict[str, Any]]) -> Table:
-    """One row a benchmark, and the average over benchmarks."""
-    shown = Table()
-    shown.add_column("benchmark")
+    """A row per benchmark, and the average over the benchmarks."""
+    shown = Table("benchmark")
     for heading in ("n", "k", *(f"{name}@k" for name in METRICS)):
         shown.add_column(heading, justify="right")
     for name, result in results.items():
@@ -89,7 +87,7 @@ def main() -> None:
     for name in args.only:
         file = args.folder / name / "0.jsonl"
         if not file.is_file():
-            sys.exit(f"summarize_eval: {file}: no responses; expected what run/eval.sh writes for {name}")
+            sys.exit(f"summarize_eval: {file}: no responses; expected the file that run/eval.sh writes for {name}")
         frames[re.sub(r"-[0-9a-f]{10}$", "", name)] = pd.read_json(file, lines=True, dtype={"pred": str, "gts": str})
     results = {name: results_of(frame) for name, frame in frames.items()}
     average = {name: fmean(result[name]["value"] for result in results.values()) for name in METRICS}

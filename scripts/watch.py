@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a training command, shows a progress bar and one line a step, and puts all its output into a log file.
+"""Runs a training command, shows a progress bar and one line per step, and writes the output to a log file.
 
     python scripts/watch.py --log run.log --metrics run/ --title GRPO -- bash run/run_grpo.sh ...
 
-The figures come from the files that verl's `file` logger writes (`metrics*.jsonl` in the folder --metrics). Ctrl-C
-ends the command and everything it started. The exit code is the command's.
+The figures come from the files of verl's `file` logger (`metrics*.jsonl` in the folder --metrics). Ctrl-C ends the
+command and all its processes. The exit code is the command's.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-#: Heading, metric, format: what a step's line shows, where the run logs it.
+#: Heading, metric and format of the figures in a step's line, if the run logs the metric.
 COLUMNS = (
     ("reward", "critic/score/mean", "{:+.3f}"),
     ("entropy", "actor/entropy", "{:.3f}"),
@@ -34,8 +35,12 @@ COLUMNS = (
     ("length", "response_length/mean", "{:.1f}"),
     ("seconds", "timing_s/step", "{:.1f}"),
 )
-GRACE = 20.0
-States = dict[Path, tuple[int, int]]  # of each metrics file, as `state` tells
+GRACE = 20.0  # seconds between SIGINT, SIGTERM and SIGKILL
+States = dict[Path, tuple[int, int]]  # metrics file -> `state`
+
+# Loaded by its path: the import of verl takes seconds, and with it all of torch's memory.
+_REPORT = Path(__file__).resolve().parents[1] / "verl/steer/report"
+accuracy_metrics = runpy.run_path(str(_REPORT / "metrics_files.py"))["accuracy_metrics"]
 
 
 def main() -> int:
@@ -52,13 +57,13 @@ def main() -> int:
         process = subprocess.Popen(
             args.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-    # A terminal that closes and a scheduler that cancels end the command as Ctrl-C does.
+    # A closed terminal and a cancelled job end the command as Ctrl-C does.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
     try:
         show(console, args, process, before)
     except KeyboardInterrupt:
-        console.print(f"{args.title}: ending what it started ...")
+        console.print(f"{args.title}: ending all its processes ...")
         end(process)
         return 130
     if process.returncode:
@@ -70,7 +75,7 @@ def main() -> int:
 
 
 def show(console: Console, args: argparse.Namespace, process: subprocess.Popen[bytes], before: States) -> None:
-    """Follow the metrics until the command has ended."""
+    """Show the metrics until the command has ended."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(f"{args.title}: starting Ray and vLLM (log: {args.log})", total=None)
@@ -90,13 +95,13 @@ def show(console: Console, args: argparse.Namespace, process: subprocess.Popen[b
 
 
 def state(file: Path) -> tuple[int, int]:
-    """Size and time of change, by which a file differs once it is written again: a file server has its own clock."""
+    """Size and modification time of a file. Compared for equality only, since a file server has its own clock."""
     status = file.stat()
     return status.st_size, status.st_mtime_ns
 
 
 def new_records(folder: Path, before: States) -> Iterator[dict[str, Any] | None]:
-    """Records of the metrics files written since they were as in `before`; None where there is none yet."""
+    """Records of the metrics files that differ from their state in `before`; None after the last one so far."""
     offsets: dict[Path, int] = {}
     while True:
         for file in sorted(folder.glob("metrics*.jsonl")):
@@ -113,20 +118,20 @@ def new_records(folder: Path, before: States) -> Iterator[dict[str, Any] | None]
 
 
 def total_steps(log: Path) -> int | None:
-    """How many training steps the run has, as verl logs it before the first."""
+    """The run's number of training steps, which verl logs before the first one."""
     found = re.search(r"Total training steps: (\d+)", log.read_text(errors="replace"))
     return int(found[1]) if found else None
 
 
 def step_line(title: str, step: int, steps: int | None, data: dict[str, Any]) -> str:
-    """One line for a step: its figures, and the validation's mean accuracy where it validated."""
+    """A step's line: its figures, and the mean accuracies of its validation."""
     parts = [f"{name} {form.format(data[key])}" for name, key, form in COLUMNS if key in data]
-    parts += [f"accuracy {data[key]:.3f}" for key in data if key.startswith("val-core/") and "/acc/mean@" in key]
+    parts += [f"accuracy {data[key]:.3f}" for key in accuracy_metrics(data)]
     return f"{title:<12} step {step:>3}/{steps or '?'}  " + "  ".join(parts) if parts else ""
 
 
 def error_lines(log: Path, context: int = 12) -> list[str]:
-    """The lines before the last error that the log names, else its last lines."""
+    """The last error in the log and the lines before it; the last lines of a log without an error."""
     lines = log.read_text(errors="replace").splitlines()
     errors = [i for i, line in enumerate(lines) if "Error" in line or line.startswith(("steer-verl:", "launch.sh:"))]
     last = errors[-1] + 1 if errors else len(lines)
@@ -134,7 +139,7 @@ def error_lines(log: Path, context: int = 12) -> list[str]:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt the command's session, and kill what has not ended by then or after a while."""
+    """Interrupt the command's session, terminate it if the command goes on, and kill the remaining processes."""
     with contextlib.suppress(ProcessLookupError):
         for number in (signal.SIGINT, signal.SIGTERM):
             os.killpg(process.pid, number)

@@ -2,10 +2,14 @@
 """What the tests share: the repository's root and commands that run in it."""
 
 import atexit
+import contextlib
+import io
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hypothesis import settings
@@ -64,6 +68,30 @@ def command():
             text=True,
             timeout=1200,
         )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def program():
+    """Runs a program of `scripts/` as `command` does, but in this process, which has imported verl already."""
+
+    def run(name: str, *words: object, **environment: str) -> subprocess.CompletedProcess[str]:
+        argv = [name, *map(str, words)]
+        out, err, code = io.StringIO(), io.StringIO(), 0
+        with (
+            mock.patch.object(sys, "argv", argv),
+            mock.patch.dict(os.environ, environment),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            try:
+                runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+            except SystemExit as end:
+                code = end.code if isinstance(end.code, int) else int(end.code is not None)
+                if isinstance(end.code, str):
+                    print(end.code, file=sys.stderr)
+        return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
 
     return run
 

@@ -16,12 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl.steer.tasks.arithmetic import (
     DEFAULT_DIFFICULTY,
     DIFFICULTIES,
+    compute_score,
     make_problem,
     make_rows,
     split_of,
     worked_solution,
 )
-from verl.steer.tasks.arithmetic_score import compute_score
 
 PROGRAM = Path(__file__).parents[1] / "scripts" / "make_laptop_task.py"
 

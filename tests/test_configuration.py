@@ -3,13 +3,19 @@
 
 import math
 import re
+import runpy
+import sys
 from copy import deepcopy
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from verl.steer.audit.scores import AuditOptions
 from verl.steer.methods.advantages import AdvantageOptions
@@ -55,15 +61,47 @@ RELEASED = {
 }
 
 
+#: Configuration file -> its parsed content, since most of the time of a composition is spent on parsing YAML.
+PARSED = {}
+read_file = ConfigRepository.load_config
+
+
+def read_file_once(repository, config_path):
+    key = (*(source.path for source in repository.sources), config_path)
+    if key not in PARSED:
+        PARSED[key] = read_file(repository, config_path)
+    return deepcopy(PARSED[key])
+
+
 @cache
-def composed(name, *overrides):
-    with initialize_config_dir(str(verl_steer.OVERLAY / "trainer/config"), version_base=None):
-        return compose(name, list(overrides))
+def composed(name, *groups):
+    with (
+        initialize_config_dir(str(verl_steer.OVERLAY / "trainer/config"), version_base=None),
+        mock.patch.object(ConfigRepository, "load_config", read_file_once),
+    ):
+        return compose(name, list(groups))
 
 
 def resolved(name, *overrides):
-    """A configuration of the caller's own: Hydra takes a second to compose one."""
-    return deepcopy(composed(name, *overrides))
+    """A new configuration: composed once for each choice of groups, then Hydra's own step that overrides values."""
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    groups = [override for override in parsed if override.key_or_group in ("hardware", "task")]
+    config = deepcopy(composed(name, *(override.input_line for override in groups)))
+    ConfigLoaderImpl._apply_overrides_to_config([override for override in parsed if override not in groups], config)
+    return config
+
+
+def test_overrides_applied_to_a_composition_give_what_hydra_composes():
+    overrides = [
+        "hardware=cpu",
+        f"+{POLICY_LOSS}.token_weight_min=0.7",
+        "data.seed=3",
+        "++trainer.new=[1]",
+        "~data.seed",
+    ]
+    with initialize_config_dir(str(verl_steer.OVERLAY / "trainer/config"), version_base=None):
+        expected = compose("steer_exp", overrides)
+    assert resolved("steer_exp", *overrides) == expected
 
 
 CONFIGS = sorted(path.stem for path in (verl_steer.OVERLAY / "trainer/config").glob("*.yaml"))
@@ -82,6 +120,13 @@ LAUNCHERS = {path.stem: path for path in (Path(__file__).parents[1] / "run").glo
 def configuration_of(launcher):
     """The configuration that a launcher names."""
     return re.search(r'launch.sh" (\w+) "\$@"', LAUNCHERS[launcher].read_text())[1]
+
+
+def test_launchers_differ_in_their_configuration_only():
+    """So that one of them, started for real, stands for all."""
+    lines = {name: re.sub("^#.*\n", "", path.read_text(), flags=re.MULTILINE) for name, path in LAUNCHERS.items()}
+    assert len(lines) == 5 and len({configuration_of(name) for name in lines}) == 5
+    assert len({text.replace(f'" {configuration_of(name)} "', '" CONFIG "') for name, text in lines.items()}) == 1
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -298,7 +343,8 @@ def test_an_estimator_that_reads_ppos_clip_goes_with_ppos_loss_only(base_loss, e
 
 def test_bad_value_ends_a_launcher_in_one_line(command, root):
     """From the command line to the message, without Ray."""
-    result = command("bash", root / "run/run_exp.sh", "hardware=cpu", f"+{POLICY_LOSS}.token_weight_min=-1")
+    overrides = ("hardware=cpu", f"+{POLICY_LOSS}.token_weight_min=-1")
+    result = command("bash", root / "run/run_exp.sh", *overrides, cwd="/")
     assert result.returncode == 1 and "ray" not in result.stdout.lower()
     assert result.stderr.strip().splitlines()[-1].startswith("steer-verl: policy_loss.token_weight_min=-1: expected")
     assert "Traceback" not in result.stderr
@@ -364,8 +410,8 @@ def test_bad_value_ends_a_launcher_in_one_line(command, root):
         ),
         (
             ["trainer.v1.trainer_mode=sync"],
-            "trainer.v1.trainer_mode=sync: expected steer with rollout.agent.agent_loop_manager_class=verl.trainer."
-            "steer.rollout.batched_manager.BatchedAgentLoopManager (null: upstream's manager)",
+            "trainer.v1.trainer_mode=sync: expected steer with rollout.agent.agent_loop_manager_class="
+            "verl.steer.rollout.batched_manager.BatchedAgentLoopManager (null: upstream's manager)",
         ),
         (
             ["trainer.use_v1=false"],
@@ -564,6 +610,8 @@ def test_bypass_mode_asks_for_the_current_entropy():
         assert config.actor_rollout_ref.actor.calculate_entropy is bypass
 
 
-def test_cfg_prints_the_resolved_configuration(command, root):
-    result = command("bash", root / "run/run_exp.sh", "--cfg", "job", cwd="/")
-    assert result.returncode == 0 and "loss_mode: entropy_control" in result.stdout
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_cfg_prints_the_resolved_configuration(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["main_ppo", "--config-name", "steer_exp", "--cfg", "job"])
+    runpy.run_module("verl.trainer.main_ppo", run_name="__main__", alter_sys=True)
+    assert "loss_mode: entropy_control" in capsys.readouterr().out

@@ -244,11 +244,11 @@ def test_evaluation_of_the_best_checkpoint(trained, command, root, task, tmp_pat
     assert again.returncode == 0 and "average" in again.stdout and "ray" not in again.stdout.lower()
 
 
-# Every method: a configuration that composes a whole run. Those of the extreme clip range differ in numbers only.
+# Those of the extreme clip range differ in numbers only.
 METHODS = sorted(
     file.stem
-    for file in (verl_steer.OVERLAY / "trainer/config").glob("*.yaml")
-    if file.stem not in ("steer", "eval") and not file.stem.endswith("_extreme")
+    for file in (verl_steer.OVERLAY / "trainer/config/method").glob("*.yaml")
+    if not file.stem.endswith("_extreme")
 )
 
 

@@ -53,8 +53,8 @@ def gradient(old_logits, logits, actions, advantages, clip=CLIP):
 def one_step(spread, off_policy=0.3, clip=CLIP, seed=0):
     """One action sampled in each state, one small gradient step on PPO's loss.
 
-    Returns advantages, entropys, old_log_prob and log_prob, each (1, STATES), and the exact change of each state's entropy
-    per unit step, (STATES,).
+    Returns advantages, entropys, old_log_prob and log_prob, each (1, STATES), and the exact change of each state's
+    entropy per unit step, (STATES,).
     """
     old_logits, logits, actions, advantages = policies(spread, off_policy, seed)
     step, old_log_prob, log_prob = gradient(old_logits, logits, actions, advantages, clip)

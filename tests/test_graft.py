@@ -15,29 +15,28 @@ import verl_steer
 REGISTERED = "import verl.trainer.ppo.core_algos as c; print(c.get_policy_loss_fn('entropy_control').__module__)"
 
 
-def test_active_from_any_directory(command, tmp_path):
-    result = command(sys.executable, "-c", REGISTERED, cwd="/", PYTHONPATH="")
-    assert result.stdout.strip() == "verl.trainer.ppo.core_algos", result.stderr
-    # a folder with verl/ and datasets/ in it, as this repository has
-    result = command(sys.executable, "-c", REGISTERED + "; import datasets; datasets.load_dataset")
-    assert result.returncode == 0, result.stderr
+def test_active_from_any_directory(command):
+    """Without PYTHONPATH, and after the report of `python -m verl_steer`, which names what is grafted."""
+    report = "import runpy; runpy.run_module('verl_steer', run_name='__main__', alter_sys=True)"
+    result = command(sys.executable, "-c", f"{report}; {REGISTERED}", cwd="/", PYTHONPATH="")
+    assert "on verl 0.9.1, platform" in result.stdout and "verl.trainer.ppo.core_algos: STEER" in result.stdout
+    assert result.stdout.splitlines()[-1] == "verl.trainer.ppo.core_algos", result.stderr
 
 
-def test_active_in_spawned_subprocesses(command, tmp_path):
-    """vLLM's engine and Ray's workers are such processes: they import verl anew."""
-    script = tmp_path / "spawn.py"
-    script.write_text(
-        "import multiprocessing as m\n"
-        "def child(q):\n"
-        "    import verl.workers.utils.losses as losses\n"
-        "    q.put(losses.__file__)\n"
-        "if __name__ == '__main__':\n"
-        "    q = m.get_context('spawn').Queue()\n"
-        "    p = m.get_context('spawn').Process(target=child, args=(q,))\n"
-        "    p.start(); print(q.get()); p.join()\n"
+def test_active_in_spawned_subprocesses(command):
+    """vLLM's engine and Ray's workers are such processes: they import verl anew.
+
+    The folder is this repository, whose verl/ and datasets/ must not hide the packages.
+    """
+    child = f"{REGISTERED}; import datasets, verl.workers.utils.losses as l; datasets.load_dataset; print(l.__file__)"
+    parent = (
+        "import multiprocessing as m, sys\n"
+        f"child = m.get_context('spawn').Process(target=exec, args=({child!r},))\n"
+        "child.start(); child.join(); sys.exit(child.exitcode)\n"
     )
-    result = command(sys.executable, script, cwd=tmp_path)
-    assert result.stdout.strip() == str(verl_steer.OVERLAY / "workers/utils/losses.py"), result.stderr
+    result = command(sys.executable, "-c", parent)
+    losses = str(verl_steer.OVERLAY / "workers/utils/losses.py")
+    assert result.stdout.split() == ["verl.trainer.ppo.core_algos", losses] and result.returncode == 0, result.stderr
 
 
 def test_every_overlay_module_is_served(root):
@@ -97,28 +96,19 @@ def test_wheel_serves_the_overlay(command, root, tmp_path):
     assert result.stdout.split() == [str(site / "verl_overlay"), "verl.trainer.ppo.core_algos"], result.stderr
 
 
-def test_report_names_what_is_grafted(command):
-    result = command(sys.executable, "-m", "verl_steer", cwd="/")
-    assert "on verl 0.9.1, platform" in result.stdout and "verl.trainer.ppo.core_algos: STEER" in result.stdout
-
-
 def test_missing_graft_stops_the_launchers_with_one_line(command, root):
     result = command("bash", root / "run/run_exp.sh", VERL_USE_EXTERNAL_PLUGINS="none")
     assert result.returncode == 1 and result.stdout == ""
     assert result.stderr.startswith("steer-verl: the fork is not grafted onto verl") and result.stderr.count("\n") == 1
 
 
-def test_broken_graft_stops_main_ppo_with_one_line(command, tmp_path):
-    """verl swallows what a plugin raises; main_ppo says it."""
-    script = (
-        "import sys, verl, verl_steer, runpy\n"
-        "verl_steer.failure = ImportError('no such name')\n"
-        "sys.argv = ['main_ppo']\n"
-        "runpy.run_module('verl.trainer.main_ppo', run_name='__main__', alter_sys=True)\n"
-    )
-    result = command(sys.executable, "-c", script, cwd=tmp_path)
-    assert result.returncode == 1
-    assert result.stderr.strip().splitlines()[-1] == "steer-verl: the graft failed: ImportError: no such name"
+def test_broken_graft_stops_main_ppo_with_one_line(monkeypatch):
+    """verl swallows an exception of a plugin; main_ppo exits with it, before it reads the configuration."""
+    monkeypatch.setattr(verl_steer, "failure", ImportError("no such name"))
+    main = importlib.import_module("verl.trainer.main_ppo").main.__wrapped__
+    with pytest.raises(SystemExit) as stop:
+        main(None)
+    assert stop.value.code == "steer-verl: the graft failed: ImportError: no such name"
 
 
 def test_vllm_for_cpu_answers_for_vllm():

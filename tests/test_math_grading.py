@@ -7,7 +7,7 @@ import runpy
 from pathlib import Path
 
 import pytest
-from verl.steer.grading import boxed, score
+from verl.steer.grading import score
 from verl.steer.grading.normalize import normalize
 
 # Ground truth, an answer, and whether the training rule and the evaluation rule accept it.
@@ -204,10 +204,14 @@ TABLE = [
 ]
 
 
+def grade(response: str, truth: str, rule: str = "train") -> dict:
+    return score.compute_score("math_dapo", response, truth, rule=rule)
+
+
 @pytest.mark.parametrize("truth, answer, trained, evaluated", TABLE)
 def test_equal_forms(truth, answer, trained, evaluated):
     for rule, expected in (("train", trained), ("eval", evaluated)):
-        result = boxed.compute_score(rf"So it is \boxed{{{answer}}}.", truth, rule=rule)
+        result = grade(rf"So it is \boxed{{{answer}}}.", truth, rule=rule)
         assert (result["acc"], result["score"]) == (expected, 1.0 if expected else -1.0), (rule, result)
 
 
@@ -248,20 +252,20 @@ EXTRACTION = [
 
 @pytest.mark.parametrize("response, expected", EXTRACTION)
 def test_last_answer(response, expected):
-    assert boxed.last_answer(response) == expected
+    assert score.last_answer(response) == expected
 
 
 def test_training_reads_only_the_last_300_characters():
     box = r"\boxed{7}"
-    assert boxed.compute_score(box + " " * (300 - len(box)), "7")["acc"]
-    assert not boxed.compute_score(box + " " * (301 - len(box)), "7")["acc"]
-    assert boxed.compute_score(box + " " * 5_000, "7", rule="eval")["acc"]
+    assert grade(box + " " * (300 - len(box)), "7")["acc"]
+    assert not grade(box + " " * (301 - len(box)), "7")["acc"]
+    assert grade(box + " " * 5_000, "7", rule="eval")["acc"]
 
 
 def test_evaluation_takes_an_answer_from_a_sentence_only_where_there_is_no_other():
-    assert boxed.compute_score("The final answer is $7$. I hope it is correct.", "7", rule="eval")["acc"]
-    assert not boxed.compute_score("The final answer is $7$.", "7", rule="train")["acc"]
-    assert not boxed.compute_score(r"\boxed{8}, though the answer is 7", "7", rule="eval")["acc"]
+    assert grade("The final answer is $7$. I hope it is correct.", "7", rule="eval")["acc"]
+    assert not grade("The final answer is $7$.", "7", rule="train")["acc"]
+    assert not grade(r"\boxed{8}, though the answer is 7", "7", rule="eval")["acc"]
 
 
 UNREADABLE = [
@@ -284,28 +288,28 @@ UNREADABLE = [
 @pytest.mark.parametrize("rule", ["train", "eval"])
 def test_a_truth_that_cannot_be_read_accepts_nothing_else(truth, rule):
     for answer in ("", "$ $", "0", "17", "x", "5+17", r"\frac{1}{2}+17"):
-        assert not boxed.compute_score(rf"\boxed{{{answer}}}", truth, rule=rule)["acc"], answer
-        assert not boxed.compute_score(rf"Answer: {answer}", truth, rule=rule)["acc"], answer
+        assert not grade(rf"\boxed{{{answer}}}", truth, rule=rule)["acc"], answer
+        assert not grade(rf"Answer: {answer}", truth, rule=rule)["acc"], answer
 
 
 def test_a_part_of_an_answer_is_not_the_answer():
     for line in (r"\frac{1}{2}+17" + "\\", r"17+\boxed\frac{1}{2}", r"17+\fbox\frac{1}{2}"):
-        assert not boxed.compute_score(f"Answer: {line}", r"\frac{1}{2}", rule="eval")["acc"], line
+        assert not grade(f"Answer: {line}", r"\frac{1}{2}", rule="eval")["acc"], line
 
 
 def test_an_answer_of_more_than_2000_characters_is_wrong():
     for truth, answer in (("x", "x"), (r"\frac{1}{2}", "0.5")):
         for length, expected in ((2_000, True), (2_001, False)):
             response = rf"\boxed{{{answer.ljust(length)}}}"
-            assert boxed.compute_score(response, truth, rule="eval")["acc"] is expected
-    assert boxed.compute_score(rf"\boxed{{{'x'.rjust(2_001)}}}", "x", rule="eval")["pred"] == ""
+            assert grade(response, truth, rule="eval")["acc"] is expected
+    assert grade(rf"\boxed{{{'x'.rjust(2_001)}}}", "x", rule="eval")["pred"] == ""
 
 
 def test_numbers_of_more_than_100_digits_are_compared_as_text_only():
     for digits, expected in ((100, True), (101, False)):
         number = "1" + "0" * (digits - 1)
-        assert boxed.compute_score(rf"\boxed{{10^{{{digits - 1}}}}}", number, rule="eval")["acc"] is expected
-        assert boxed.compute_score(rf"\boxed{{{number}}}", number, rule="eval")["acc"]
+        assert grade(rf"\boxed{{10^{{{digits - 1}}}}}", number, rule="eval")["acc"] is expected
+        assert grade(rf"\boxed{{{number}}}", number, rule="eval")["acc"]
 
 
 def test_result_has_the_same_keys_and_types_whatever_was_graded():
@@ -315,14 +319,13 @@ def test_result_has_the_same_keys_and_types_whatever_was_graded():
             result = score.compute_score(source, response, "7")
             assert {key: type(value) for key, value in result.items()} == types
             assert not result["timed_out"]
-    assert boxed.compute_score(r"\boxed{$\dfrac12$}", "7")["pred"] == r"\frac{1}{2}"
+    assert grade(r"\boxed{$\dfrac12$}", "7")["pred"] == r"\frac{1}{2}"
 
 
 def test_unknown_rule_is_refused():
-    with pytest.raises(ValueError, match="rule='strict'"):
-        boxed.compute_score("", "", rule="strict")
-    with pytest.raises(ValueError, match="rule='strict'"):
-        score.compute_score("math_dapo", "", "", rule="strict")
+    for source in ("math_dapo", "math500", "arithmetic"):
+        with pytest.raises(ValueError, match="rule='strict'"):
+            score.compute_score(source, "", "", rule="strict")
 
 
 # The data sources of the authors' files, whatever is unsure (the last three) by all the names it may have.

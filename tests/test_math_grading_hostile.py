@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from verl.steer.grading import boxed, symbolic
+from verl.steer.grading import score, symbolic
 
 TIMEOUT = 0.5  # seconds of CPU time that a symbolic comparison may take here
 RETURNS = 600.0  # seconds after which a grader that hasn't returned counts as stuck, on a busy machine too
@@ -108,13 +108,13 @@ HOSTILE = {
 TRUTHS = ["7", r"\frac{x^2+1}{2}"]
 
 
-def grade(response: str, truth: str, rule: str = "eval") -> dict:
-    return boxed.compute_score(response, truth, rule=rule, timeout=TIMEOUT)
+def grade(response: str, truth: str, rule: str = "eval", timeout: float = TIMEOUT) -> dict:
+    return score.compute_score("math_dapo", response, truth, rule=rule, timeout=timeout)
 
 
 def assert_grading_works() -> None:
-    assert boxed.compute_score(box(r"\sqrt{8}"), r"2\sqrt{2}", rule="eval", timeout=60.0)["acc"]
-    assert not boxed.compute_score(box(r"\sqrt{9}"), r"2\sqrt{2}", rule="eval", timeout=60.0)["acc"]
+    assert grade(box(r"\sqrt{8}"), r"2\sqrt{2}", timeout=60.0)["acc"]
+    assert not grade(box(r"\sqrt{9}"), r"2\sqrt{2}", timeout=60.0)["acc"]
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_a_hostile_response_is_graded_and_the_next_one_too(thread, response, tmp
             result = thread.submit(grade, response, truth, rule).result(timeout=RETURNS)
             assert result.keys() == {"score", "acc", "pred", "timed_out"}
             json.dumps(result, ensure_ascii=False).encode()
-            assert len(result["pred"]) <= boxed.MAX_PRED
+            assert len(result["pred"]) <= score.MAX_PRED
             assert symbolic.comparer.starts - starts <= 2, "one response replaced the child more than once"
         assert_grading_works()
     assert not list(tmp_path.iterdir())
@@ -174,7 +174,7 @@ def test_time_that_the_machine_withholds_does_not_count(monkeypatch):
     comparer._child.process.send_signal(signal.SIGSTOP)
     assert comparer.equivalent("1/4", "0.25", timeout=5.0) is None
     assert comparer.equivalent("1/4", "0.25", timeout=60.0) is True
-    comparer.close()
+    comparer.stop()
 
 
 def test_a_child_that_was_killed_from_outside_is_replaced():
@@ -191,9 +191,9 @@ def test_a_comparison_that_ends_the_child_counts_as_different():
     killer = threading.Timer(0.3, comparer._child.process.send_signal, [signal.SIGSEGV])
     killer.start()
     assert comparer.equivalent("5", "(10^{9})!", timeout=60.0) is False
-    assert comparer.starts == 2
     assert comparer.equivalent("1/2", "0.5", timeout=60.0)
-    comparer.close()
+    assert comparer.starts == 2
+    comparer.stop()
 
 
 def test_a_forked_process_gets_a_child_of_its_own():
@@ -201,7 +201,8 @@ def test_a_forked_process_gets_a_child_of_its_own():
     ours = symbolic.comparer
     pid = os.fork()
     if pid == 0:
-        os._exit(0 if symbolic.comparer is not ours and symbolic.comparer.starts == 0 else 1)
+        renewed = symbolic.comparer is not ours and symbolic.comparer.starts == 0
+        os._exit(0 if renewed and ours._child.connection.closed else 1)
     assert os.waitpid(pid, 0)[1] == 0
     assert_grading_works()
 
@@ -213,17 +214,21 @@ def _gone(pid: int) -> bool:
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
-def test_the_child_dies_with_a_killed_worker(busy):
-    program = (
+def test_the_child_runs_nothing_of_its_parent_and_dies_with_it(busy, tmp_path):
+    # Without `if __name__ == "__main__"`, so that a child that imports the program would compare as well.
+    program = tmp_path / "worker.py"
+    program.write_text(
         "from verl.steer.grading.symbolic import comparer\n"
         "comparer.equivalent('1/2', '0.5', timeout=60.0)\n"
         "print(comparer._child.process.pid, flush=True)\n"
         + ("comparer.equivalent('5', '(10^{9})!', timeout=3.0)\n" if busy else "")
         + "import time; time.sleep(600)\n"
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as worker:
+    with subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, text=True) as worker:
         child = int(worker.stdout.readline())
         assert not _gone(child)
+        assert "torch" in Path(f"/proc/{worker.pid}/maps").read_text(), "verl has no torch: this test can't fail"
+        assert "torch" not in Path(f"/proc/{child}/maps").read_text()
         worker.kill()
     deadline = time.monotonic() + RETURNS
     while not _gone(child) and time.monotonic() < deadline:

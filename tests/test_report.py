@@ -18,7 +18,7 @@ import pytest
 from scipy.stats import pearsonr, spearmanr
 from tabular_audit import tabular_audit
 from verl.steer.report import figures
-from verl.steer.report.metrics_files import in_order, next_file
+from verl.steer.report.metrics_files import accuracy_metrics, in_order, next_file
 from verl.steer.report.page import (
     ReportOptions,
     coloured_responses,
@@ -244,6 +244,12 @@ def test_summary_by_hand():
     assert set(summary([Run("a", None, {1: {}})]).values()) == {"-"}
 
 
+def test_accuracies_among_metrics():
+    accuracy = ["val-core/x/acc/mean@4", "val-core/file/a/b/acc/mean@32"]
+    others = ["val-core/x/acc/best@4/mean", "val-core/x/reward/mean@4", "val-aux/x/acc/mean@4", "acc/mean@4"]
+    assert accuracy_metrics([*others, *accuracy]) == accuracy
+
+
 def test_the_audit_is_read_in_order(audited_run):
     order = audited_run.audit[["step", "mini_batch", "response", "position"]]
     assert len(order) == 3 * 2 * 6 * 30 and order.equals(order.sort_values(list(order), ignore_index=True))
@@ -281,7 +287,7 @@ def test_a_panel_without_data_is_left_out():
 
 
 def test_methods_differ_without_colour():
-    styles = [figures.line_style(index) for index in range(12)]
+    styles = [figures.method_style(index) for index in range(12)]
     assert len({(style["linestyle"], style["marker"]) for style in styles}) == 12
 
 
@@ -372,8 +378,8 @@ def test_clip_counts_leave_out_a_loss_that_does_not_clip_as_ppo():
     assert figures.clip_counts({"gspo": [run_with(other)]}) is None
     ppo = run_with(audit_of(prob=[0.5], clipped=[True]))
     assert "gspo" not in figures.clip_counts({"gspo": [run_with(other)], "grpo": [ppo]}).description
-    (method,) = coloured_responses({"gspo": [run_with(other)]}, ReportOptions())
-    assert [token.clipped for token in method.responses[0].tokens] == [False, False]
+    ((_, responses),) = coloured_responses({"gspo": [run_with(other)]}, ReportOptions()).values()
+    assert responses[0]["clipped"].tolist() == [False, False]
 
 
 def test_quadrants_by_hand():
@@ -477,29 +483,41 @@ def test_inline_figures_follow_the_pages_colours(report):
 
 
 def test_colours_follow_the_figures(audited_run):
-    (method,) = coloured_responses({"steer": [audited_run]}, ReportOptions(responses=100))
-    tokens = [token for response in method.responses for token in response.tokens]
-    edges = method.edges["change"]
-    last = audited_run.audit[audited_run.audit["step"] == 3]
-    assert "".join(token.text for token in tokens) == "".join(last["text"])
-    changes = last["omega_released"].to_numpy()
-    assert [token.change for token in tokens] == [sum(change > edge for edge in edges) for change in changes]
-    weights = np.array([token.weight for token in tokens])
-    assert set(weights[last["weight"] == last["weight"].min()]) == {5}
-    assert set(weights[last["weight"] > 0.97]) == {0}
-    assert "true change" in tokens[0].figures and f"weight {last['weight'].iloc[0]:.4g}" in tokens[0].figures
-    first, changes = method.responses[0], changes[: len(method.responses[0].tokens)]
-    assert first.largest == [first.tokens[place] for place in np.argsort(-changes)[:5]]
+    ((edges, responses),) = coloured_responses({"steer": [audited_run]}, ReportOptions(responses=100)).values()
+    tokens = pd.concat(responses, ignore_index=True)
+    last = audited_run.audit[audited_run.audit["step"] == 3].reset_index(drop=True)
+    assert tokens["text"].tolist() == last["text"].tolist()
+    changes = last["omega_released"]
+    assert tokens["change_level"].tolist() == [sum(change > edge for edge in edges["change"]) for change in changes]
+    assert set(tokens["weight_level"][last["weight"] == last["weight"].min()]) == {5}
+    assert set(tokens["weight_level"][last["weight"] > 0.97]) == {0}
+    assert tokens["change"].tolist() == changes.tolist()
+
+
+def test_the_page_lists_each_response_and_its_five_largest_changes(audited_run, report):
+    """Every token of a response with its figures; below, its five largest estimated changes in order."""
+    ((_, responses),) = coloured_responses({"steer": [audited_run]}, ReportOptions()).values()
+    page = html.unescape(report.read_text())
+    shown = re.findall(r'<p class="tokens" dir="auto">(.*?)</p>.*?<tbody>(.*?)</tbody>', page, re.DOTALL)
+    assert len(shown) == len(responses) == 4
+    for (coloured, table), tokens in zip(shown, responses, strict=True):
+        assert re.sub(r"<span [^>]*>|</span>", "", coloured) == "".join(tokens["text"])
+        told = re.findall(r'data-figures="([^"]*)"', coloured)
+        for words, token in zip(told, tokens.itertuples(), strict=True):
+            assert f"estimated change {token.change:.3g} · true change {token.true_change:+.2g} · " in words
+            assert f"· weight {token.weight:.4g}" in words and words.endswith("clipped") == token.clipped
+        largest = [told[index] for index in np.argsort(-tokens["change"].to_numpy(), kind="stable")[:5]]
+        assert re.findall(r'<td class="left">(.*?)</td>', table) == largest
 
 
 def test_responses_with_an_advantage_are_chosen_evenly(audited_run):
     audit = audited_run.audit.copy()
     audit.loc[audit["response"] == 0, "advantage"] = 0.0
-    (method,) = coloured_responses({"steer": [run_with(audit)]}, ReportOptions(responses=3))
-    assert [response.title.split(":")[0] for response in method.responses] == [
-        f"Step 3, response {response}" for response in (1, 6, 11)
+    ((_, responses),) = coloured_responses({"steer": [run_with(audit)]}, ReportOptions(responses=3)).values()
+    assert [set(zip(tokens["step"], tokens["response"], strict=True)) for tokens in responses] == [
+        {(3, response)} for response in (1, 6, 11)
     ]
-    assert coloured_responses({"steer": [audited_run]}, ReportOptions(responses=0)) == []
+    assert coloured_responses({"steer": [audited_run]}, ReportOptions(responses=0)) == {}
 
 
 def test_hidden_characters_are_shown():

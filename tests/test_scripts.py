@@ -119,7 +119,42 @@ def test_comparison_takes_means_and_intervals_over_seeds(command, root, tmp_path
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
-#: Stands for the interpreter: prints configurations, and for a training run writes its metrics, or fails once.
+#: Stands for the interpreter in launchers: says that verl_steer is there, starts a watched command without watching it,
+#: and only writes down the calls of programs whose output the launcher itself does not read.
+SHELL = """#!/bin/sh
+case "$1 $2" in
+  "-c "* | "-m verl_steer") exit 0 ;;
+  */watch.py*) while [ "$1" != -- ]; do shift; done; shift; exec "$@" ;;
+  */compare_runs.py* | */report.py* | */summarize_eval.py*) printf '%s\\t' "$@" >>"$LATER"; echo >>"$LATER"; exit ;;
+  */scripts/*) exec "$REAL" "$@" ;;
+esac
+exec "$REAL" -S "$PROGRAM" "$@"
+"""
+
+
+@pytest.fixture
+def launch(command, program, tmp_path):
+    """Runs a command with that interpreter and a program for training; then the calls written down, in this process."""
+
+    def run(training, *words, **more):
+        python, training_program, later = (tmp_path / name for name in ("python", "training.py", "later"))
+        python.write_text(SHELL)
+        python.chmod(0o755)
+        training_program.write_text(training)
+        later.write_text("")
+        places = {"PYTHON": python, "REAL": sys.executable, "PROGRAM": training_program, "LATER": later}
+        result = command(*words, **{name: str(place) for name, place in places.items()}, **more)
+        for line in later.read_text().splitlines():
+            script, *arguments = line.rstrip("\t").split("\t")
+            called = program(os.path.basename(script), *arguments)
+            result.returncode = result.returncode or called.returncode
+            result.stdout, result.stderr = result.stdout + called.stdout, result.stderr + called.stderr
+        return result
+
+    return run
+
+
+#: Prints configurations, and for a training run writes its metrics, or fails once.
 INTERPRETER = """
 import json, os, pathlib, sys
 arguments = sys.argv[1:]
@@ -142,27 +177,19 @@ if arguments[:2] == ["-m", "verl.trainer.main_ppo"]:
     if len(steps) == 2:
         (folder / "latest_checkpointed_iteration.txt").write_text("1")
         sys.exit(3)
-elif arguments[0].endswith("watch.py"):
-    command = arguments[arguments.index("--") + 1 :]
-    os.execvp(command[0], command)
-elif not (arguments[0] == "-c" or arguments[:2] == ["-m", "verl_steer"]):
-    os.execv(os.environ["REAL"], [os.environ["REAL"], *arguments])
+else:
+    sys.exit(f"unexpected: {arguments}")
 """
 
 
 @pytest.fixture
-def launched(command, root, tmp_path):
+def launched(launch, root, tmp_path):
     """A launcher of several runs with an interpreter that trains nothing; and what it was asked to train."""
-    program, python = tmp_path / "interpreter.py", tmp_path / "python"
-    program.write_text(INTERPRETER)
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{program}" "$@"\n')
-    python.chmod(0o755)
-    environment = {"PYTHON": str(python), "REAL": sys.executable, "CALLS": str(tmp_path / "calls"), "COLUMNS": "250"}
-    environment |= {"OUTPUT_DIR": str(tmp_path / "out"), "TASK_DIR": str(tmp_path)}
+    environment = {"CALLS": str(tmp_path / "calls"), "OUTPUT_DIR": str(tmp_path / "out"), "TASK_DIR": str(tmp_path)}
 
     def run(launcher, *overrides, **more):
         (tmp_path / "calls").write_text("")
-        result = command("bash", root / "run" / launcher, *overrides, cwd="/", **environment, **more)
+        result = launch(INTERPRETER, "bash", root / "run" / launcher, *overrides, cwd="/", **environment, **more)
         return result, (tmp_path / "calls").read_text().splitlines()
 
     return run
@@ -175,6 +202,7 @@ def test_compare_trains_the_methods_over_the_seeds_once(launched, tmp_path):
     assert trained == [f"{method} {seed} arithmetic cpu" for seed in (42, 43, 44) for method in methods]
     assert (tmp_path / "out/seed43/kl_cov/config.yaml").read_text() == "experiment: kl_cov\n"
     assert "clip_cov" in result.stdout and "0.500 ± 0.000" in result.stdout
+    assert (tmp_path / "out/comparison.png").exists()
     result, trained = launched("compare.sh")
     assert result.returncode == 0 and trained == [] and "seed44/steer_exp: trained already" in result.stdout
 
@@ -226,8 +254,8 @@ def test_study_names_its_parts(command, root):
     assert refused.returncode == 1 and "PARTS names sizes; expected fidelity, " in refused.stderr
 
 
-def test_comparison_names_a_folder_without_metrics(command, root, tmp_path):
-    result = command(sys.executable, root / "scripts/compare_runs.py", tmp_path, "--out", tmp_path / "p.png")
+def test_comparison_names_a_folder_without_metrics(program, tmp_path):
+    result = program("compare_runs.py", tmp_path, "--out", tmp_path / "p.png")
     assert result.returncode == 1 and f"{tmp_path}: no metrics*.jsonl" in result.stderr
 
 
@@ -251,7 +279,7 @@ def test_evaluation_by_hand(command, root, tmp_path):
     assert len(pd.read_parquet(tmp_path / "responses.parquet")) == 6
 
 
-def test_a_response_without_an_answer_has_no_vote(command, root, tmp_path):
+def test_a_response_without_an_answer_has_no_vote(program, tmp_path):
     """One right answer among two empty ones, then no answer at all, then a tie, of which the first counts."""
     samples = {
         "one": [("", False), (None, False), ("1", True)],
@@ -265,13 +293,13 @@ def test_a_response_without_an_answer_has_no_vote(command, root, tmp_path):
     ]
     (tmp_path / "toy").mkdir()
     pd.DataFrame(rows).to_json(tmp_path / "toy/0.jsonl", lines=True, orient="records")
-    result = command(sys.executable, root / "scripts/summarize_eval.py", tmp_path, "--only", "toy")
+    result = program("summarize_eval.py", tmp_path, "--only", "toy")
     assert result.returncode == 0, result.stderr
     benchmark = json.loads((tmp_path / "results.json").read_text())["benchmarks"]["toy"]
     assert benchmark["maj"]["value"] == pytest.approx(2 / 3)
 
 
-#: Stands for the interpreter: answers each benchmark with the model's weights, and merges shards by copying one.
+#: Answers each benchmark with the model's weights, and merges shards by copying one.
 EVALUATOR = """
 import json, os, pathlib, sys
 arguments = sys.argv[1:]
@@ -291,28 +319,24 @@ elif arguments[:2] == ["-m", "verl.model_merger"]:
     (shard,) = source.glob("model_world_size_*.pt")
     (target / "model.safetensors").write_text(shard.read_text())
     sys.exit("STOP" in os.environ)
-elif not (arguments[0] == "-c" or arguments[:2] == ["-m", "verl_steer"]):
-    os.execv(os.environ["REAL"], [os.environ["REAL"], *arguments])
+else:
+    sys.exit(f"unexpected: {arguments}")
 """
 
 
 @pytest.fixture
-def evaluated(command, root, tmp_path):
+def evaluated(launch, root, tmp_path):
     """run/eval.sh with that interpreter: the folder of results, the responses by benchmark, and what was generated."""
-    program, python, calls = tmp_path / "interpreter.py", tmp_path / "python", tmp_path / "calls"
-    program.write_text(EVALUATOR)
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{program}" "$@"\n')
-    python.chmod(0o755)
+    calls = tmp_path / "calls"
     (tmp_path / "data").mkdir()
     for name in ("first", "second"):
         (tmp_path / f"data/{name}.parquet").write_text(name)
-    environment = {"PYTHON": str(python), "REAL": sys.executable, "CALLS": str(calls)}
-    environment |= {"DATA_DIR": str(tmp_path / "data"), "OUTPUT_DIR": str(tmp_path / "out")}
+    environment = {"CALLS": str(calls), "DATA_DIR": str(tmp_path / "data"), "OUTPUT_DIR": str(tmp_path / "out")}
 
     def run(model, *overrides, only="first", fails=False, **more):
         calls.write_text("")
         words = ("bash", root / "run/eval.sh", "--only", only, "hardware=cpu", *overrides)
-        result = command(*words, **{**environment, "MODEL_PATH": str(model), **more})
+        result = launch(EVALUATOR, *words, **{**environment, "MODEL_PATH": str(model), **more})
         assert (result.returncode != 0) == fails, result.stdout + result.stderr
         if fails:
             return result.stderr

@@ -6,6 +6,7 @@ import inspect
 import sys
 
 import numpy as np
+import plain_step
 import pytest
 import torch
 from test_policy_loss import micro_batch
@@ -167,24 +168,9 @@ def test_worker_names_that_need_vllm():
 
 
 def test_a_step_without_the_forks_options_is_plain_verls(command, tmp_path):
-    """The loss of one micro-batch and the resolved configuration, with the fork and with its plugin switched off."""
-    script = tmp_path / "plain.py"
-    script.write_text(
-        "import sys, torch, verl\n"
-        "from hydra import compose, initialize_config_module\n"
-        "from omegaconf import OmegaConf\n"
-        "from verl.workers.config import FSDPActorConfig, PolicyLossConfig\n"
-        "from verl.workers.utils.losses import ppo_loss\n"
-        "data, output = torch.load(sys.argv[1], weights_only=False)\n"
-        "config = FSDPActorConfig(rollout_n=8, ppo_micro_batch_size_per_gpu=8, policy_loss=PolicyLossConfig())\n"
-        "print(ppo_loss(config, output, data)[0].item().hex())\n"
-        "with initialize_config_module('verl.trainer.config', version_base=None):\n"
-        "    print(OmegaConf.to_yaml(compose('ppo_trainer')))\n"
-    )
-    torch.save(micro_batch(), tmp_path / "batch.pt")
-    outputs = []
-    for plugins in ("auto", "none"):
-        result = command(sys.executable, script, tmp_path / "batch.pt", cwd=tmp_path, VERL_USE_EXTERNAL_PLUGINS=plugins)
-        assert result.returncode == 0, result.stderr
-        outputs.append(result.stdout)
-    assert outputs[0] == outputs[1] and "loss_mode: vanilla" in outputs[0]
+    """The loss of one micro-batch and the resolved configuration, here and where the plugin is switched off."""
+    batch = tmp_path / "batch.pt"
+    torch.save(micro_batch(), batch)
+    result = command(sys.executable, plain_step.__file__, batch, cwd=tmp_path, VERL_USE_EXTERNAL_PLUGINS="none")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == plain_step.outcome(batch) and "loss_mode: vanilla" in result.stdout

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -24,8 +25,7 @@ from verl.steer.methods.registry import (
     fields_needed,
 )
 from verl.steer.options import from_config
-from verl.steer.rollout.checks import check_rollouts
-from verl.steer.task_runner import BATCHED_MANAGER, is_batched
+from verl.steer.rollout.checks import BATCHED_MANAGER, check_rollouts, is_batched
 from verl.trainer.distillation import is_distillation_enabled
 from verl.trainer.ppo.core_algos import get_policy_loss_fn
 from verl.trainer.ppo.utils import need_critic
@@ -189,10 +189,10 @@ def _check_trainer(config: DictConfig, policy_loss: Any, needed: set[str]) -> No
 
 
 def _check_clip(config: DictConfig, policy_loss: Any) -> None:
-    """`actor.clip_ratio*`: a worker would take a bad value for a clip that never or always cuts, or stop at it.
+    """Check `actor.clip_ratio*`: a worker would accept a bad value as a clip that never or always cuts, or crash.
 
     Raises:
-        ValueError: if a value is not a number of the range that the loss takes.
+        ValueError: if a value is not a number in the loss's range.
     """
     actor, loss = config.actor_rollout_ref.actor, base_loss_of(policy_loss)
 
@@ -210,7 +210,7 @@ def _check_clip(config: DictConfig, policy_loss: Any) -> None:
 
 
 def _check_entropy_audit(config: DictConfig) -> None:
-    """An audit measures what this fork's own engine computes, at the request of this fork's own trainer."""
+    """Check that an audited run has this fork's engine, whose statistics the audit reads, and this fork's trainer."""
     trainer, actor = config.trainer, config.actor_rollout_ref.actor
     options = from_config(AuditOptions, trainer.get("entropy_audit"), "trainer.entropy_audit")
     bypass = (config.algorithm.get("rollout_correction") or {}).get("bypass_mode", False)
@@ -229,16 +229,16 @@ def _check_entropy_audit(config: DictConfig) -> None:
 
 
 def _check_checkpoints(config: DictConfig) -> None:
-    """A run that is asked for checkpoints saves some, and goes on from a whole one.
+    """Check that a run saves the checkpoints that its keys ask for, and resumes from a complete one.
 
     Raises:
-        ValueError: if it would save none, or not as its keys say, or go on from an unfinished one.
+        ValueError: if it would not.
     """
     trainer = config.trainer
     if trainer.resume_mode == "resume_path" and Path(str(trainer.resume_from_path), UNFINISHED).exists():
         raise ValueError(
-            f"trainer.resume_from_path={trainer.resume_from_path}: expected a whole checkpoint; the run that wrote "
-            "this one was killed meanwhile"
+            f"trainer.resume_from_path={trainer.resume_from_path}: expected a complete checkpoint; the run that "
+            "wrote this one was killed meanwhile"
         )
     if trainer.val_only:
         return
@@ -249,15 +249,19 @@ def _check_checkpoints(config: DictConfig) -> None:
     for key, off in TRAINER_KEYS.items():
         value = trainer.get(key, off)
         if value != off:
-            shown, expected = (str(one).lower() if isinstance(one, bool) else one for one in (value, off))
-            raise ValueError(f"trainer.{key}={shown}: expected {expected} with {other}, where nothing reads it")
+            raise ValueError(f"trainer.{key}={_yaml(value)}: expected {_yaml(off)} with {other}, which ignores it")
     marks = Path(trainer.default_local_dir).glob(f"global_step_*/{UNFINISHED}")
     unfinished = sorted(mark.parent.name for mark in marks)
     if unfinished:
         raise ValueError(
             f"trainer.default_local_dir={trainer.default_local_dir}: {', '.join(unfinished)} is unfinished: delete it, "
-            f"for a run with {other} would take it for whole"
+            f"because a run with {other} would resume from it"
         )
+
+
+def _yaml(value: Any) -> str:
+    """A value as a YAML file writes it."""
+    return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
 
 
 def _check_checkpoints_of_steer(config: DictConfig) -> None:
@@ -270,7 +274,7 @@ def _check_checkpoints_of_steer(config: DictConfig) -> None:
     actor, critic = trainer.max_actor_ckpt_to_keep, trainer.max_critic_ckpt_to_keep
     if actor != critic and need_critic(config):
         raise ValueError(
-            f"trainer.max_critic_ckpt_to_keep={critic}: expected trainer.max_actor_ckpt_to_keep={actor}, for one "
+            f"trainer.max_critic_ckpt_to_keep={critic}: expected trainer.max_actor_ckpt_to_keep={actor}: one "
             "folder holds a step's actor and critic"
         )
     if trainer.get("remove_previous_ckpt_in_save"):
@@ -280,16 +284,16 @@ def _check_checkpoints_of_steer(config: DictConfig) -> None:
         )
     if checkpoint.get("async_save"):
         raise ValueError(
-            "actor.checkpoint.async_save=true: expected false, for the trainer counts a checkpoint as whole once it "
-            "has been saved"
+            "actor.checkpoint.async_save=true: expected false: the trainer counts a checkpoint as complete "
+            "once its save has returned"
         )
 
 
 def _check_evaluation(config: DictConfig) -> None:
-    """This fork's trainer evaluates one validation file after another and keeps their results by the files' names.
+    """Check the names of the validation files, by which this fork's trainer keeps their results.
 
     Raises:
-        ValueError: if two files have one name, or if there are results of that name already.
+        ValueError: if two files have one name, or the folder has results of that name already.
     """
     trainer, files = config.trainer, config.data.val_files
     if not (trainer.val_only and trainer.use_v1 and trainer.v1.trainer_mode == "steer"):
@@ -299,7 +303,7 @@ def _check_evaluation(config: DictConfig) -> None:
         by_name[Path(file).stem].append(file)
     for name, same in by_name.items():
         if len(same) > 1:
-            raise ValueError(f"data.val_files: {', '.join(same)}: expected one file named {name}, as its results are")
+            raise ValueError(f"data.val_files: {', '.join(same)}: expected one file named {name}, like its results")
         results = Path(trainer.validation_data_dir or "", name)
         empty = not results.exists() or results.is_dir() and not any(results.iterdir())
         if trainer.validation_data_dir and not empty:

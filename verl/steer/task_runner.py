@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import ray
 import transfer_queue as tq
 from omegaconf import DictConfig, OmegaConf
-from verl.steer.rollout.checks import BATCHED_MANAGER, is_batched  # noqa: F401
+from verl.steer.rollout.checks import is_batched
 from verl.steer.rollout.server_actor import start_servers
 
 

@@ -38,11 +38,11 @@ from verl.steer.methods.adaptive_entropy import AdaptiveEntropyCoefficient
 from verl.steer.methods.registry import bind_estimator, estimator_fields
 from verl.steer.options import from_config
 from verl.steer.report.metrics_files import next_file
+from verl.steer.rollout.checks import is_batched
 from verl.steer.rollout.lost_rollouts import LOST_IN_TRAINING, lost_rollouts, means_over_stored_samples, stored_samples
 from verl.steer.rollout.wait import ROLLOUT_TIMEOUT, RolloutWait
 from verl.steer.run_ending import naming_a_full_disk
 from verl.steer.step_record import RecordsSteps
-from verl.steer.task_runner import is_batched
 from verl.steer.worker import SteerWorkers
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.trainer.ppo.utils import create_rl_dataset
@@ -55,13 +55,13 @@ from verl.utils.transferqueue_utils import kv_batch_meta2batch_meta
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two looks whether a step's rollouts are there; upstream waits 2, half of a small model's step.
+#: Seconds between two polls for a step's rollouts; verl's 2 s are half of a small model's step.
 POLL_INTERVAL = 0.05
 
-#: Columns of tensors that an update of the actor doesn't read: the critic's, and what only the trainer reads.
+#: Columns of tensors that only the critic and the trainer read, not an update of the actor.
 UNREAD_BY_UPDATES = frozenset({"dummy_tensor", "log_probs", "returns", "rm_scores", "rollout_log_probs", "values"})
 
-#: The same of a pass for log-probs, which reads whole sequences and nothing of how they were rewarded.
+#: Columns of tensors that a pass for log-probs doesn't read either.
 UNREAD_BY_FORWARD_PASSES = UNREAD_BY_UPDATES | {
     "advantages",
     "entropy",
@@ -72,14 +72,14 @@ UNREAD_BY_FORWARD_PASSES = UNREAD_BY_UPDATES | {
 
 
 def metrics_of_files(by_file: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The metrics of several validation files as one.
+    """Join the metrics of several validation files.
 
     Args:
         by_file: each file's metrics by its name.
 
     Returns:
-        Metric -> value. What more than one file has keeps each file's value: `val-core/SOURCE/acc/mean@1` of the file
-        F becomes `val-core/F/SOURCE/acc/mean@1`.
+        Metric -> value. A metric of several files gets the file's name: `val-core/SOURCE/acc/mean@1` of the file F
+        becomes `val-core/F/SOURCE/acc/mean@1`.
     """
     files = Counter(name for metrics in by_file.values() for name in metrics)
     together = {}
@@ -111,7 +111,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         self.batched = is_batched(config)
 
     def fit(self, agent_loop_manager: AgentLoopManager) -> None:
-        """Train; the loggers that write files do so in `trainer.default_local_dir` unless the environment says else."""
+        """Train; loggers write into `trainer.default_local_dir` unless the environment names another folder."""
         os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(next_file(self.folder, self.global_steps)))
         os.environ.setdefault("TENSORBOARD_DIR", str(self.folder / "tensorboard"))
         freeze_gc_heap()
@@ -128,9 +128,9 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         return replay_buffer
 
     def _init_dataloader(self) -> None:
-        """Upstream's, with the last step and the first that may be saved.
+        """Set the last step and the first step that may be saved as well.
 
-        Upstream neither saves nor validates at a last step that comes by `trainer.total_epochs`.
+        verl neither saves nor validates at a last step that results from `trainer.total_epochs`.
         """
         super()._init_dataloader()
         options = self.config.trainer
@@ -144,14 +144,14 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
             )  # fmt: skip
 
     def _submit_batch_to_rollout(self, batch: TensorDict) -> int:
-        """Upstream's, noting how many rollouts of each prompt are asked for."""
+        """Record the number of rollouts of each prompt, then submit them."""
         uids, usual = list(batch["uid"]), self.config.actor_rollout_ref.rollout.n
         counts = list(batch["__rollout_n__"]) if "__rollout_n__" in batch else [usual] * len(uids)
         self.rollouts_asked |= dict(zip(uids, map(int, counts), strict=True))
         return super()._submit_batch_to_rollout(batch)
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
-        """Upstream's, which fills up a batch that lacks rollouts; they are counted first."""
+        """Count the missing rollouts of a batch before verl fills it up."""
         failed = self.replay_buffer.failure_keys[batch.partition_id]
         metrics[LOST_IN_TRAINING] = lost_rollouts(self.rollouts_asked, failed, batch.keys)
         self.rollouts_asked.clear()
@@ -159,7 +159,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
 
     def _load_checkpoint(self) -> None:
         options = self.config.trainer
-        # An evaluation changes nothing in the folder, where a run may be training.
+        # An evaluation changes nothing in the folder: a run may be training there.
         self.ledger = CheckpointLedger(self.folder) if options.val_only else self._open_ledger()
         super()._load_checkpoint()
         if self.entropy_coefficient and self.global_steps:
@@ -175,7 +175,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
             self.last_entropy = self.step_record.metrics.get("actor/entropy")
 
     def _open_ledger(self) -> CheckpointLedger:
-        """The folder's ledger for a run that goes on from one of its checkpoints, else an empty one."""
+        """The folder's ledger if the run resumes from one of its checkpoints, else an empty one."""
         options = self.config.trainer
         ledger = CheckpointLedger.open(self.folder)
         if options.resume_mode != "auto":
@@ -190,7 +190,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         return ledger
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """Upstream's, with the sums over the vocabulary for an audit, and the entropy's change since the last step."""
+        """Compute the sums over the vocabulary for an audit as well, and the entropy's change since the last step."""
         if self.entropy_audit.due(self.global_steps):
             batch.extra_info["calculate_sum_pi_squared"] = True
         self._leave_out(batch, UNREAD_BY_FORWARD_PASSES)
@@ -203,16 +203,16 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         return batch
 
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """Upstream's, with the workers fetching what they read only."""
+        """Send the workers only the columns that they read."""
         self._leave_out(batch, UNREAD_BY_FORWARD_PASSES)
         with self._fitting_micro_batches(batch, self.config.actor_rollout_ref.ref):
             return super()._compute_ref_log_prob(batch, metrics)
 
     @contextmanager
     def _fitting_micro_batches(self, batch: KVBatchMeta, options: DictConfig) -> Iterator[None]:
-        """Smaller micro-batches in a pass for log-probs over a batch that lacks a mini-batch or more of its rollouts.
+        """Reduce the micro-batch size of a pass for log-probs to a divisor of the batch's size.
 
-        Upstream fills it up to whole mini-batches, of which `log_prob_micro_batch_size_per_gpu` may be no divisor.
+        verl fills a batch that lacks rollouts up to whole mini-batches; the configured size may not divide the result.
         """
         size = options.log_prob_micro_batch_size_per_gpu
         if size and not options.log_prob_use_dynamic_bsz:
@@ -223,7 +223,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         batch.extra_info.pop("micro_batch_size_per_gpu", None)
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """verl's, with the fields of the batch that an estimator of this fork reads beside verl's arguments."""
+        """Bind the fields of the batch that an estimator of this fork reads, then compute the advantages."""
         fields = estimator_fields(self.config.algorithm)
         if fields:
             data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(fields))
@@ -232,7 +232,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         return super()._compute_advantage(batch, metrics)
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """Upstream's, with what the workers need for this fork's losses and metrics, and the entropy audit."""
+        """Send the workers the flags of this fork's losses and metrics, update, and audit the entropy if it is due."""
         actor = self.config.actor_rollout_ref.actor
         self._leave_out(batch, UNREAD_BY_UPDATES)
         batch.extra_info["calculate_sum_pi_squared"] = actor.calculate_sum_pi_squared
@@ -244,7 +244,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
             return super()._update_actor(batch, metrics)
         batch.extra_info["entropy_audit"] = self._audit_request(len(batch))
         batch = super()._update_actor(batch, metrics)
-        # Upstream puts `actor/` before the workers' metrics.
+        # verl prefixes the workers' metrics with `actor/`.
         for name in [name for name in metrics if name.startswith("actor/entropy_audit/")]:
             metrics[name.removeprefix("actor/")] = metrics.pop(name)
         temperature = self.config.actor_rollout_ref.rollout.temperature
@@ -252,10 +252,10 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         return batch
 
     def _leave_out(self, batch: KVBatchMeta, unread: frozenset[str]) -> None:
-        """Have the workers fetch neither the columns named nor objects.
+        """Have the workers fetch neither the `unread` columns nor columns of objects.
 
-        Upstream sends them every column: tensors a row at a time, and the data set's, such as the prompt's text, each
-        row's wrapped in an object. What the batched manager writes holds no object that they read.
+        verl sends them every column: tensors row by row, and the data set's columns, such as the prompt's text, as an
+        object for each row. The batched manager writes no object that the workers read.
         """
         if self.batched:
             columns = kv_batch_meta2batch_meta(batch).field_schema
@@ -274,7 +274,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         )
 
     def _save_checkpoint(self) -> None:
-        """Upstream calls this every `trainer.save_freq` steps and at the last one."""
+        """Save, unless it is too early or only the best is saved; verl calls this every `trainer.save_freq` steps."""
         options = self.config.trainer
         if options.save_best_only or self.global_steps < self.save_after:
             return
@@ -285,10 +285,10 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
     def _save_whole_checkpoint(self) -> None:
         options, callback = self.config.trainer, self.checkpoint_callback
         events: list[dict] = []
-        # Upstream's workers would count the best checkpoint among the latest: the ledger deletes, not they.
+        # verl's workers would delete the best checkpoint as one of the oldest; the ledger deletes instead.
         kept = {key: options[key] for key in ("max_actor_ckpt_to_keep", "max_critic_ckpt_to_keep")}
         options.update(dict.fromkeys(kept))
-        # A user's callback may take long and copy the folder: it comes once the mark is gone.
+        # A user's callback may take long and copy the folder: call it once the checkpoint is complete.
         self.checkpoint_callback = SimpleNamespace(on_save=lambda **event: events.append(event))  # type: ignore
         self.ledger.begin(self.global_steps)
         super()._save_checkpoint()
@@ -308,7 +308,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         metrics = super()._validate()
         if not options.save_best_only and options.best_metric_key is None:
             return metrics
-        # Looked up at every validation, so that a wrong key ends the run at the first.
+        # Look the key up at every validation, so that a wrong one ends the run at the first.
         name = metric_name(metrics, options.best_metric_key)
         value = float(metrics[name])
         self.ledger.measure_by(name)
@@ -331,7 +331,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         sample_turns: list[int],
         expected_acc_counts: dict[tuple[str, str], int] | None = None,
     ) -> dict[str, float]:
-        """Upstream's metrics of a validation, which count a sample that is not there as wrong: here it is left out."""
+        """verl's metrics of a validation, but with missing samples left out of the means; verl counts them as wrong."""
         asked = expected_acc_counts or {}
         stored, counts = stored_samples(data_sources, sample_uids, asked)
         metrics = super()._val_metrics_update(
@@ -342,7 +342,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         return metrics | counts
 
     def _validate_one_file_after_another(self) -> dict[str, float]:
-        """Evaluation: each file's responses are on disk before the next file begins, so a killed run has them."""
+        """Evaluate; each file's responses are on disk before the next file begins, so a killed run keeps them."""
         folder, data = self.config.trainer.validation_data_dir, self.config.data
         by_file = {}
         for file in self.val_dataset.data_files:
@@ -352,7 +352,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
             )
             self.val_dataloader = DataLoader(dataset, batch_size=len(dataset), collate_fn=collate_fn)
             if folder:
-                shutil.rmtree(f"{folder}/{name}.part", ignore_errors=True)  # of a killed evaluation
+                shutil.rmtree(f"{folder}/{name}.part", ignore_errors=True)  # left by a killed evaluation
                 with open_dict(self.config):
                     self.config.trainer.validation_data_dir = f"{folder}/{name}.part"
             by_file[name] = super()._validate()

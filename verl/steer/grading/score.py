@@ -1,18 +1,52 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reward of STEER's runs, chosen by data source.
+r"""The reward of a response: +1 if its final answer is right, −1 if not, by a rule that depends on the data source.
 
-Reached through verl's own hook: `reward.custom_reward_function.path=pkg://verl.steer.grading.score`.
-Data sources that aren't STEER's are graded by verl's `default_compute_score`.
+verl calls `compute_score` as its custom reward function, `pkg://verl.steer.grading.score`.
+
+The training rule is strict and cheap: the answer must be within the last 300 characters, in the last balanced
+`\boxed{…}` or the last line `Answer: …`, and equal the ground truth after normalization. The evaluation rule also
+accepts an answer further up that is equal after normalization or, by math-verify, symbolically.
 """
 
+import re
 from typing import Any, Literal
 
-from verl.steer.grading import boxed
+from verl.steer.grading import symbolic
+from verl.steer.grading.normalize import boxes, clean, normalize
+from verl.steer.tasks import arithmetic
 from verl.utils.reward_score import default_compute_score
 
 TRAINING_SOURCES = {"math_dapo"}
-# Beginnings, since one benchmark has several names: aime_2024_dapo_boxed, minerva_math, omni and omni_math_test, …
+# Prefixes, since one benchmark has several names: aime_2024_dapo_boxed, minerva_math, omni and omni_math_test, …
 BENCHMARKS = ("aime", "amc", "gsm8k", "math500", "minerva", "olympiad", "omni")
+
+TRAINING_WINDOW = 300  # characters at the end of a response
+EVALUATION_WINDOW = 20_000
+MAX_ANSWER = 2_000  # characters; a longer answer is wrong
+MAX_PRED = 300  # characters of an answer that are reported
+
+_ANSWER_LINE = re.compile(r"\banswer\b[ \t*]*:[ \t*]*([^\n]+)", re.IGNORECASE)
+_ANSWER_IS = re.compile(r"\banswer is:?[ \t*]+([^\n]+?)(?=\.\s|\.?$|\n)", re.IGNORECASE | re.MULTILINE)
+_MATH_THEN_WORDS = re.compile(r"(?:\$([^$]+)\$|\\\((.+?)\\\))[a-zA-Z .*]*")
+
+
+def last_answer(text: str, *, prose: bool = False) -> str | None:
+    r"""The final answer in `text`: the last balanced box or the last line `Answer: …`, whichever ends later, or None.
+
+    Of nested boxes the outer one counts. With `prose`, a text with neither may state `… answer is …` in a sentence.
+    """
+    found = list(boxes(text))
+    lines = list(_ANSWER_LINE.finditer(text))
+    if found and (not lines or found[-1][2] > lines[-1].start()):
+        _, start, end = found[-1]
+        return text[start:end]
+    if not lines and prose:
+        lines = list(_ANSWER_IS.finditer(text))
+    if not lines:
+        return None
+    answer = lines[-1][1]
+    formula = _MATH_THEN_WORDS.fullmatch(answer.strip())
+    return (formula[1] or formula[2]) if formula else answer
 
 
 def compute_score(
@@ -24,22 +58,23 @@ def compute_score(
     rule: Literal["auto", "train", "eval"] = "auto",
     timeout: float = 2.0,
     **kwargs: Any,
-) -> dict | float:
-    """Grade one response, with the signature that verl's reward managers call.
+) -> dict[str, Any] | float:
+    """Grade one response; verl's reward managers call this.
 
     Args:
-        data_source: the row's data source; it picks the grader.
+        data_source: the row's data source. Sources that aren't STEER's are graded by verl's `default_compute_score`.
         solution_str: the response.
-        ground_truth: the row's `reward_model.ground_truth`.
-        extra_info: the row's `extra_info`; for verl's own graders only.
-        rule: `auto` grades benchmarks by the evaluation rule and training data by the training rule; `train` and `eval`
+        ground_truth: the right answer, in LaTeX or plain.
+        extra_info: the row's `extra_info`, only for verl's own graders.
+        rule: `auto` is the evaluation rule for benchmarks and the training rule for training data; `train` and `eval`
             apply one rule to every mathematical source. verl doesn't tell a reward function whether it validates.
         timeout: seconds of CPU time that a symbolic comparison may take.
-        **kwargs: for verl's own graders, such as `sandbox_fusion_url`.
+        **kwargs: options of verl's own graders, such as `sandbox_fusion_url`.
 
     Returns:
-        `{"score": ±1.0, "acc": bool, "pred": str, "timed_out": bool}` for mathematical sources, arithmetic included;
-        what their grader returns for others.
+        For STEER's sources `score` (+1.0 or −1.0), `acc` (bool), `pred` (str: the normalized answer, empty if there is
+        none) and `timed_out` (bool: the comparison used up its time, so the answer counts as wrong); for other sources
+        the result of verl's grader.
 
     Raises:
         ValueError: `rule` is none of the three.
@@ -51,10 +86,24 @@ def compute_score(
     if is_benchmark or data_source in TRAINING_SOURCES:
         if rule == "auto":
             rule = "eval" if is_benchmark else "train"
-        return boxed.compute_score(solution_str, ground_truth, rule=rule, timeout=timeout)
-    if data_source == "arithmetic":
-        from verl.steer.tasks import arithmetic_score as arithmetic
-
-        # verl takes a batch's keys from its first row, so all of STEER's sources have the same.
+        return _grade(solution_str, str(ground_truth), rule, timeout)
+    if data_source == arithmetic.DATA_SOURCE:
+        # verl takes a batch's keys from its first row, so all of STEER's sources have the same keys.
         return {**arithmetic.compute_score(solution_str, ground_truth), "timed_out": False}
     return default_compute_score(data_source, solution_str, ground_truth, extra_info, **kwargs)
+
+
+def _grade(response: str, truth: str, rule: str, timeout: float) -> dict[str, Any]:
+    answer = last_answer(response[-TRAINING_WINDOW:])
+    verdict: bool | None = _same(answer, truth)
+    if rule == "eval" and not verdict:
+        answer = last_answer(response[-EVALUATION_WINDOW:], prose=True)
+        verdict = _same(answer, truth)
+        if not verdict and answer is not None and len(answer) <= MAX_ANSWER:
+            verdict = symbolic.comparer.equivalent(clean(truth), clean(answer), timeout)
+    pred = normalize(answer[:MAX_ANSWER])[:MAX_PRED] if answer is not None else ""
+    return {"score": 1.0 if verdict else -1.0, "acc": bool(verdict), "pred": pred, "timed_out": verdict is None}
+
+
+def _same(answer: str | None, truth: str) -> bool:
+    return answer is not None and len(answer) <= MAX_ANSWER and normalize(answer) == normalize(truth) != ""

@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Symbolic equivalence of two answers by math-verify, bounded in CPU time and memory whatever a model wrote.
+"""Symbolic equivalence of two answers by math-verify, bounded in CPU time and memory for any response.
 
-math-verify's own time-outs are signals, which Python delivers to the main thread only, while verl grades in a thread
-pool; and no thread can be stopped inside one long integer operation. So the comparison runs in a child process, which
-is started on first use and serves the worker for its whole life. The system ends it when a comparison has used its
-seconds of CPU time, and a new one takes its place. Seconds of wall time would count answers as wrong because the
-machine is busy. The child is a fresh interpreter (a fork of a threaded process may deadlock) that imports math-verify
-and nothing of verl.
+math-verify's own time-outs are signals, which Python delivers to the main thread only, but verl grades in a thread
+pool; and no thread can be stopped inside one long integer operation. So a child process compares, started at the first
+comparison and then reused. The system kills it when a comparison has used its seconds of CPU time; with wall time a
+busy machine would make answers wrong. The child is a new interpreter that imports nothing of verl: a fork of a threaded
+process may deadlock, and multiprocessing's `spawn` imports the parent's program, and torch with it.
 """
 
-import atexit
 import contextlib
-import json
 import multiprocessing
 import os
 import re
@@ -19,179 +16,127 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import dataclass
+from itertools import accumulate
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NamedTuple
 
 MAX_LENGTH = 512  # characters of one answer
 MAX_DEPTH = 20  # nested brackets
-MAX_DIGITS = 100  # digits in a row
 START_LIMIT = 120.0  # seconds until a new child must be ready
-WALL_PER_CPU = 60.0  # seconds to wait for each second of CPU time that a comparison may use
-ATTEMPTS = 2  # at a comparison whose child got next to no CPU time
+WALL_PER_CPU = 60.0  # seconds of wall time that one second of CPU time may take
+ATTEMPTS = 2  # at a comparison that exceeded its wall time
 
 _SERVER = Path(__file__).with_name("symbolic_server.py")
 _INTEGER = re.compile(r"-?\d+")
-_WORD = re.compile(r"[a-zA-Z ]{3,}")
-_NUMBER_IN_BASE = re.compile(r"\d *_")
-# But for the arguments in `\log_2 3` and `\frac 1 2`.
-_SPACED_DIGITS = re.compile(r"(?<![\^_])(?<!frac)(?<!frac )(?<!binom)(?<!binom )\d +\d")
-_LONG_DIGITS = re.compile(rf"\d{{{MAX_DIGITS + 1}}}")
-_PERCENTAGE = re.compile(r"([^,%]+?) *\\?%")
+_PERCENTAGE = re.compile(r"\A([^,%]+?) *\\?%\Z")
+# Text that math-verify misreads, or that takes it too long.
+_UNFIT = re.compile(
+    r"""
+    \A\Z
+    | \A[a-zA-Z\ ]{3,}\Z  # a word: read as the product of its letters
+    | \d\ *_  # a number with a base: read without the base
+    | (?<![\^_])(?<!frac)(?<!frac\ )(?<!binom)(?<!binom\ )\d\ +\d  # `1 2`: read as 1 + 2, except in `\frac 1 2`
+    | \d{101}  # a number of more than 100 digits
+    | boxed | fbox | \\\Z  # a box without braces, or a backslash at the end: only a part of the text is read
+    | __  # not mathematics, but common in Python code
+    """,
+    re.VERBOSE,
+)
 
 
-def _depth(text: str) -> int:
-    deepest = depth = 0
-    for char in text:
-        depth += (char in "{([") - (char in "})]")
-        deepest = max(deepest, depth)
-    return deepest
-
-
-def worth_asking(truth: str, answer: str) -> bool:
-    """Whether a symbolic comparison could find two differently written answers equal, and is fit to be tried.
-
-    False where an answer is empty, too long or too deep; where both are integers; and where math-verify would misread
-    one: a word as the product of its letters, a number without its base, `1 2` as 1 + 2, and only a part of a text with
-    a box that has no braces or a backslash at its end.
-    """
+def _may_be_equal(truth: str, answer: str) -> bool:
+    """Whether a comparison by math-verify is safe and may succeed. Two integers are equal only as text."""
     if _INTEGER.fullmatch(truth) and _INTEGER.fullmatch(answer):
         return False
-    return all(
-        0 < len(text) <= MAX_LENGTH
-        and _depth(text) <= MAX_DEPTH
-        and "__" not in text
-        and not _LONG_DIGITS.search(text)
-        and not _NUMBER_IN_BASE.search(text)
-        and not _SPACED_DIGITS.search(text)
-        and "boxed" not in text
-        and "fbox" not in text
-        and not text.endswith("\\")
-        and not _WORD.fullmatch(text)
-        for text in (truth, answer)
+    return not any(
+        len(text) > MAX_LENGTH or _depth(text) > MAX_DEPTH or _UNFIT.search(text) for text in (truth, answer)
     )
 
 
-def _percentage_as_fraction(text: str) -> str:
-    percentage = _PERCENTAGE.fullmatch(text)
-    return rf"\frac{{{percentage[1]}}}{{100}}" if percentage else text
+def _depth(text: str) -> int:
+    return max(accumulate(((char in "{([") - (char in "})]") for char in text), initial=0))
 
 
-@dataclass
-class _Child:
+class _Child(NamedTuple):
     process: subprocess.Popen
     connection: Connection
-    ready: bool = False
-
-    @classmethod
-    def start(cls) -> "_Child":
-        ours, theirs = multiprocessing.Pipe()
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-I", str(_SERVER), json.dumps(sys.path), str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C ends the parent, whose end of the pipe then ends the child.
-            )
-        return cls(process, ours)
-
-    def wait_until_ready(self) -> None:
-        with contextlib.suppress(EOFError, ConnectionError):
-            self.ready = self.ready or (self.connection.poll(START_LIMIT) and self.connection.recv_bytes() == b"ready")
-        if not self.ready:
-            self.kill()
-            raise RuntimeError(
-                f"math-verify's process was not ready in {START_LIMIT:.0f} s (exit status {self.process.returncode})."
-                f" Its own message is above; `{sys.executable} -c 'import math_verify'` must work."
-            )
-
-    def ask(self, request: bytes, timeout: float) -> bool | None:
-        """The verdict; None where the comparison used up its CPU time, False where it ended the child in another way
-        (out of memory or stack).
-
-        Raises:
-            TimeoutError: the child neither answers nor has used up its CPU time, as on a machine that is too busy.
-        """
-        with contextlib.suppress(EOFError, ConnectionError):
-            self.connection.send_bytes(request)
-            if not self.connection.poll(timeout * WALL_PER_CPU):
-                raise TimeoutError
-            return self.connection.recv_bytes() == b"1"
-        return None if self.process.wait() == -signal.SIGPROF else False
-
-    def kill(self) -> None:
-        self.connection.close()
-        self.process.kill()
-        self.process.wait()
 
 
 class SymbolicComparer:
-    """Compares answers one at a time in a child process. May be called from any thread.
+    """Compares answers one at a time in a child process. Any thread may call it.
 
     Attributes:
-        starts: how many children have been started, the first included.
+        starts: number of children started so far.
     """
 
     def __init__(self) -> None:
         self.starts = 0
-        self._lock = threading.Lock()
         self._child: _Child | None = None
+        self._lock = threading.Lock()
 
     def equivalent(self, truth: str, answer: str, timeout: float = 2.0) -> bool | None:
-        """Whether `answer` equals `truth` symbolically; None where `timeout` seconds of CPU time don't suffice to tell.
+        """Whether `answer` equals `truth` symbolically; None if `timeout` seconds of CPU time were not enough.
 
-        The limit holds for the comparison itself. A caller also waits for those of other threads before it, and for a
-        new child to start (about a second) after one ended.
+        The caller also waits for the comparisons of other threads, and about a second if a child must be started.
+        A comparison that ends the child in another way, such as a stack overflow, is False.
 
         Raises:
-            RuntimeError: the child can't be started, for instance because math-verify isn't installed.
+            RuntimeError: the child doesn't start, for instance because math-verify isn't installed.
         """
-        if not worth_asking(truth, answer):
+        if not _may_be_equal(truth, answer):
             return False
-        pair = _percentage_as_fraction(truth), _percentage_as_fraction(answer)
-        request = json.dumps([*pair, timeout]).encode()
+        request = (*(_PERCENTAGE.sub(r"\\frac{\1}{100}", text) for text in (truth, answer)), timeout)
         with self._lock:
             for _ in range(ATTEMPTS):
                 child = self._child
                 if child is None or child.process.poll() is not None:
-                    child = self._replace()
-                child.wait_until_ready()
+                    child = self._start()
                 try:
-                    verdict = child.ask(request, timeout)
-                except TimeoutError:
-                    self._replace()
-                    continue
-                if child.process.poll() is not None:
-                    self._replace()
-                return verdict
+                    child.connection.send(request)
+                    if child.connection.poll(timeout * WALL_PER_CPU):
+                        return child.connection.recv_bytes() == b"1"
+                except (EOFError, ConnectionError):
+                    return None if child.process.wait() == -signal.SIGPROF else False
+                self.stop()
         return None
 
-    def close(self) -> None:
-        """End the child; a later comparison starts another."""
-        with self._lock:
-            self._stop()
-
-    def _replace(self) -> _Child:
-        self._stop()
-        self._child = _Child.start()
-        self.starts += 1
-        return self._child
-
-    def _stop(self) -> None:
+    def stop(self) -> None:
+        """Kill the child; the next comparison starts another."""
         if self._child is not None:
-            self._child.kill()
+            self._child.connection.close()
+            self._child.process.kill()
+            self._child.process.wait()
         self._child = None
+
+    def _start(self) -> _Child:
+        self.stop()
+        connection, theirs = multiprocessing.Pipe()
+        with theirs:
+            process = subprocess.Popen(
+                [sys.executable, "-I", _SERVER, *sys.path],
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C ends the parent, and the end of the pipe then ends the child.
+            )
+        self.starts += 1
+        self._child = _Child(process, connection)
+        with contextlib.suppress(EOFError, ConnectionError):
+            if connection.poll(START_LIMIT) and connection.recv_bytes() == b"ready":
+                return self._child
+        self.stop()
+        raise RuntimeError(f"{_SERVER} did not start: expected that `{sys.executable} -c 'import math_verify'` works")
 
 
 comparer = SymbolicComparer()
 
 
 def _renew() -> None:
-    # A forked process must not talk to its parent's child, and may have inherited a held lock.
+    # A forked process may not use its parent's child, keep its pipe open, or wait for a lock that a thread held.
     global comparer
+    if comparer._child is not None:
+        comparer._child.connection.close()
     comparer = SymbolicComparer()
 
 
 os.register_at_fork(after_in_child=_renew)
-atexit.register(lambda: comparer.close())

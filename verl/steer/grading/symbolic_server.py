@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that asks math-verify whether two answers are equal. Started by `symbolic`, never imported.
+"""The process that compares answers by math-verify. `symbolic` starts it; nothing imports it.
 
-Usage: python -I symbolic_server.py SYS_PATH_AS_JSON FILE_DESCRIPTOR
+Usage: python -I symbolic_server.py SYS_PATH_ENTRY..., with one end of a `multiprocessing.Pipe` as standard input.
 
-What a model wrote goes through math-verify's LaTeX grammar only. math-verify's other route, plain expressions, hands
-the text to sympy's parse_expr, which evaluates it as Python, and so isn't used. On the LaTeX route sympy evaluates
-nothing but the number tokens of the grammar (`Integer (12 )`). A fence refuses processes, sockets and writing all the
-same.
+Responses go through math-verify's LaTeX grammar only. math-verify's other grammar, plain expressions, is not used: it
+passes the text to sympy's parse_expr, which evaluates it as Python. On the LaTeX route sympy evaluates nothing but the
+number tokens of the grammar (`Integer (12 )`). As a second barrier the process may not start others, open sockets or
+write files.
 """
 
 import contextlib
-import json
 import logging
 import os
 import re
@@ -22,8 +21,11 @@ from itertools import pairwise
 from multiprocessing.connection import Connection
 from typing import Any
 
-MEMORY_LIMIT = 4 * 2**30  # bytes of address space
-IDLE_POLL = 5.0  # seconds between looks at whether the parent lives
+if __name__ == "__main__":
+    sys.path[:] = sys.argv[1:]
+
+from math_verify import LatexExtractionConfig, parse, verify
+from sympy import Eq, Expr, FiniteSet, Interval, Tuple
 
 WARM_UP = [("(x+1)^2", "x^2+2x+1"), (r"[0,1)\cup\{2\}", r"\{2\}\cup[0,1)"), ("y=2x", "2x=y"), (r"\sin 2", "0.5")]
 
@@ -41,9 +43,9 @@ _WRITE_FLAGS = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def raise_fence() -> None:
-    """Refuse from here on, for the whole process, to start processes, open sockets, or write or remove files.
+    """Refuse with RuntimeError that this process starts others, opens sockets, or writes or removes files.
 
-    A refused action raises RuntimeError. There is no way to lift the fence (an audit hook can't be removed).
+    The fence can't be removed, as an audit hook can't.
     """
 
     def refuse(event: str, args: tuple) -> None:
@@ -56,28 +58,16 @@ def raise_fence() -> None:
 
 
 def _parse(latex: str) -> list:
-    from math_verify import LatexExtractionConfig, parse
-
     return parse(f"${latex}$", [LatexExtractionConfig()], parsing_timeout=None)
 
 
-def _verify(truth: Any, answer: Any) -> bool:
-    from math_verify import verify
-
-    return verify(truth, answer, timeout_seconds=None)
-
-
 def _value(parsed: list) -> Any:
-    """What was parsed, or the right side of an equation."""
-    from sympy import Eq
-
+    """What was parsed, or the right side of an equation; None if nothing was."""
     first = parsed[0] if parsed else None
     return first.rhs if isinstance(first, Eq) else first
 
 
 def _kind(value: Any) -> str | None:
-    from sympy import FiniteSet, Interval, Tuple
-
     if isinstance(value, FiniteSet):
         return "set"
     # math-verify reads the pair (1,2) as an interval, since 1 < 2.
@@ -89,84 +79,71 @@ def _kinds_within(value: Any) -> Counter:
     return Counter(kind for kind in map(_kind, elements) if kind)
 
 
-def _mixes_sets_and_tuples(truth: str, parsed_truth: list, answer: str, parsed_answer: list) -> bool:
-    r"""Whether a set faces a tuple or interval, of which math-verify compares the elements only.
+def _confuses_set_and_tuple(truth: str, truth_value: Any, answer: str, answer_value: Any) -> bool:
+    r"""Whether a set is compared with a tuple or interval: math-verify ignores the difference.
 
-    Not where the set is a list without braces: `1,2` may stand for either.
+    A set written as a list without braces, such as `1,2`, may stand for either.
     """
-    values = _value(parsed_truth), _value(parsed_answer)
-    braced = [r"\{" in latex for latex, value in zip((truth, answer), values, strict=True) if _kind(value) == "set"]
-    faced = {_kind(value) for value in values} == {"set", "tuple"} and all(braced)
-    return faced or _kinds_within(values[0]) != _kinds_within(values[1])
+    sides = ((truth, truth_value), (answer, answer_value))
+    bare_list = any(_kind(value) == "set" and r"\{" not in latex for latex, value in sides)
+    kinds = {_kind(truth_value), _kind(answer_value)}
+    return (kinds == {"set", "tuple"} and not bare_list) or _kinds_within(truth_value) != _kinds_within(answer_value)
 
 
-def _agree(left: str, right: str, approximately: bool) -> bool:
-    values = _value(_parse(left)), _value(_parse(right))
-    if _verify(*values):
+def _agree(left: tuple[str, Any], right: tuple[str, Any], approximately: bool) -> bool:
+    """Whether two numbers, each as LaTeX and as value, are equal or differ by rounding.
+
+    A number with a decimal point, and any number after `\\approx`, may be rounded: it must differ by less than one
+    unit of its last digit.
+    """
+    if verify(left[1], right[1], timeout_seconds=None):
         return True
-    numbers = [number for side in (left, right) if (number := _NUMBER.fullmatch(side.strip()))]
+    numbers = [number for latex, _ in (left, right) if (number := _NUMBER.fullmatch(latex.strip()))]
     units = [10.0 ** (int(n[2] or 0) - len(n[1] or "")) for n in numbers if approximately or n[1]]
-    difference = abs(values[0] - values[1])
+    difference = abs(left[1] - right[1])
     return bool(units and difference.is_comparable and difference < max(units))
 
 
 def _contradicts_itself(answer: str) -> bool:
-    r"""Whether `answer` equates numbers that differ, as `6=5` and `5 \approx 6` do: math-verify reads one of them.
-
-    A number with a decimal point, and any number after `\approx`, may be rounded: it must differ by less than one
-    unit of its last digit.
-    """
+    r"""Whether `answer` equates different numbers, such as `6=5` and `5 \approx 6`: math-verify reads one of them."""
     for chain in re.split("[,;]", answer):
-        sides = [side for side in _EQUATES.split(chain) if _CONSTANT.fullmatch(side) and _is_number(side)]
-        if not all(_agree(*pair, approximately="approx" in chain) for pair in pairwise(sides)):
+        constants = [(side, _value(_parse(side))) for side in _EQUATES.split(chain) if _CONSTANT.fullmatch(side)]
+        numbers = [(side, value) for side, value in constants if isinstance(value, Expr)]
+        if not all(_agree(*pair, approximately="approx" in chain) for pair in pairwise(numbers)):
             return True
     return False
-
-
-def _is_number(side: str) -> bool:
-    from sympy import Expr
-
-    return isinstance(_value(_parse(side)), Expr)
 
 
 def equivalent(truth: str, answer: str) -> bool:
     """Whether math-verify finds the LaTeX strings `truth` and `answer` equal, and rightly so. Unbounded in time."""
     parsed_truth, parsed_answer = _parse(truth), _parse(answer)
     return (
-        _verify(parsed_truth, parsed_answer)
-        and not _mixes_sets_and_tuples(truth, parsed_truth, answer, parsed_answer)
+        verify(parsed_truth, parsed_answer, timeout_seconds=None)
+        and not _confuses_set_and_tuple(truth, _value(parsed_truth), answer, _value(parsed_answer))
         and not _contradicts_itself(answer)
     )
 
 
-def serve(connection: Connection) -> None:
-    """Answer requests `[truth, answer, timeout]` with b"1" or b"0" until the parent closes its end or dies."""
-    parent = os.getppid()
-    connection.send_bytes(b"ready")
-    while True:
-        while not connection.poll(IDLE_POLL):
-            if os.getppid() != parent:
-                return
-        truth, answer, timeout = json.loads(connection.recv_bytes())
-        # Counts CPU time. The default action of its signal ends the process even inside one long C call.
-        signal.setitimer(signal.ITIMER_PROF, timeout)
-        verdict = equivalent(truth, answer)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        connection.send_bytes(b"1" if verdict else b"0")
-
-
 def main() -> None:
-    sys.path[:] = json.loads(sys.argv[1])
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    """Answer requests `(truth, answer, timeout)` with b"1" or b"0" until the parent closes its end of the pipe."""
+    resource.setrlimit(resource.RLIMIT_AS, (4 * 2**30, 4 * 2**30))  # bytes of address space
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # The default action ends the process even inside one long C call.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     logging.disable()
     # The first uses import most of sympy, which must not count against the first request.
-    for truth, answer in WARM_UP:
-        equivalent(truth, answer)
+    for pair in WARM_UP:
+        equivalent(*pair)
     raise_fence()
+    connection = Connection(sys.stdin.fileno())
     with contextlib.suppress(EOFError, ConnectionError):
-        serve(Connection(int(sys.argv[2])))
+        connection.send_bytes(b"ready")
+        while True:
+            truth, answer, timeout = connection.recv()
+            signal.setitimer(signal.ITIMER_PROF, timeout)  # counts CPU time
+            verdict = equivalent(truth, answer)
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            connection.send_bytes(b"1" if verdict else b"0")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain, groupby
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -41,6 +41,9 @@ from verl.trainer.ppo.v1.agent_loop_tq import apply_greedy_sampling_params
 from verl.utils.profiler import simple_timer
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.rollout.replica import TokenOutput
+
+if TYPE_CHECKING:
+    from verl.steer.rollout.vllm_batched import BatchedLLMServerClient
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +70,7 @@ class Rollout:
     session_id: int
     sampling_params: dict[str, Any]
     error: str | None = None
-    prompt_ids: list[int] | None = None
+    prompt_ids: list[int] = field(default_factory=list)
     output: AgentLoopOutput = field(init=False)
 
 
@@ -80,6 +83,8 @@ class BatchedAgentLoopManager(AgentLoopWorker):
     Attributes:
         failure: the error that ended the work on a batch, or None; the trainer reads it while it waits for rollouts.
     """
+
+    llm_client: BatchedLLMServerClient
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -108,7 +113,7 @@ class BatchedAgentLoopManager(AgentLoopWorker):
 
         return asyncio.run_coroutine_threadsafe(construct(), event_loop).result()
 
-    def generate_sequences(self, prompts: TensorDict) -> None:
+    def generate_sequences(self, prompts: TensorDict) -> None:  # type: ignore[override] # a manager's, as verl calls it
         """Start to generate for a batch of prompts and return; the rollouts go to the TransferQueue.
 
         Raises:
@@ -205,7 +210,8 @@ class BatchedAgentLoopManager(AgentLoopWorker):
         return chunk
 
     async def _tokenize(self, group: list[Rollout]) -> None:
-        prompt_ids, error_of_all = None, None
+        prompt_ids: list[int] = []
+        error_of_all = None
         try:
             prompt_ids = await self.single_turn.ct_build_initial_tokens(list(group[0].prompt["raw_prompt"]))
         except Exception as error:  # a chat template can raise anything
@@ -239,7 +245,8 @@ class BatchedAgentLoopManager(AgentLoopWorker):
             response_logprobs=response.log_probs[:length] if response.log_probs else None,
             multi_modal_data={},
             num_turns=2,
-            metrics=timing | {"num_preempted": -1 if response.num_preempted is None else response.num_preempted},
+            metrics=timing  # type: ignore[arg-type] # verl makes the object
+            | {"num_preempted": -1 if response.num_preempted is None else response.num_preempted},
             extra_fields=response.extra_fields
             | {"min_global_steps": steps, "max_global_steps": steps, "turn_scores": [], "tool_rewards": []},
         )
@@ -259,7 +266,7 @@ class BatchedAgentLoopManager(AgentLoopWorker):
             elif not isinstance(grade["reward_score"], Real | torch.Tensor) or not math.isfinite(grade["reward_score"]):
                 rollout.error = f"grading: reward_score={grade['reward_score']!r}: expected a finite number"
             else:
-                rollout.output.reward_score = grade["reward_score"]
+                rollout.output.reward_score = grade["reward_score"]  # type: ignore[assignment] # tensors too
                 rollout.output.extra_fields["reward_extra_info"] = grade["reward_extra_info"]
                 rollout.output.metrics.compute_score = timing["compute_score"]
 

@@ -45,10 +45,13 @@ class BatchedVLLMHttpServer(vLLMHttpServer):
             request["sampling_params"] |= {"output_kind": RequestOutputKind.FINAL_ONLY, "detokenize": False}
         calls = [self.generate(request_id=uuid4().hex, **request) for request in requests]
         responses = await asyncio.gather(*calls, return_exceptions=True)
+        results: list[TokenOutput | str] = []
         for response in responses:
             if isinstance(response, EngineDeadError | asyncio.CancelledError):
                 raise response
-        return [f"{type(one).__name__}: {one}" if isinstance(one, Exception) else one for one in responses]
+            error = f"{type(response).__name__}: {response}"
+            results.append(error if isinstance(response, BaseException) else response)
+        return results
 
 
 class BatchedVLLMReplica(vLLMReplica):
@@ -84,9 +87,11 @@ class BatchedLLMServerManager(LLMServerManager):
     async def _init_global_load_balancer(self) -> None:
         self.global_load_balancer = None
 
-    def get_client(self) -> BatchedLLMServerClient:
+    def get_client(
+        self, client_cls: type[LLMServerClient] | None = BatchedLLMServerClient, **kwargs: Any
+    ) -> LLMServerClient:
         """The client of all servers."""
-        return super().get_client(BatchedLLMServerClient, servers=self.server_handles)
+        return super().get_client(client_cls, servers=self.server_handles, **kwargs)
 
 
 def register() -> None:

@@ -46,7 +46,8 @@ class RolloutWait:
         self.progress: tuple[object, ...] = ()
         self.since = clock()
         self.upstream_wait = replay_buffer._wait_for_next_poll
-        replay_buffer._wait_for_next_poll = self.wait_for_next_poll
+        # On the instance: a custom sampler may be of any class.
+        replay_buffer._wait_for_next_poll = self.wait_for_next_poll  # type: ignore[method-assign]
 
     def wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:
         """Upstream's wait, after a check whether rollouts still come.

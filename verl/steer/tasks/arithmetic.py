@@ -1,49 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arithmetic problems whose solution takes several written steps, for training tiny models.
+"""Arithmetic problems with step-by-step solutions, for training tiny models, and the rule that grades them.
 
-A problem is a chain of signed terms, such as ``7+8-5+9``. Its worked solution keeps a running total and
-takes one more term at each step, then gives the answer after a marker: ``7+8=15;15-5=10;9+10=19;#19``.
+A problem is a chain of signed terms, such as `7+8-5+9`. Its solution keeps a running total, adds one term at each step
+and gives the answer after a marker: `7+8=15;15-5=10;9+10=19;#19`.
 
-A solution may be written in many valid ways: the running total starts from any positive term and takes the
-others in any order that keeps it from going below zero, and a sum may name its two operands in either order.
-A policy that solves the task therefore has entropy to keep or to lose.
+The running total may start from any positive term, and take the others in any order that keeps it from going below
+zero; the two operands of a sum may come in either order. So a policy that solves the task has entropy to keep or lose.
 """
 
 import hashlib
 import random
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 DATA_SOURCE = "arithmetic"
-SEPARATOR = ";"
 ANSWER_MARKER = "#"
 SPLITS = ("train", "test")
 
-# How many consecutive draws without a new problem mean that a difficulty has no more to give.
-_FRUITLESS_DRAWS = 10_000
+_MAX_FRUITLESS_DRAWS = 10_000  # consecutive draws without a new problem that show that none is left
+_TAIL_CHARACTERS = 64  # an answer has only a few characters
 
 
-@dataclass(frozen=True)
-class Difficulty:
-    """How many terms a problem has, and the largest one (the smallest is 1)."""
+class Difficulty(NamedTuple):
+    """The number of terms of a problem, and the largest absolute value of a term (the smallest is 1)."""
 
     terms: int
     largest: int
 
 
-DIFFICULTIES = {
-    1: Difficulty(terms=3, largest=9),
-    2: Difficulty(terms=4, largest=9),
-    3: Difficulty(terms=4, largest=19),
-    4: Difficulty(terms=4, largest=99),
-    5: Difficulty(terms=6, largest=99),
-}
+_LEVELS = ((3, 9), (4, 9), (4, 19), (4, 99), (6, 99))
+DIFFICULTIES = {number: Difficulty(*level) for number, level in enumerate(_LEVELS, start=1)}
 DEFAULT_DIFFICULTY = 2
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One problem: its signed terms, the prompt text, one correct worked solution, and the answer."""
+class Problem(NamedTuple):
+    """A problem: its signed terms, the prompt, one correct solution, and the answer."""
 
     terms: tuple[int, ...]
     prompt: str
@@ -55,7 +45,7 @@ def make_problem(rng: random.Random, difficulty: int = DEFAULT_DIFFICULTY) -> Pr
     """Draw a problem; its first term is positive and its answer is not negative.
 
     Raises:
-        ValueError: ``difficulty`` is not one of ``DIFFICULTIES``.
+        ValueError: `difficulty` is not one of `DIFFICULTIES`.
     """
     if difficulty not in DIFFICULTIES:
         raise ValueError(f"difficulty is {difficulty!r}, expected one of {sorted(DIFFICULTIES)}")
@@ -74,76 +64,73 @@ def worked_solution(terms: tuple[int, ...], rng: random.Random, slip: float = 0.
 
     Args:
         terms: signed terms, at least one of them positive, with a sum that is not negative.
-        slip: probability that a step's result is wrong; later steps go on from the wrong total.
+        slip: probability that a step's result is wrong; later steps continue from the wrong total.
     """
     left = list(terms)
     total = rng.choice([term for term in left if term > 0])
     left.remove(total)
-    steps = []
+    solution = ""
     while left:
-        # After a slip no term may keep the total from going below zero: then any will do.
+        # After a slip possibly every term makes the total negative: then any term may be next.
         term = rng.choice([term for term in left if total + term >= 0] or left)
         left.remove(term)
         result = total + term
         if rng.random() < slip:
-            result = _slipped(result, rng)
-        steps.append(_step(total, term, result, rng))
+            nearby = range(max(0, result - 10), max(0, result) + 11)
+            result = rng.choice([wrong for wrong in nearby if wrong != result])
+        first, second = total, term
+        if term >= 0:
+            first, second = rng.sample((total, term), 2) if total >= 0 else (term, total)
+        solution += f"{first}{second:+d}={result};"
         total = result
-    return "".join(steps) + f"{ANSWER_MARKER}{total}"
+    return f"{solution}{ANSWER_MARKER}{total}"
 
 
 def split_of(terms: tuple[int, ...]) -> str:
-    """The split that a problem belongs to: about one in ten is a test problem.
-
-    It depends on the terms and not on their order, so that no test problem is a rearranged training problem,
-    whatever the seeds and sizes.
-    """
+    """The split of a problem, about one in ten `test`. No test problem is a rearranged training problem."""
     digest = hashlib.sha256(repr(sorted(terms)).encode()).digest()
     return "test" if digest[0] % 10 == 0 else "train"
 
 
 def make_rows(split: str, size: int, seed: int, difficulty: int = DEFAULT_DIFFICULTY) -> list[dict[str, Any]]:
-    """Rows of ``size`` different problems of a split, in verl's format.
+    """Rows of `size` different problems of a split, in verl's format.
 
     Raises:
-        ValueError: unknown ``split`` or ``difficulty``, or the split has fewer than ``size`` problems.
+        ValueError: unknown `split` or `difficulty`, or the split has fewer than `size` problems.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, expected one of {SPLITS}")
     rng = random.Random(f"{seed} {split}")
-    problems: dict[str, Problem] = {}
+    answers: dict[str, str] = {}
     fruitless = 0
-    while len(problems) < size:
+    while len(answers) < size:
         problem = make_problem(rng, difficulty)
-        if problem.prompt not in problems and split_of(problem.terms) == split:
-            problems[problem.prompt] = problem
+        if problem.prompt not in answers and split_of(problem.terms) == split:
+            answers[problem.prompt] = problem.ground_truth
             fruitless = 0
-        elif (fruitless := fruitless + 1) == _FRUITLESS_DRAWS:
-            raise ValueError(f"size is {size}, expected at most about {len(problems)} for {split=} and {difficulty=}")
-    return [_row(problem, index, split) for index, problem in enumerate(problems.values())]
+        elif (fruitless := fruitless + 1) == _MAX_FRUITLESS_DRAWS:
+            raise ValueError(f"size is {size}, expected at most about {len(answers)} for {split=} and {difficulty=}")
+    return [
+        {
+            "data_source": DATA_SOURCE,
+            "prompt": [{"role": "user", "content": prompt}],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": answer},
+            "extra_info": {"index": index, "raw_problem": prompt, "split": split},
+        }
+        for index, (prompt, answer) in enumerate(answers.items())
+    ]
 
 
-def _row(problem: Problem, index: int, split: str) -> dict[str, Any]:
-    return {
-        "data_source": DATA_SOURCE,
-        "prompt": [{"role": "user", "content": problem.prompt}],
-        "ability": "math",
-        "reward_model": {"style": "rule", "ground_truth": problem.ground_truth},
-        "extra_info": {"index": index, "raw_problem": problem.prompt, "split": split},
-    }
+def compute_score(solution_str: str, ground_truth: str) -> dict[str, float | bool | str]:
+    """Compare the text after the last answer marker with the ground truth.
 
+    Only the last 64 characters are read, and none of them is evaluated or parsed as a number.
 
-def _step(total: int, term: int, result: int, rng: random.Random) -> str:
-    if term < 0:
-        expression = f"{total}{term}"
-    elif total < 0:
-        expression = f"{term}{total}"
-    else:
-        first, second = rng.sample((total, term), 2)
-        expression = f"{first}+{second}"
-    return f"{expression}={result}{SEPARATOR}"
-
-
-def _slipped(result: int, rng: random.Random) -> int:
-    """A wrong result, near the right one and not negative."""
-    return rng.choice([wrong for wrong in range(max(0, result - 10), max(0, result) + 11) if wrong != result])
+    Returns:
+        `score` +1.0 or -1.0, `acc` whether the answer is right, and `pred`, the answer (empty without a marker).
+    """
+    _, marker, answer = solution_str[-_TAIL_CHARACTERS:].rpartition(ANSWER_MARKER)
+    pred = answer.strip() if marker else ""
+    acc = pred == ground_truth
+    return {"score": 1.0 if acc else -1.0, "acc": acc, "pred": pred}
