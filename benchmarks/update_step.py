@@ -38,6 +38,7 @@ if DEVICE == "cpu":
 for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29411"}.items():
     os.environ.setdefault(name, value)
 
+from verl.steer import main as entry_point  # noqa: E402, F401 - puts verl's configurations on Hydra's path
 from verl.steer.loss import ppo_loss  # noqa: E402
 from verl.steer.requirements import check_and_complete  # noqa: E402
 from verl.utils import tensordict_utils as tu  # noqa: E402

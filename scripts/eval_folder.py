@@ -72,7 +72,7 @@ def settings_of(overrides: list[str]) -> dict[str, Any]:
         config = compose("eval", overrides)
     for key in RESERVED:
         OmegaConf.update(config, key, None)
-    graders = sorted((OVERLAY / "utils/reward_score").glob("*.py"))
+    graders = sorted((OVERLAY / "steer/grading").glob("*.py"))
     return {
         "config": with_files(OmegaConf.to_container(config, resolve=True)),
         "grading": digest(b"".join(file.read_bytes() for file in graders)),

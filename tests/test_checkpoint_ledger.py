@@ -8,8 +8,15 @@ import os
 
 import pytest
 from verl.steer import checkpoint_ledger
-from verl.steer.checkpoint_ledger import LEDGER, TRACKER, CheckpointLedger, UnknownMetric, metric_name, step_of
-from verl.steer.requirements import UNFINISHED
+from verl.steer.checkpoint_ledger import (
+    LEDGER,
+    TRACKER,
+    UNFINISHED,
+    CheckpointLedger,
+    UnknownMetric,
+    metric_name,
+    step_of,
+)
 from verl.utils.checkpoint.checkpoint_manager import find_latest_ckpt_path
 
 

@@ -15,9 +15,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from verl.steer import trainer as trainer_steer
-from verl.steer.checkpoint_ledger import CheckpointLedger, step_of
+from verl.steer.checkpoint_ledger import UNFINISHED, CheckpointLedger, step_of
 from verl.steer.methods.adaptive_entropy import COEFFICIENT_FILE, AdaptiveEntropyCoefficient
-from verl.steer.requirements import UNFINISHED
 from verl.steer.trainer import SteerTrainer, metrics_of_files
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer

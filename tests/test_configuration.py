@@ -17,9 +17,12 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
+from verl.steer import main as entry_point  # noqa: F401 - puts verl's configurations on Hydra's path
 from verl.steer.audit.scores import AuditOptions
-from verl.steer.methods.advantages import AdvantageOptions
-from verl.trainer import main_ppo
+from verl.steer.config import ADVANTAGE_OPTIONS, PolicyLossConfig
+from verl.steer.methods.registry import POLICY_LOSSES
+from verl.steer.options import from_config
+from verl.steer.requirements import check_and_complete
 from verl.trainer.ppo.core_algos import (
     BASE_LOSSES,
     ENTROPY_CHANGE_ESTIMATORS,
@@ -27,7 +30,6 @@ from verl.trainer.ppo.core_algos import (
     get_policy_loss_fn,
 )
 from verl.utils.config import omega_conf_to_dataclass
-from verl.workers.config import PolicyLossConfig
 
 import verl_steer
 
@@ -73,8 +75,13 @@ def read_file_once(repository, config_path):
     return deepcopy(PARSED[key])
 
 
+METHODS = sorted(path.stem for path in (verl_steer.OVERLAY / "trainer/config/method").glob("*.yaml"))
+
+
 @cache
 def composed(name, *groups):
+    """A configuration, or the common one with a method of this name, as run/launch.sh takes it."""
+    name, groups = ("steer", (f"method={name}", *groups)) if name in METHODS else (name, groups)
     with (
         initialize_config_dir(str(verl_steer.OVERLAY / "trainer/config"), version_base=None),
         mock.patch.object(ConfigRepository, "load_config", read_file_once),
@@ -100,17 +107,14 @@ def test_overrides_applied_to_a_composition_give_what_hydra_composes():
         "~data.seed",
     ]
     with initialize_config_dir(str(verl_steer.OVERLAY / "trainer/config"), version_base=None):
-        expected = compose("steer_exp", overrides)
+        expected = compose("steer", ["method=steer_exp", *overrides])
     assert resolved("steer_exp", *overrides) == expected
-
-
-CONFIGS = sorted(path.stem for path in (verl_steer.OVERLAY / "trainer/config").glob("*.yaml"))
 
 
 def validated(name, *overrides):
     """A configuration on the CPU after this fork's checks, and its policy loss."""
     config = resolved(name, "hardware=cpu", *overrides)
-    main_ppo.prepare(config)
+    check_and_complete(config)
     return config, omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
 
 
@@ -157,12 +161,12 @@ def test_weights_of_the_launchers(launcher):
     assert policy_loss.entropy_change_estimator == "released"
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in ("steer", "eval")])
+@pytest.mark.parametrize("name", METHODS)
 def test_every_configuration_composes_and_passes_the_checks(name):
     """Each names itself, and its loss and its advantage estimator are registered."""
     config, policy_loss = validated(name)
     assert config.trainer.experiment_name == name
-    assert get_policy_loss_fn(policy_loss.loss_mode)
+    assert policy_loss.loss_mode in POLICY_LOSSES or get_policy_loss_fn(policy_loss.loss_mode)
     assert config.algorithm.adv_estimator == "grpo" or get_adv_estimator_fn(config.algorithm.adv_estimator)
 
 
@@ -180,11 +184,10 @@ def test_methods_differ_from_grpo_in_nothing_but_their_own_keys():
         return {path: OmegaConf.to_container(node) if OmegaConf.is_list(node) else node._value()}
 
     grpo = flat(resolved("grpo", "hardware=cpu"))
-    for name in CONFIGS:
-        if name not in ("steer", "eval"):
-            other = flat(resolved(name, "hardware=cpu"))
-            different = [key for key in other if other[key] != grpo.get(key)]
-            assert other.keys() == grpo.keys() and all(key.startswith(own) for key in different), (name, different)
+    for name in METHODS:
+        other = flat(resolved(name, "hardware=cpu"))
+        different = [key for key in other if other[key] != grpo.get(key)]
+        assert other.keys() == grpo.keys() and all(key.startswith(own) for key in different), (name, different)
 
 
 def test_the_map_follows_linear_unless_it_is_named():
@@ -208,11 +211,10 @@ def test_every_new_field_is_declared_for_hydra():
     """Null in steer.yaml, where the dataclasses then put their defaults."""
     config = resolved("grpo")
     declared = OmegaConf.select(config, POLICY_LOSS)
-    new = {field.name for field in fields(PolicyLossConfig)} - {
-        field.name for field in fields(PolicyLossConfig.__mro__[1])
-    }
-    assert {name for name in new if declared.get(name, "missing") is None} == new
-    assert all(config.algorithm.get(field.name, "missing") is None for field in fields(AdvantageOptions))
+    new = {field.name for field in fields(PolicyLossConfig) if "option" in field.metadata}
+    assert len(new) > 15 and {name for name in new if declared.get(name, "missing") is None} == new
+    for options in ADVANTAGE_OPTIONS:
+        assert all(config.algorithm.get(field.name, "missing") is None for field in fields(options))
 
 
 def test_the_exact_estimator_asks_for_the_sums_over_the_vocabulary():
@@ -240,16 +242,16 @@ def test_every_hardware_goes_with_every_task(hardware, task, monkeypatch):
     config = resolved("steer_exp", f"hardware={hardware}", f"task={task}")
     OmegaConf.resolve(config)
     if hardware == "cpu":
-        main_ppo.prepare(config)
+        check_and_complete(config)
         assert config.trainer.device == "cpu" and config.ray_kwargs.ray_init.num_gpus == 1
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"token_weight_min": -1.0}, "policy_loss.token_weight_min=-1.0: expected 0 < token_weight_min"),
-        ({"token_weight_min": 0.0}, "policy_loss.token_weight_min=0.0: expected 0 <"),
-        ({"token_weight_min": 1.5}, "token_weight_min=1.5: expected 0 < token_weight_min <= token_weight_max=1.2"),
+        ({"token_weight_min": -1.0}, "policy_loss.token_weight_min=-1.0: expected a finite number above 0"),
+        ({"token_weight_min": 0.0}, "policy_loss.token_weight_min=0.0: expected a finite number above 0"),
+        ({"token_weight_min": 1.5}, "policy_loss.token_weight_min=1.5: expected at most token_weight_max=1.2"),
         ({"linear": False, "token_weight_max": 1.1}, "policy_loss.token_weight_max=1.1: expected at most 1 in the exp"),
         (
             {"token_weight_map": "threshold", "token_weight_max": 1.1},
@@ -300,7 +302,7 @@ def test_every_hardware_goes_with_every_task(hardware, task, monkeypatch):
             {"loss_mode": "entropy_control", "base_loss": "dro", "dro_beta": 0},
             "policy_loss.dro_beta=0: expected a finite number above 0 with the loss dro",
         ),
-        ({"linear": "yes"}, "policy_loss.linear='yes': expected true or false"),
+        ({"linear": "yes"}, "policy_loss.linear='yes': expected one of true, false"),
         ({"entropy_change_estimator": "best"}, "entropy_change_estimator='best': expected one of released"),
     ],
 )
@@ -363,7 +365,7 @@ def test_bad_value_ends_a_launcher_in_one_line(command, root):
             ["++algorithm.rollout_correction.bypass_mode=true", "actor_rollout_ref.actor.strategy=mine"],
             "actor.strategy=mine: expected one of fsdp, fsdp2",
         ),
-        (["algorithm.positive_weight=2"], "algorithm.positive_weight=2: expected a number from 0 to 1"),
+        (["algorithm.positive_weight=2"], "algorithm.positive_weight=2: expected a number of at least 0 and at most 1"),
         (
             [f"{POLICY_LOSS}.entropy_change_estimator=exact", "actor_rollout_ref.actor.strategy=megatron"],
             "actor.strategy=megatron: expected one of fsdp, fsdp2: entropy_change_estimator=exact needs",
@@ -411,7 +413,7 @@ def test_bad_value_ends_a_launcher_in_one_line(command, root):
         (
             ["trainer.v1.trainer_mode=sync"],
             "trainer.v1.trainer_mode=sync: expected steer with rollout.agent.agent_loop_manager_class="
-            "verl.steer.rollout.batched_manager.BatchedAgentLoopManager (null: upstream's manager)",
+            "verl.steer.rollout.batched_manager.BatchedAgentLoopManager (null: verl's manager)",
         ),
         (
             ["trainer.use_v1=false"],
@@ -420,6 +422,14 @@ def test_bad_value_ends_a_launcher_in_one_line(command, root):
         ([f"{POLICY_LOSS}.token_weight_min=true"], "policy_loss.token_weight_min=True: expected a finite number"),
         ([f"{POLICY_LOSS}.token_weight_max=inf"], "policy_loss.token_weight_max=inf: expected a finite number"),
         ([f"{POLICY_LOSS}.token_weight_max=much"], "policy_loss.token_weight_max='much': expected a finite number"),
+        (
+            ["trainer.use_v1=false", f"{MANAGER}=null"],
+            "trainer.use_v1=False: expected true with policy_loss.loss_mode=entropy_control",
+        ),
+        (
+            ["distillation.enabled=true", f"{MANAGER}=null"],
+            "distillation.enabled=true: expected false with policy_loss",
+        ),
         ([f"{ACTOR}.clip_ratio_c=1"], "actor.clip_ratio_c=1: expected a number above 1 with the loss vanilla"),
         ([f"{ACTOR}.clip_ratio_c=null"], "actor.clip_ratio_c=None: expected a number above 1 with the loss vanilla"),
         ([f"{ACTOR}.clip_ratio_c=nan"], "actor.clip_ratio_c=nan: expected a number above 1 with the loss vanilla"),
@@ -443,14 +453,14 @@ def test_bad_value_ends_a_launcher_in_one_line(command, root):
 )
 def test_runs_that_cannot_work_are_refused(overrides, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        main_ppo.prepare(resolved("steer_exp", "hardware=cpu", *overrides))
+        check_and_complete(resolved("steer_exp", "hardware=cpu", *overrides))
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
         ["trainer.v1.trainer_mode=sync", f"{MANAGER}=null"],
-        ["trainer.use_v1=false", f"{MANAGER}=null"],
+        ["trainer.use_v1=false", f"{MANAGER}=null", f"{POLICY_LOSS}.loss_mode=gspo"],
         ["algorithm.adv_estimator=psr", "trainer.v1.trainer_mode=sync", f"{MANAGER}=null"],
         ["algorithm.adv_estimator=psr", "algorithm.use_kl_in_reward=true"],
         # What a loss doesn't read may be anything, and a bound may be infinite or fall back to clip_ratio.
@@ -461,15 +471,15 @@ def test_runs_that_cannot_work_are_refused(overrides, message):
     ],
 )
 def test_runs_that_can_work_are_not_refused(overrides):
-    main_ppo.prepare(resolved("steer_exp", "hardware=cpu", "trainer.save_after=0", *overrides))
+    check_and_complete(resolved("steer_exp", "hardware=cpu", "trainer.save_after=0", *overrides))
 
 
 @pytest.mark.parametrize("plus", ["", "+"])
 def test_the_entropy_audit_is_off_unless_it_is_asked_for(plus):
     config, _ = validated("steer_exp")
-    assert AuditOptions.of(config.trainer) == AuditOptions(freq=0)
+    assert from_config(AuditOptions, config.trainer.entropy_audit) == AuditOptions(freq=0)
     config, _ = validated("steer_exp", f"{plus}trainer.entropy_audit.freq=5", f"{plus}trainer.entropy_audit.tokens=100")
-    assert AuditOptions.of(config.trainer) == AuditOptions(freq=5, tokens=100)
+    assert from_config(AuditOptions, config.trainer.entropy_audit) == AuditOptions(freq=5, tokens=100)
 
 
 @pytest.mark.parametrize(
@@ -500,9 +510,9 @@ def test_the_entropy_audit_is_off_unless_it_is_asked_for(plus):
 def test_an_audit_that_cannot_be_made_is_refused(override, message):
     overrides = override.split() if "freq" in override else ["trainer.entropy_audit.freq=2", *override.split()]
     with pytest.raises(ValueError, match=re.escape(message)):
-        main_ppo.prepare(resolved("grpo", "hardware=cpu", *overrides))
+        check_and_complete(resolved("grpo", "hardware=cpu", *overrides))
     if "entropy_audit" not in override:
-        main_ppo.prepare(resolved("grpo", "hardware=cpu", "trainer.save_after=0", *override.split()))
+        check_and_complete(resolved("grpo", "hardware=cpu", "trainer.save_after=0", *override.split()))
 
 
 @pytest.mark.parametrize(
@@ -535,7 +545,7 @@ def test_an_audit_that_cannot_be_made_is_refused(override, message):
         ),
         (
             ["task=arithmetic", "trainer.v1.trainer_mode=sync", f"{MANAGER}=null", "trainer.best_metric_key=acc"],
-            "trainer.best_metric_key=acc: expected None with trainer.v1.trainer_mode=sync",
+            "trainer.best_metric_key=acc: expected null with trainer.v1.trainer_mode=sync",
         ),
         (
             ["algorithm.adv_estimator=gae", "trainer.max_actor_ckpt_to_keep=2"],
@@ -550,7 +560,7 @@ def test_an_audit_that_cannot_be_made_is_refused(override, message):
 )
 def test_checkpoints_that_would_not_come_are_refused(overrides, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        main_ppo.prepare(resolved("grpo", "hardware=cpu", *overrides))
+        check_and_complete(resolved("grpo", "hardware=cpu", *overrides))
 
 
 @pytest.mark.parametrize(
@@ -564,7 +574,7 @@ def test_checkpoints_that_would_not_come_are_refused(overrides, message):
     ],
 )
 def test_checkpoints_that_come_are_taken(overrides):
-    main_ppo.prepare(resolved("grpo", "hardware=cpu", *overrides))
+    check_and_complete(resolved("grpo", "hardware=cpu", *overrides))
 
 
 def test_unfinished_checkpoints_are_refused(tmp_path):
@@ -574,21 +584,21 @@ def test_unfinished_checkpoints_are_refused(tmp_path):
     (unfinished / ".unfinished").touch()
     folder = f"trainer.default_local_dir={tmp_path}"
     resume = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={unfinished}"]
-    with pytest.raises(ValueError, match=f"{resume[1]}: expected a whole checkpoint"):
-        main_ppo.prepare(resolved("grpo", "hardware=cpu", *resume))
+    with pytest.raises(ValueError, match=f"{resume[1]}: expected a complete checkpoint"):
+        check_and_complete(resolved("grpo", "hardware=cpu", *resume))
     with pytest.raises(ValueError, match=f"{folder}: global_step_3 is unfinished: delete it"):
-        main_ppo.prepare(
+        check_and_complete(
             resolved(
                 "grpo", "hardware=cpu", "task=arithmetic", "trainer.v1.trainer_mode=sync", f"{MANAGER}=null", folder
             )
         )
-    main_ppo.prepare(resolved("grpo", "hardware=cpu", folder))
+    check_and_complete(resolved("grpo", "hardware=cpu", folder))
 
 
 def test_evaluations_whose_results_would_collide_are_refused(tmp_path):
     def evaluation(*files):
         folder = f"trainer.validation_data_dir={tmp_path}"
-        main_ppo.prepare(resolved("eval", "hardware=cpu", f"data.val_files=[{','.join(files)}]", folder))
+        check_and_complete(resolved("eval", "hardware=cpu", f"data.val_files=[{','.join(files)}]", folder))
 
     (tmp_path / "empty").mkdir()
     (tmp_path / "killed.part").mkdir()
@@ -606,12 +616,12 @@ def test_bypass_mode_asks_for_the_current_entropy():
     """There the trainer takes the rollout's log-probs and no old entropies exist."""
     for bypass in (True, False):
         config = resolved("steer_exp", "hardware=cpu", f"++algorithm.rollout_correction.bypass_mode={bypass}")
-        main_ppo.prepare(config)
+        check_and_complete(config)
         assert config.actor_rollout_ref.actor.calculate_entropy is bypass
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_cfg_prints_the_resolved_configuration(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["main_ppo", "--config-name", "steer_exp", "--cfg", "job"])
-    runpy.run_module("verl.trainer.main_ppo", run_name="__main__", alter_sys=True)
+    monkeypatch.setattr(sys, "argv", ["main", "--config-name", "steer", "method=steer_exp", "--cfg", "job"])
+    runpy.run_module("verl.steer.main", run_name="__main__", alter_sys=True)
     assert "loss_mode: entropy_control" in capsys.readouterr().out

@@ -28,15 +28,15 @@ def test_active_in_spawned_subprocesses(command):
 
     The folder is this repository, whose verl/ and datasets/ must not hide the packages.
     """
-    child = f"{REGISTERED}; import datasets, verl.workers.utils.losses as l; datasets.load_dataset; print(l.__file__)"
+    child = f"{REGISTERED}; import datasets, verl.steer as s; datasets.load_dataset; print(s.__file__)"
     parent = (
         "import multiprocessing as m, sys\n"
         f"child = m.get_context('spawn').Process(target=exec, args=({child!r},))\n"
         "child.start(); child.join(); sys.exit(child.exitcode)\n"
     )
     result = command(sys.executable, "-c", parent)
-    losses = str(verl_steer.OVERLAY / "workers/utils/losses.py")
-    assert result.stdout.split() == ["verl.trainer.ppo.core_algos", losses] and result.returncode == 0, result.stderr
+    package = str(verl_steer.OVERLAY / "steer/__init__.py")
+    assert result.stdout.split() == ["verl.trainer.ppo.core_algos", package] and result.returncode == 0, result.stderr
 
 
 def test_every_overlay_module_is_served(root):
@@ -102,10 +102,10 @@ def test_missing_graft_stops_the_launchers_with_one_line(command, root):
     assert result.stderr.startswith("steer-verl: the fork is not grafted onto verl") and result.stderr.count("\n") == 1
 
 
-def test_broken_graft_stops_main_ppo_with_one_line(monkeypatch):
-    """verl swallows an exception of a plugin; main_ppo exits with it, before it reads the configuration."""
+def test_broken_graft_stops_the_entry_point_with_one_line(monkeypatch):
+    """verl swallows an exception of a plugin; the entry point exits with it, before it reads the configuration."""
     monkeypatch.setattr(verl_steer, "failure", ImportError("no such name"))
-    main = importlib.import_module("verl.trainer.main_ppo").main.__wrapped__
+    main = importlib.import_module("verl.steer.main").main.__wrapped__
     with pytest.raises(SystemExit) as stop:
         main(None)
     assert stop.value.code == "steer-verl: the graft failed: ImportError: no such name"

@@ -158,17 +158,17 @@ def launch(command, program, tmp_path):
 INTERPRETER = """
 import json, os, pathlib, sys
 arguments = sys.argv[1:]
-if arguments[:2] == ["-m", "verl.trainer.main_ppo"]:
+if arguments[:2] == ["-m", "verl.steer.main"]:
     options = dict(word.split("=", 1) for word in arguments if "=" in word)
     folder = pathlib.Path(options["trainer.default_local_dir"])
     if "--cfg" in arguments:
         print("experiment:", options["trainer.experiment_name"])
         sys.exit()
     with open(os.environ["CALLS"], "a") as calls:
-        calls.write(f"{arguments[3]} {options['data.seed']} {options['task']} {options['hardware']}\\n")
+        calls.write(f"{options['method']} {options['+seed']} {options['task']} {options['hardware']}\\n")
     resumed = (folder / "latest_checkpointed_iteration.txt").exists()
     steps, file = ([2], "metrics_from_1.jsonl") if resumed else ([0, 1, 2], "metrics.jsonl")
-    if os.environ.get("STOP") == arguments[3] and not resumed:
+    if os.environ.get("STOP") == options["method"] and not resumed:
         steps = [0, 1]
     with open(folder / file, "w") as out:
         for step in steps:
@@ -303,7 +303,7 @@ def test_a_response_without_an_answer_has_no_vote(program, tmp_path):
 EVALUATOR = """
 import json, os, pathlib, sys
 arguments = sys.argv[1:]
-if arguments[:2] == ["-m", "verl.trainer.main_ppo"]:
+if arguments[:2] == ["-m", "verl.steer.main"]:
     options = dict(word.split("=", 1) for word in arguments if "=" in word)
     (weights,) = pathlib.Path(os.environ["MODEL_PATH"]).glob("*.safetensors")
     for file in map(pathlib.Path, options["data.val_files"].strip("[]").split(",")):

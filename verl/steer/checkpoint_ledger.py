@@ -19,11 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import uuid4
 
-from verl.steer.requirements import UNFINISHED
+from verl.steer.report.metrics_files import accuracy_metrics
 
 logger = logging.getLogger(__name__)
 
 LEDGER = "checkpoint_ledger.json"
+#: File inside a checkpoint's folder while the checkpoint is being written.
+UNFINISHED = ".unfinished"
 #: Upstream's file with the step of the last checkpoint, from which `resume_mode=auto` resumes.
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -178,7 +180,7 @@ def metric_name(metrics: Mapping[str, float], key: str | None) -> str:
     Raises:
         UnknownMetric: if there is no such metric, or more than one for None.
     """
-    candidates = [name for name in metrics if name.startswith("val-core/") and "/acc/mean@" in name]
+    candidates = accuracy_metrics(metrics)
     if key is None and len(candidates) == 1:
         return candidates[0]
     if key is None or key not in metrics:

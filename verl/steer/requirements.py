@@ -15,6 +15,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, open_dict
 from verl.plugin.platform import get_platform
 from verl.steer.audit.scores import AuditOptions
+from verl.steer.checkpoint_ledger import UNFINISHED
 from verl.steer.config import ADVANTAGE_OPTIONS
 from verl.steer.methods.registry import (
     POLICY_LOSSES,
@@ -39,9 +40,6 @@ FSDP_STRATEGIES = ("fsdp", "fsdp2")
 
 #: verl's losses that read `actor.clip_ratio_c` but do not clip as PPO does, and the value that it must exceed.
 CLIP_RATIO_C_ABOVE = {"dynamic_clip": 1, "dppo_tv": 0, "dppo_kl": 0}
-
-#: File inside a checkpoint's folder while the checkpoint is being written.
-UNFINISHED = ".unfinished"
 
 #: Keys below `trainer` that only this fork's trainer reads, with the values that switch them off.
 TRAINER_KEYS = {
