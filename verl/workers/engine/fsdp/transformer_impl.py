@@ -13,7 +13,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 from verl.steer.audit.update import EntropyAudit
 from verl.steer.cpu import packed_attention  # noqa: F401 - registers packed_sdpa
-from verl.steer.engine import jagged_rows  # noqa: F401 - takes mini-batches and micro-batches apart
+from verl.steer.engine.jagged_rows import replace_row_functions
 from verl.steer.engine.normalizer import TokenWeightNormalizer
 from verl.steer.engine.vocab_reductions import vocab_reductions
 from verl.steer.gc_heap import freeze_gc_heap
@@ -24,6 +24,7 @@ from verl.workers.engine.base import EngineRegistry
 from verl_steer import upstream
 
 _upstream = upstream(globals())
+replace_row_functions()
 
 if get_device_name() == "cpu":
     # `_upstream` is this overlay's own copy of the module, which offloads a reference model to pinned memory. Only an
