@@ -61,7 +61,7 @@ def upstream():
 
 def operator():
     """The operator, by its place in this repository."""
-    sys.path.insert(0, str(REPOSITORY / "verl" / "utils" / "kernel"))
+    sys.path.insert(0, str(REPOSITORY / "verl" / "steer" / "engine"))
     return importlib.import_module("vocab_reductions").vocab_reductions
 
 

@@ -1,4 +1,4 @@
 #!/usr/bin/env bash
-# run_exp.sh with the clip all but taken away: ratios from 0.01 to 6. Further arguments are Hydra overrides.
+# run_exp.sh almost without clipping: ratios from 0.01 to 6. Further arguments are Hydra overrides.
 set -euo pipefail
 exec bash "$(dirname "${BASH_SOURCE[0]}")/launch.sh" steer_exp_extreme "$@"

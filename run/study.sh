@@ -8,7 +8,7 @@
 #   PARTS       fidelity     estimated against true changes of the entropy
 #               methods      GRPO, clip-higher, Clip-Cov, KL-Cov, an entropy bonus, STEER with either map
 #               lambda_min   the least token weight from 0.5 to 0.8
-#               extreme      the clip all but taken away, with and without STEER
+#               extreme      almost no clipping, with and without STEER
 #               quadrants    tokens of either sign of the advantage, likely or not, raised and lowered
 #               maps         exponential, linear, threshold
 #               normalizers  micro_batch, global, ema

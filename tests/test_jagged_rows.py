@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mini-batches and micro-batches of jagged columns against verl's own functions."""
 
-import importlib.util
+import sys
 
 import pytest
 import torch
@@ -9,21 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorData, NonTensorStack
-from verl.steer.engine import jagged_rows
+from verl.steer.engine.jagged_rows import (
+    chunk_tensordict,
+    index_select_tensor_dict,
+    replace_row_functions,
+    upstream_chunk,
+    upstream_index_select,
+)
 from verl.utils import tensordict_utils as tu
 
 
-@pytest.fixture(scope="module")
-def verls():
-    """verl's module once more, as nobody has changed it."""
-    spec = importlib.util.find_spec("verl.utils.tensordict_utils")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def batch_of(lengths):
-    """Every kind of column that a batch can have."""
+    """A batch with a column of every kind."""
     generator = torch.Generator().manual_seed(0)
 
     def jagged(*shape, dtype=torch.float32):
@@ -63,54 +60,69 @@ def assert_same(ours, theirs):
             assert torch.equal(got, column)
 
 
-def test_verl_calls_them():
-    assert tu.index_select_tensor_dict is jagged_rows.index_select_tensor_dict
-    assert tu.chunk_tensordict is jagged_rows.chunk_tensordict
+def test_verl_calls_them_once_replaced(monkeypatch):
+    # monkeypatch restores the present functions afterwards.
+    monkeypatch.setattr(tu, "index_select_tensor_dict", upstream_index_select)
+    monkeypatch.setattr(tu, "chunk_tensordict", upstream_chunk)
+    replace_row_functions()
+    assert tu.index_select_tensor_dict is index_select_tensor_dict
+    assert tu.chunk_tensordict is chunk_tensordict
     batches = list(tu.make_iterator(batch_of([3, 1, 4, 2]), mini_batch_size=2, epochs=1))
     assert [batch["input_ids"].offsets().tolist() for batch in batches] == [[0, 3, 4], [0, 4, 6]]
 
 
+def test_importing_the_module_replaces_nothing(command):
+    script = (
+        "from verl.utils import tensordict_utils as tu\n"
+        "before = tu.index_select_tensor_dict, tu.chunk_tensordict\n"
+        "import verl.steer.engine.jagged_rows\n"
+        "assert (tu.index_select_tensor_dict, tu.chunk_tensordict) == before"
+    )
+    result = command(sys.executable, "-c", script)
+    assert result.returncode == 0, result.stderr
+
+
 @given(lengths=st.lists(st.integers(1, 7), min_size=1, max_size=9), data=st.data())
-def test_the_same_rows(verls, lengths, data):
+def test_the_same_rows(lengths, data):
     rows = data.draw(st.lists(st.integers(-len(lengths), len(lengths) - 1), min_size=1, max_size=12))
     batch = batch_of(lengths)
-    expected = verls.index_select_tensor_dict(batch, rows)
-    assert_same(tu.index_select_tensor_dict(batch, rows), expected)
-    assert_same(tu.index_select_tensor_dict(batch, torch.tensor(rows)), expected)
+    expected = upstream_index_select(batch, rows)
+    assert_same(index_select_tensor_dict(batch, rows), expected)
+    assert_same(index_select_tensor_dict(batch, torch.tensor(rows)), expected)
 
 
 @given(size=st.integers(1, 4), chunks=st.integers(1, 4), data=st.data())
-def test_the_same_shares(verls, size, chunks, data):
+def test_the_same_chunks(size, chunks, data):
     count = size * chunks
     batch = batch_of(data.draw(st.lists(st.integers(1, 7), min_size=count, max_size=count)))
     # A jagged column of more dimensions breaks verl's own function, which has a way round that for some shapes only.
     del batch["hidden_states"]
-    for ours, theirs in zip(tu.chunk_tensordict(batch, chunks), verls.chunk_tensordict(batch, chunks), strict=True):
+    for ours, theirs in zip(chunk_tensordict(batch, chunks), upstream_chunk(batch, chunks), strict=True):
         assert_same(ours, theirs)
 
 
-def test_a_share_of_a_selection(verls):
+def test_chunks_of_a_selection():
     batch = batch_of([5, 2, 7, 1, 3, 4])
     del batch["hidden_states"]
     rows = [4, 0, 3, 1]
-    ours = tu.chunk_tensordict(tu.index_select_tensor_dict(batch, rows), 2)
-    theirs = verls.chunk_tensordict(verls.index_select_tensor_dict(batch, rows), 2)
+    ours = chunk_tensordict(index_select_tensor_dict(batch, rows), 2)
+    theirs = upstream_chunk(upstream_index_select(batch, rows), 2)
     for got, expected in zip(ours, theirs, strict=True):
         assert_same(got, expected)
 
 
-def test_columns_with_gaps_are_verls_to_select(verls):
+def test_columns_with_gaps_are_selected_by_upstream():
     lengths, offsets = torch.tensor([2, 1, 3]), torch.tensor([0, 4, 6, 10])
     column = torch.nested.nested_tensor_from_jagged(torch.arange(10.0), offsets, lengths)
     batch = TensorDict({"column": column}, batch_size=3)
-    assert_same(tu.index_select_tensor_dict(batch, [2, 0]), verls.index_select_tensor_dict(batch, [2, 0]))
+    assert_same(index_select_tensor_dict(batch, [2, 0]), upstream_index_select(batch, [2, 0]))
 
 
-def test_what_verl_refuses_is_refused():
+def test_errors_are_upstreams():
     batch = batch_of([1, 2, 3])
     with pytest.raises(AssertionError):
-        tu.chunk_tensordict(batch, 2)
+        chunk_tensordict(batch, 2)
     with pytest.raises(AssertionError):
-        tu.index_select_tensor_dict(batch, torch.tensor([[0, 1]]))
-    assert tu.index_select_tensor_dict(None, [0]) is None
-    assert isinstance(tu.index_select_tensor_dict(batch, [0]).get("temperature"), NonTensorData)
+        index_select_tensor_dict(batch, torch.tensor([[0, 1]]))
+    assert index_select_tensor_dict(None, [0]) is None
+    assert isinstance(index_select_tensor_dict(batch, [0]).get("temperature"), NonTensorData)

@@ -375,11 +375,10 @@ def test_extra_memory(dtype, monkeypatch):
 
 # Run where TRITON_INTERPRET is set before triton is imported: its own functions are bound to the interpreter then.
 INTERPRETED = '''
-import functools, math, sys
+import math, sys
 import torch
 sys.path.insert(0, sys.argv[1])
 import vocab_reductions, vocab_reductions_triton
-whole = vocab_reductions_triton.forward
 torch.manual_seed(0)
 
 def error_bound(logits, labels, of_log_prob, of_entropy, temperatures):
@@ -400,8 +399,9 @@ def error_bound(logits, labels, of_log_prob, of_entropy, temperatures):
 cases = 0
 for vocabulary in (1, 5, 1000, 9001):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for splits, temperature, squares in ((1, None, True), (3, torch.rand(2, 4) + 0.5, True), (1, 0.7, False)):
-            vocab_reductions_triton.forward = functools.partial(whole, splits=splits)
+        per_token = torch.rand(2, 4) + 0.5
+        for splits, temperature, squares in ((1, None, True), (3, per_token, True), (1, torch.tensor(0.7), False)):
+            vocab_reductions_triton._splits = lambda *_: splits
             logits = (torch.randn(2, 5, vocabulary) * 2).to(dtype)
             labels = torch.randint(vocabulary, (2, 4))
             labels[0] = logits[0, :-1].float().argmax(-1)
@@ -414,16 +414,16 @@ for vocabulary in (1, 5, 1000, 9001):
             for implementation, inplace in (("torch", False), ("triton", False), ("triton", True)):
                 leaf = logits.clone().requires_grad_()
                 inner = (leaf * 1.0)[:, :-1]
+                vocab_reductions._uses_triton = lambda _: implementation == "triton"
                 results = vocab_reductions.vocab_reductions(
-                    inner, labels, temperature, with_squares=squares, inplace_backward=inplace,
-                    implementation=implementation,
+                    inner, labels, temperature, with_squares=squares, inplace_backward=inplace
                 )
                 weights = torch.arange(8.0).view(2, 4)
                 loss = weights * results.log_prob + (0.3 * weights * results.entropy if squares else 0)
                 (grad,) = torch.autograd.grad(loss.sum(), inner)
                 assert (grad.data_ptr() == inner.data_ptr()) == inplace
                 outcomes.append([*(result for result in results if result is not None), grad])
-            temperatures = torch.as_tensor(1.0 if temperature is None else temperature).expand(2, 4)
+            temperatures = torch.ones(2, 4) if temperature is None else temperature.expand(2, 4)
             bound = error_bound(logits[:, :-1].double(), labels, weights, 0.3 * weights * squares, temperatures)
             for torch_s, *triton_s in zip(*outcomes):
                 assert torch_s[1, 1].isnan().all() and torch_s.isnan().sum() == torch_s[1, 1].numel()
@@ -452,44 +452,54 @@ def test_triton_kernels_match_pytorch_under_the_interpreter(tmp_path):
     assert int(run.stdout) == 12 * (5 + 5 + 3)
 
 
-@needs_triton
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
-@pytest.mark.parametrize("squares", [False, True])
-def test_triton_forward_compiles_for_hopper(dtype, squares):
-    # The interpreter runs what the compiler refuses, so compile: that needs no device.
+def compiled_for_hopper(kernel, constants, pointers, num_warps):
+    """A kernel's code for compute capability 9.0; the interpreter accepts code that the compiler refuses."""
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     if "nvidia" not in triton.backends.backends:
         pytest.skip("this triton has no CUDA backend")
+    types = {name: "i64" if name.endswith("stride_outer") else "i32" for name in kernel.arg_names} | pointers
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    # Triton finds this by itself where addresses and sizes are multiples of 16.
+    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in constants}
+    constexprs = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature=signature, constexprs=constexprs, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps}).asm
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("squares", [False, True])
+def test_triton_forward_compiles_for_hopper(dtype, squares):
     kernels = importlib.import_module("verl.steer.engine.vocab_reductions_triton")
     lanes = kernels.NUM_WARPS * 32 * (16 // (2 if dtype == "bf16" else 4))
-    constants = {
-        "HAS_TEMPERATURE": True,
-        "ENTROPY": True,
-        "SQUARES": squares,
-        "SPLITS": 1,
-        "DEPTH": kernels.TILE_DEPTH,
-        "LANES": lanes,
-    }
-    types = {"logits": f"*{dtype}", "labels": "*i64", "stride_outer": "i64"}
-    types |= dict.fromkeys(("inverse_temperature", "results", "partials"), "*fp32")
-    names = kernels._forward_kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    # What Triton finds out by itself where addresses and sizes are multiples of 16.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name not in constants}
-    source = ASTSource(
-        kernels._forward_kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs=aligned,
-    )
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": kernels.NUM_WARPS})
+    constants = {"ENTROPY": True, "SQUARES": squares, "DEPTH": kernels.TILE_DEPTH, "LANES": lanes}
+    pointers = {"logits": f"*{dtype}", "inverse_temperature": "*fp32", "partials": "*fp32"}
+    asm = compiled_for_hopper(kernels._forward_kernel, constants, pointers, kernels.NUM_WARPS)
     # Loads of 16 bytes a thread, and lanes that nothing moves between threads before the merge.
-    assert compiled.asm["ptx"].count("v4.b32") >= 2 * kernels.TILE_DEPTH
-    loop = compiled.asm["ttgir"].split("scf.for")[1].split("scf.yield")[0]
+    assert asm["ptx"].count("v4.b32") >= 2 * kernels.TILE_DEPTH
+    loop = asm["ttgir"].split("scf.for")[1].split("scf.yield")[0]
     assert "convert_layout" not in loop and "tt.reduce" not in loop
+
+
+@needs_triton
+@pytest.mark.parametrize("lanes", [1, 4])
+def test_triton_merge_compiles_for_hopper(lanes):
+    kernels = importlib.import_module("verl.steer.engine.vocab_reductions_triton")
+    pointers = {"partials": "*fp32", "label_logit": "*bf16", "inverse_temperature": "*fp32", "results": "*fp32"}
+    assert "tt.store" in compiled_for_hopper(kernels._combine_kernel, {"LANES": lanes}, pointers, 1)["ttir"]
+
+
+@needs_triton
+@pytest.mark.parametrize("slope", [False, True])
+def test_triton_backward_compiles_for_hopper(slope):
+    kernels = importlib.import_module("verl.steer.engine.vocab_reductions_triton")
+    pointers = dict.fromkeys(("shift", "inverse_temperature", "slope", "bias"), "*fp32")
+    pointers |= {"logits": "*bf16", "grad": "*bf16"}
+    constants = {"BLOCK": kernels.BACKWARD_BLOCK} | ({} if slope else {"slope": None})
+    assert "tt.store" in compiled_for_hopper(kernels._backward_kernel, constants, pointers, 8)["ttir"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

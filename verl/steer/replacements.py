@@ -8,15 +8,13 @@ from typing import Any
 
 from torch.distributed.fsdp import CPUOffloadPolicy
 from verl.steer.engine import jagged_rows
-from verl.utils import tensordict_utils
 from verl.utils.device import get_device_name
 from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 
 
 def replace_in_worker() -> None:
     """The replacements in a training worker's process."""
-    tensordict_utils.index_select_tensor_dict = jagged_rows.index_select_tensor_dict
-    tensordict_utils.chunk_tensordict = jagged_rows.chunk_tensordict
+    jagged_rows.replace_row_functions()
     if get_device_name() == "cpu":
         # verl offloads a reference model to pinned memory, which only an accelerator has.
         transformer_impl: Any = import_module("verl.workers.engine.fsdp.transformer_impl")

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What verl reads of the installed vLLM, without importing it: every FSDP worker imports this module."""
+"""Upstream's names, without importing vLLM before one is used: every FSDP worker imports this module."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -18,17 +19,12 @@ def get_version(package: str) -> str | None:
 
 
 vllm_version = get_version("vllm")
-#: How deep vLLM sleeps while the policy is updated: 2 lets the weights go too, which Ascend devices can't.
+#: vLLM's sleep level while the policy is updated: 2 also frees the weights, which Ascend devices can't.
 VLLM_SLEEP_LEVEL = 1 if is_npu_available or vllm_version is None else 2
 
 
 def __getattr__(name: str) -> Any:
-    if name == "LLM":
-        from vllm import LLM
-
-        return LLM
-    if name == "parallel_state":
-        from vllm.distributed import parallel_state
-
-        return parallel_state
-    raise AttributeError(name)
+    modules = {"LLM": "vllm", "parallel_state": "vllm.distributed"}
+    if name not in modules:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(modules[name]), name)

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over packed sequences where there is no flash-attention: `attn_implementation: packed_sdpa`.
+"""Attention over packed sequences without flash-attention: `attn_implementation: packed_sdpa`.
 
-With `use_remove_padding` verl hands a model all sequences of a micro-batch in one row, one after the other. The `sdpa`
-of transformers then attends from every token to every other through a mask; here each sequence attends to itself.
+With `use_remove_padding` verl packs all sequences of a micro-batch into one row. The `sdpa` of transformers then
+computes attention between all pairs of its tokens and masks most of them; here each sequence attends to itself alone.
+
+Importing this module registers the function with transformers' own registry, `AttentionInterface`.
 """
 
 from __future__ import annotations
@@ -30,23 +32,23 @@ def packed_sdpa(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention of each sequence to itself, by transformers' interface for attention functions.
+    """Causal attention of each sequence to itself, with the signature of transformers' attention functions.
 
     Args:
         module: the attention layer.
         query: (1, heads, packed tokens, head size).
         key, value: (1, key-value heads, packed tokens, head size).
-        attention_mask: None, as transformers leaves it for an implementation that it has no mask for.
+        attention_mask: None, which is what transformers passes to implementations without a mask function.
         position_ids: (1, packed tokens); a sequence begins at each 0.
-        scaling: of the logits; None: one over the root of the head size.
+        scaling: factor of the attention logits; None: 1/√(head size).
         dropout: of the attention's probabilities.
-        sliding_window: None, or what no sequence is longer than.
+        sliding_window: None, or a length that no sequence exceeds.
 
     Returns:
-        (1, packed tokens, heads, head size), and no attention weights.
+        (1, packed tokens, heads, head size), and None in place of attention weights.
 
     Raises:
-        ValueError: if the sequences are not packed into one row, or are longer than the sliding window.
+        ValueError: if the sequences are not packed into one row, or if one is longer than the sliding window.
     """
     if query.shape[0] != 1 or attention_mask is not None:
         mask = None if attention_mask is None else tuple(attention_mask.shape)
@@ -58,7 +60,7 @@ def packed_sdpa(
     lengths = torch.diff(starts, append=starts.new_tensor([query.shape[2]])).tolist()
     if sliding_window is not None and max(lengths) > sliding_window:
         raise ValueError(
-            f"sliding_window={sliding_window}: expected no sequence to be longer, got one of {max(lengths)} tokens"
+            f"sliding_window={sliding_window}: got a sequence of {max(lengths)} tokens; expected none to be longer"
         )
     outputs = [
         scaled_dot_product_attention(*parts, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True)

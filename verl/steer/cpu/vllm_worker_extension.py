@@ -12,8 +12,8 @@ from vllm.model_executor.model_loader.utils import process_weights_after_loading
 class CPUWorkerExtension(vLLMColocateWorkerExtension):
     """Loads received weights layer by layer.
 
-    After start-up vLLM's CPU build packs linear weights for its matrix kernels and drops the originals, so that a
-    model's `load_weights` finds nothing to write to; `reload_weights` restores each layer, loads and packs it again.
+    At start-up vLLM's CPU build packs linear weights for its matrix kernels and drops the originals, so a model's
+    `load_weights` has no tensors to write to; `reload_weights` restores each layer, loads it and packs it again.
     """
 
     def update_weights_from_ipc(
@@ -24,17 +24,16 @@ class CPUWorkerExtension(vLLMColocateWorkerExtension):
             # An adapter leaves the packed base weights alone.
             super().update_weights_from_ipc(peft_config, base_sync_done, use_shm)
             return
-        received: dict[str, torch.Tensor] = {}
+        cpu = torch.device("cpu")
+        weights: dict[str, torch.Tensor] = {}
 
         def keep(bucket: list[tuple[str, torch.Tensor]], is_last: bool) -> None:
             # The tensors are views of a shared buffer that the sender writes the next bucket to.
-            received.update((name, weight.clone()) for name, weight in bucket)
+            weights.update((name, weight.clone()) for name, weight in bucket)
 
-        receiver = BucketedWeightReceiver(
-            zmq_handle=self._get_zmq_handle(), device=torch.device("cpu"), use_shm=use_shm
-        )
+        receiver = BucketedWeightReceiver(zmq_handle=self._get_zmq_handle(), device=cpu, use_shm=use_shm)
         receiver.receive_weights(on_bucket_received=keep)
-        self.model_runner.reload_weights(weights_iterator=iter(received.items()))
-        # An output layer tied to the embedding gets no weights of its own, so its packed ones are still the old ones.
+        self.model_runner.reload_weights(weights_iterator=iter(weights.items()))
+        # An output layer tied to the embedding receives no weights of its own: pack it again from the new embedding.
         for model, model_config in self._iter_all_models_with_config():
-            process_weights_after_loading(model, model_config, torch.device("cpu"))
+            process_weights_after_loading(model, model_config, cpu)

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mini-batches and micro-batches of jagged columns, without taking whole columns apart.
+"""Mini-batches and micro-batches of jagged columns, by index instead of a tensor for each row.
 
-Upstream makes a tensor of every row of a batch for each mini-batch that it takes from it, which costs as much as the
-forward pass where the model is small and mini-batches are many. `verl.steer.replacements` puts these two functions in
-place of those of the same names in `verl.utils.tensordict_utils`.
+Upstream splits every column into one tensor per row for each mini-batch, which takes as long as the forward pass where
+the model is small and mini-batches are many.
 """
 
 from __future__ import annotations
@@ -13,9 +12,17 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.nested import nested_tensor_from_jagged
 from verl.utils import tensordict_utils
+from verl.utils.tensordict_utils import chunk_tensordict as upstream_chunk
+from verl.utils.tensordict_utils import index_select_tensor_dict as upstream_index_select
 
-_upstream_index_select = tensordict_utils.index_select_tensor_dict
-_upstream_chunk = tensordict_utils.chunk_tensordict
+
+def replace_row_functions() -> None:
+    """Put this module's two functions in place of those of the same names in `verl.utils.tensordict_utils`.
+
+    verl imports that module before it loads any plugin, so the overlay can't serve it.
+    """
+    tensordict_utils.index_select_tensor_dict = index_select_tensor_dict
+    tensordict_utils.chunk_tensordict = chunk_tensordict
 
 
 def index_select_tensor_dict(batch: TensorDict | None, indices: Tensor | list[int]) -> TensorDict | None:
@@ -23,52 +30,47 @@ def index_select_tensor_dict(batch: TensorDict | None, indices: Tensor | list[in
 
     Args:
         batch: tensors, nested tensors and non-tensor data, (batch,); None gives None.
-        indices: of the rows, (selected,); below 0 they count from the end.
+        indices: of the rows, (selected,); negative ones count from the end.
 
     Returns:
-        What upstream's function of this name returns, (selected,).
+        The same as upstream's function of this name, (selected,).
 
     Raises:
         AssertionError: if the indices are not one-dimensional.
     """
     if batch is None:
         return None
-    rows, jagged = torch.as_tensor(indices), _jagged_columns(batch)
-    selected = _upstream_index_select(_without(batch, jagged), rows)
+    rows = torch.as_tensor(indices)
+    jagged = _jagged_columns(batch)
+    selected = upstream_index_select(batch.exclude(*jagged), rows)
     for name, column in jagged.items():
         selected[name] = _select_rows(column, rows.to(column.device))
     return selected
 
 
 def chunk_tensordict(td: TensorDict, chunks: int) -> list[TensorDict]:
-    """Equal shares of a batch, neighbours together.
+    """Equal chunks of consecutive rows of a batch.
 
     Args:
         td: tensors, nested tensors and non-tensor data, (batch,).
-        chunks: number of shares, which divides the batch's size.
+        chunks: number of chunks; it divides the batch's size.
 
     Returns:
-        What upstream's function of this name returns; the columns are views, as upstream's plain tensors are.
+        The same as upstream's function of this name; the jagged columns are views, like upstream's plain tensors.
 
     Raises:
-        AssertionError: if the batch can't be shared equally.
+        AssertionError: if the number of chunks doesn't divide the batch's size.
     """
     jagged = _jagged_columns(td)
-    shares = _upstream_chunk(_without(td, jagged), chunks)
-    size = len(td) // chunks
+    parts = upstream_chunk(td.exclude(*jagged), chunks)
     for name, column in jagged.items():
-        offsets = column.offsets()
-        lengths = offsets.diff().tolist()
-        shares_lengths = [lengths[start : start + size] for start in range(0, len(td), size)]
-        tokens = column.values().split([sum(share) for share in shares_lengths])
-        for i, share in enumerate(shares):
-            start = i * size
-            share[name] = _jagged(tokens[i], offsets[start : start + size + 1] - offsets[start], shares_lengths[i])
-    return shares
+        for part, rows in zip(parts, column.chunk(chunks), strict=True):
+            part[name] = _jagged(rows.values(), rows.offsets())
+    return parts
 
 
 def _jagged_columns(batch: TensorDict) -> dict[str, Tensor]:
-    """Columns of a row of tokens for each of the batch's rows, one after the other without gaps."""
+    """The nested tensors (batch, tokens of each row) whose rows are adjacent in memory."""
     return {
         name: column
         for name, column in batch.items()
@@ -76,20 +78,15 @@ def _jagged_columns(batch: TensorDict) -> dict[str, Tensor]:
     }
 
 
-def _without(batch: TensorDict, columns: dict[str, Tensor]) -> TensorDict:
-    kept = {name: column for name, column in batch.items() if name not in columns}
-    return TensorDict(kept, batch_size=batch.batch_size, device=batch.device)
-
-
 def _select_rows(column: Tensor, rows: Tensor) -> Tensor:
     lengths, starts = column.offsets().diff()[rows], column.offsets()[:-1][rows]
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    counts = lengths.tolist()
-    places = torch.arange(sum(counts), device=rows.device)
-    places += torch.repeat_interleave(starts - offsets[:-1], lengths, output_size=len(places))
-    return _jagged(column.values().index_select(0, places), offsets, counts)
+    indices = torch.arange(int(offsets[-1]), device=rows.device)
+    indices += torch.repeat_interleave(starts - offsets[:-1], lengths, output_size=len(indices))
+    return _jagged(column.values().index_select(0, indices), offsets)
 
 
-def _jagged(values: Tensor, offsets: Tensor, lengths: list[int]) -> Tensor:
+def _jagged(values: Tensor, offsets: Tensor) -> Tensor:
+    lengths = offsets.diff().tolist()
     # Without the longest length torch pads to that of all rows together.
     return nested_tensor_from_jagged(values, offsets, min_seqlen=min(lengths), max_seqlen=max(lengths))
