@@ -81,7 +81,7 @@ if __name__ == "__main__":
             ray.get(runner.run.remote(how))
             print(how, "ended", len(dead_actors()) - seen)
         except (ray.exceptions.RayError, ActorsDied) as error:
-            print(how, type(error).__name__, reason_of(error, told_by=(KeyError,)))
+            print(how, type(error).__name__, reason_of(error, explained_by=(KeyError,)))
 """
 
 

@@ -52,7 +52,7 @@ def main(config: DictConfig) -> None:
         from verl.steer.checkpoint_ledger import UnknownMetric
         from verl.steer.rollout.wait import RolloutsFailed
 
-        reason = reason_of(error, told_by=(UnknownMetric, RolloutsFailed))
+        reason = reason_of(error, explained_by=(UnknownMetric, RolloutsFailed))
         if reason is None:
             raise
         # Ray passes on the workers' output until it has ended; end it first, so that the line below is the last one.

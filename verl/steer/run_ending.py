@@ -79,12 +79,12 @@ def _run(runner: Any, config: Any) -> ray.ObjectRef:
     return result
 
 
-def reason_of(error: Exception, told_by: tuple[type[Exception], ...]) -> str | None:
+def reason_of(error: Exception, explained_by: tuple[type[Exception], ...]) -> str | None:
     """One line with the reason why a run ended, or None if the traceback is more useful.
 
     Args:
         error: raised while waiting for the task runner.
-        told_by: classes of errors whose message is the reason.
+        explained_by: classes of errors whose message is the reason.
     """
     # A death comes first because most other errors follow from it. Ray may list it a moment after raising the error.
     for _ in range(10 if isinstance(error, ActorsDied | ray.exceptions.RayActorError) else 1):
@@ -92,7 +92,7 @@ def reason_of(error: Exception, told_by: tuple[type[Exception], ...]) -> str | N
             return "; ".join(dead)
         time.sleep(0.5)
     cause = getattr(error, "cause", None)
-    if isinstance(cause, told_by):
+    if isinstance(cause, explained_by):
         return str(cause)
     if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{cause}: make room and call the same command again, which goes on from the last whole checkpoint"
