@@ -382,11 +382,11 @@ import vocab_reductions, vocab_reductions_triton
 torch.manual_seed(0)
 
 def error_bound(logits, labels, of_log_prob, of_entropy, temperatures):
-    """How far two float32 gradients of of_log_prob * log_prob + of_entropy * entropy may lie apart, element by element.
+    """Largest permitted difference of two float32 gradients of of_log_prob * log_prob + of_entropy * entropy.
 
-    They are sums of pi * of_log_prob and pi * of_entropy * (ln pi + H), over the temperature, which may cancel each
-    other. Each term is right to eps times one plus the size of the exponent that pi is computed from, and so are both
-    implementations; the factor leaves room for the handful of operations and the exponential's own error.
+    An element is a sum of pi * of_log_prob and pi * of_entropy * (ln pi + H), over the temperature, which may cancel:
+    the bound is relative to their absolute values. Rounding an exponent d changes e^d by eps * |d|, and |d| and ln s
+    are at most |ln pi|, so each term is exact to a few eps * (1 + |ln pi|) whatever the order of the sums.
     """
     log_pi = torch.log_softmax(logits / temperatures.unsqueeze(-1), -1)
     pi = log_pi.exp().nan_to_num(0.0)  # a row of nothing but -inf has no distribution and no gradient

@@ -35,9 +35,7 @@ def packed_sdpa(
     """Causal attention of each sequence to itself, with the signature of transformers' attention functions.
 
     Args:
-        module: the attention layer.
-        query: (1, heads, packed tokens, head size).
-        key, value: (1, key-value heads, packed tokens, head size).
+        query, key, value: (1, heads, packed tokens, head size), key and value may have fewer heads.
         attention_mask: None, which is what transformers passes to implementations without a mask function.
         position_ids: (1, packed tokens); a sequence begins at each 0.
         scaling: factor of the attention logits; None: 1/√(head size).

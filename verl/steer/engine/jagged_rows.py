@@ -26,17 +26,9 @@ def replace_row_functions() -> None:
 
 
 def index_select_tensor_dict(batch: TensorDict | None, indices: Tensor | list[int]) -> TensorDict | None:
-    """Rows of a batch, in the order of their indices.
+    """Rows of a batch (batch,) in the order of their indices (selected,); negative ones count from the end.
 
-    Args:
-        batch: tensors, nested tensors and non-tensor data, (batch,); None gives None.
-        indices: of the rows, (selected,); negative ones count from the end.
-
-    Returns:
-        The same as upstream's function of this name, (selected,).
-
-    Raises:
-        AssertionError: if the indices are not one-dimensional.
+    Takes, returns and raises the same as upstream's function of this name: a batch of None gives None.
     """
     if batch is None:
         return None
@@ -49,17 +41,9 @@ def index_select_tensor_dict(batch: TensorDict | None, indices: Tensor | list[in
 
 
 def chunk_tensordict(td: TensorDict, chunks: int) -> list[TensorDict]:
-    """Equal chunks of consecutive rows of a batch.
+    """Equal chunks of consecutive rows of a batch (batch,).
 
-    Args:
-        td: tensors, nested tensors and non-tensor data, (batch,).
-        chunks: number of chunks; it divides the batch's size.
-
-    Returns:
-        The same as upstream's function of this name; the jagged columns are views, like upstream's plain tensors.
-
-    Raises:
-        AssertionError: if the number of chunks doesn't divide the batch's size.
+    Takes, returns and raises the same as upstream's function of this name; the jagged columns are views.
     """
     jagged = _jagged_columns(td)
     parts = upstream_chunk(td.exclude(*jagged), chunks)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton kernels of `vocab_reductions`: the logits are read once forward, and read and written once backward.
 
-Each lane sums its own column of logits relative to its own running maximum, so that threads exchange nothing in the
-loop over the vocabulary; the lanes are merged once, after it. With too few tokens to fill the device, several programs
-split the vocabulary of a token. A second small kernel merges their sums.
+Each lane sums its own column of logits relative to its own running maximum, so that threads exchange nothing before the
+lanes are merged, after the loop. With few tokens several programs split the vocabulary of each, to fill the device; a
+second small kernel merges their sums.
 """
 
 import math
