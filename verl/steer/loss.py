@@ -86,27 +86,29 @@ def ppo_loss(
         The loss, a scalar with gradient, and metrics. Those whose names end in `_min` and `_max` are reduced over
         micro-batches and ranks by minimum and maximum.
     """
-    inputs = loss_inputs(model_output, data)
+    with_token_metrics = tu.get_non_tensor_data(data, "token_metrics", False)
     if config.policy_loss.loss_mode not in POLICY_LOSSES:
-        loss, metrics = verl_ppo_loss(config, model_output, data, dp_group)
-        outputs = LossOutputs(loss, metrics)
+        outputs = LossOutputs(*verl_ppo_loss(config, model_output, data, dp_group))
+        if not with_token_metrics:
+            return outputs.loss, outputs.metrics
+        inputs = loss_inputs(model_output, data)
     else:
+        inputs = loss_inputs(model_output, data)
         outputs = _policy_loss(config, inputs, data)
         if outputs.token_weights is not None and tu.get_non_tensor_data(data, "return_model_output", False):
             model_output["token_weights"] = response_to_nested(outputs.token_weights, data["response_mask"])
-    if outputs.entropy_change is not None or tu.get_non_tensor_data(data, "token_metrics", False):
+    if outputs.entropy_change is not None or with_token_metrics:
         outputs.metrics |= Metric.from_dict(_token_metrics(config, inputs, outputs), AggregationType.MEAN)
     return outputs.loss, outputs.metrics
 
 
 def _policy_loss(config: ActorConfig, inputs: LossInputs, data: TensorDict) -> LossOutputs:
     """A policy loss of this fork with verl's entropy bonus and KL loss; all metrics become `Metric`."""
-    batch_info = {name: data[name] for name in ("dp_size", "batch_num_tokens", "global_batch_size")}
-    config.global_batch_info.update(batch_info, loss_scale_factor=config.loss_scale_factor)
+    sizes = {name: data[name] for name in ("batch_num_tokens", "global_batch_size")}
+    sizes["loss_scale_factor"] = config.loss_scale_factor
+    config.global_batch_info.update(sizes, dp_size=data["dp_size"])
     # With a global size each micro-batch contributes its part of the global mean, and the parts add up.
-    is_global = batch_info["dp_size"] > 1 or any(
-        size is not None for size in (data["batch_num_tokens"], data["global_batch_size"], config.loss_scale_factor)
-    )
+    is_global = data["dp_size"] > 1 or any(size is not None for size in sizes.values())
     aggregation = AggregationType.SUM if is_global else AggregationType.MEAN
 
     def aggregate(values: PerToken) -> Tensor:

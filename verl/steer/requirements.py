@@ -154,7 +154,7 @@ def _check_trainer(config: DictConfig, policy_loss: Any, needed: set[str]) -> No
     loss_mode = f"policy_loss.loss_mode={policy_loss.loss_mode}"
     adv_estimator = f"algorithm.adv_estimator={config.algorithm.adv_estimator}"
     has_coefficient, fields = "entropy_coeff" in needed, estimator_fields(config.algorithm)
-    if needed and is_distillation_enabled(config.get("distillation")):
+    if policy_loss.loss_mode in POLICY_LOSSES and is_distillation_enabled(config.get("distillation")):
         raise ValueError(f"distillation.enabled=true: expected false with {loss_mode}")
     for needs, key, expected in (
         ("change_range" in needed, normalizer, "micro_batch"),
