@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The programs around a run: watching it, comparing runs, summing up an evaluation."""
 
+import hashlib
 import json
 import os
 import re
@@ -380,7 +381,9 @@ def test_settings_tell_what_a_folder_of_results_is_of(evaluated, tmp_path):
     (tmp_path / "link").symlink_to(model)
     folder, *_ = evaluated("link/../model", "actor_rollout_ref.rollout.val_kwargs.temperature=0.5", cwd=tmp_path)
     with open(folder + "/settings.json") as file:
-        config = json.load(file)["config"]
+        settings = json.load(file)
+    assert settings["grading"] != hashlib.sha256(b"").hexdigest()[:10]  # the graders' files were found
+    config = settings["config"]
     assert config["actor_rollout_ref"]["rollout"]["val_kwargs"]["temperature"] == 0.5
     written = model / "model.safetensors"
     path = {"path": str(model), "files": {written.name: [7, written.stat().st_mtime_ns]}}
