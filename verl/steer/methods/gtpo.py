@@ -9,11 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from verl.steer.methods.registry import advantage_estimator
-from verl.steer.methods.sample_reinforcement import is_right
-from verl.steer.methods.unlikeliness import by_std
+from verl.steer.methods.registry import AdvantageInputs, advantage_estimator
 from verl.steer.options import from_config, option, resolve_options
-from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
 from verl.utils import as_torch_index
 
 #: Lower bound of the entropy in 1 / H, in nats.
@@ -34,24 +31,15 @@ class EntropyRewardOptions:
 
 
 @advantage_estimator("gtpo", "entropy")
-def compute_gtpo_advantage(
-    token_level_rewards: Tensor,
-    response_mask: Tensor,
-    index: np.ndarray,
-    config: Any,
-    entropy: Tensor,
-    rm_scores: Tensor | None = None,
-    **unused: Any,
-) -> tuple[Tensor, Tensor]:
+def compute_gtpo_advantage(inputs: AdvantageInputs) -> Tensor:
     """GTPO (arXiv 2508.04349): token rewards by `entropy_weighted_rewards`, standardised over the prompt's tokens.
 
     In this fork's reading of the paper, mean and standard deviation are over the tokens of right and wrong answers
     together.
     """
-    valid = response_mask.bool()
-    right = is_right(token_level_rewards, config, rm_scores)
-    rewards = entropy_weighted_rewards(entropy.float(), valid, right, index, config)
-    group = as_torch_index(index, device=rewards.device)
+    valid = inputs.response_mask.bool()
+    rewards = entropy_weighted_rewards(inputs.entropy.float(), valid, inputs.right, inputs.index, inputs.config)
+    group = as_torch_index(inputs.index, device=rewards.device)
     groups, count = int(group.max()) + 1, valid.sum(-1)
 
     def mean_of_group(values: Tensor) -> Tensor:
@@ -61,32 +49,21 @@ def compute_gtpo_advantage(
         return (sums / counts.clamp_min(1))[group].unsqueeze(-1)
 
     advantages = rewards - mean_of_group(rewards)
-    if by_std(config):
+    if inputs.norm_by_std:
         advantages = advantages / (mean_of_group(advantages.square()).sqrt() + STD_EPSILON)
-    advantages = advantages.masked_fill(~valid, 0)
-    return advantages, advantages
+    return advantages.masked_fill(~valid, 0)
 
 
 @advantage_estimator("grpo_s", "entropy")
-def compute_grpo_s_advantage(
-    token_level_rewards: Tensor,
-    response_mask: Tensor,
-    index: np.ndarray,
-    config: Any,
-    entropy: Tensor,
-    rm_scores: Tensor | None = None,
-    **unused: Any,
-) -> tuple[Tensor, Tensor]:
+def compute_grpo_s_advantage(inputs: AdvantageInputs) -> Tensor:
     """GRPO-S (arXiv 2508.04349): `entropy_weighted_rewards` of a response's mean entropy, standardised over the prompt.
 
     The advantage is the paper's; the ratio in the loss stays the token's (`policy_loss.loss_mode=gspo` has a
     sequence's).
     """
-    count = response_mask.sum(-1, keepdim=True)
-    entropys = (entropy.float() * response_mask).sum(-1, keepdim=True) / count.clamp_min(1)
-    right = is_right(token_level_rewards, config, rm_scores)
-    rewards = entropy_weighted_rewards(entropys, count > 0, right, index, config)
-    return compute_grpo_outcome_advantage(rewards, response_mask, index, norm_adv_by_std_in_grpo=by_std(config))
+    count = inputs.response_mask.sum(-1, keepdim=True)
+    entropys = (inputs.entropy.float() * inputs.response_mask).sum(-1, keepdim=True) / count.clamp_min(1)
+    return inputs.grpo(entropy_weighted_rewards(entropys, count > 0, inputs.right, inputs.index, inputs.config))
 
 
 def entropy_weighted_rewards(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from verl.trainer.ppo.core_algos import (
     ADV_ESTIMATOR_REGISTRY,
     ClipRatios,
@@ -20,6 +21,7 @@ from verl.trainer.ppo.core_algos import (
     LossOutputs,
     TokenMask,
     clip_ratios,
+    compute_grpo_outcome_advantage,
     ppo_clipped,
     register_adv_est,
     steer_policy_loss,
@@ -105,39 +107,81 @@ def clipped_by_loss(config: Any, inputs: LossInputs) -> tuple[TokenMask, TokenMa
     return None if clip is None else ppo_clipped(inputs, clip)
 
 
-def advantage_estimator(name: str, *batch_fields: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register an advantage estimator as a value of `algorithm.adv_estimator`.
+@dataclass
+class AdvantageInputs:
+    """The trainer's batch, as an advantage estimator of this fork reads it.
 
-    It takes verl's arguments: token_level_rewards and response_mask, (batch, response_length); index, (batch,), the
-    prompt of each response; config, `algorithm` of the configuration. It takes `batch_fields` and `rm_scores` besides,
-    each (batch, response_length), by name. It returns advantages and returns, both (batch, response_length) and 0 on
-    tokens that are not valid.
+    Args:
+        token_level_rewards: the scores, less a KL penalty with `algorithm.use_kl_in_reward`; (batch, response_length).
+        response_mask: 1 on valid tokens, (batch, response_length).
+        index: the prompt of each response, (batch,).
+        config: `algorithm` of the configuration, or None.
+        old_log_probs, entropy: of the old policy, in nats, (batch, response_length).
+        rm_scores: the reward function's scores, (batch, response_length); read if a penalty is taken.
     """
 
-    def register(estimator: Callable[..., Any]) -> Callable[..., Any]:
-        def checked(config: Any = None, **arguments: Any) -> Any:
-            penalised = {"use_kl_in_reward": config is not None and config.get("use_kl_in_reward")}
-            for field in estimator_fields({"adv_estimator": name, **penalised}):
-                if arguments.get(field) is None:
+    token_level_rewards: Tensor
+    response_mask: Tensor
+    index: Any = None
+    config: Any = None
+    old_log_probs: Any = None
+    entropy: Any = None
+    rm_scores: Any = None
+
+    @property
+    def right(self) -> Tensor:
+        """Whether each answer is right, boolean (batch,): its scores sum to more than 0, whatever the penalty."""
+        penalised = self.config is not None and self.config.get("use_kl_in_reward")
+        return (self.rm_scores if penalised else self.token_level_rewards).sum(-1) > 0
+
+    @property
+    def norm_by_std(self) -> bool:
+        """Whether advantages are divided by the group's standard deviation, the option of verl's GRPO."""
+        return True if self.config is None else self.config.get("norm_adv_by_std_in_grpo", True)
+
+    def grpo(self, rewards: Tensor) -> Tensor:
+        """The advantages of verl's GRPO for other rewards, (batch, any columns), as (batch, response_length)."""
+        return compute_grpo_outcome_advantage(
+            rewards, self.response_mask, self.index, norm_adv_by_std_in_grpo=self.norm_by_std
+        )[0]
+
+
+AdvantageEstimator = Callable[[AdvantageInputs], Tensor]
+
+
+def advantage_estimator(name: str, *batch_fields: str) -> Callable[[AdvantageEstimator], AdvantageEstimator]:
+    """Register an advantage estimator as a value of `algorithm.adv_estimator`.
+
+    It returns the advantages, (batch, response_length), 0 on tokens that are not valid.
+
+    Args:
+        name: the value.
+        batch_fields: the fields among `old_log_probs` and `entropy` that it reads.
+    """
+
+    def register(estimator: AdvantageEstimator) -> AdvantageEstimator:
+        def with_verls_signature(**arguments: Any) -> tuple[Tensor, Tensor]:
+            taken = AdvantageInputs.__dataclass_fields__.keys() & arguments.keys()
+            inputs = AdvantageInputs(**{field: arguments[field] for field in taken})
+            use_kl = (inputs.config or {}).get("use_kl_in_reward")
+            for field in estimator_fields({"adv_estimator": name, "use_kl_in_reward": use_kl}):
+                if getattr(inputs, field) is None:
                     raise ValueError(
                         f"algorithm.adv_estimator={name}: the batch has no {field}; expected "
                         "trainer.v1.trainer_mode=steer"
                     )
-            return estimator(config=config, **arguments)
+            advantages = estimator(inputs)
+            return advantages, advantages
 
-        ESTIMATOR_FIELDS[name], _ESTIMATORS[name] = batch_fields, checked
-        register_adv_est(name)(checked)
+        ESTIMATOR_FIELDS[name], _ESTIMATORS[name] = batch_fields, with_verls_signature
+        register_adv_est(name)(with_verls_signature)
         return estimator
 
     return register
 
 
 def estimator_fields(algorithm: Mapping[str, Any]) -> tuple[str, ...]:
-    """Fields of the trainer's batch that `algorithm.adv_estimator` takes beside verl's arguments.
-
-    With `algorithm.use_kl_in_reward` a penalty is taken from the rewards, so that only the scores say which answers are
-    right.
-    """
+    """Fields of the trainer's batch that `algorithm.adv_estimator` reads beside verl's arguments."""
     fields = ESTIMATOR_FIELDS.get(algorithm["adv_estimator"])
     return () if fields is None else (*fields, SCORES) if algorithm.get("use_kl_in_reward") else fields
 

@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from verl.steer.methods.registry import advantage_estimator
+from verl.steer.methods.registry import AdvantageInputs, advantage_estimator
 from verl.steer.options import from_config, option, resolve_options
 
 
@@ -22,57 +21,20 @@ class ReinforceOptions:
         resolve_options(self, "algorithm")
 
 
-def is_right(token_level_rewards: Tensor, config: Any, rm_scores: Tensor | None) -> Tensor:
-    """Whether each answer is right, boolean (batch,): the reward function's scores sum to more than 0.
-
-    Args:
-        token_level_rewards: the scores, less a KL penalty with `algorithm.use_kl_in_reward`; (batch, response_length).
-        config: `algorithm` of the configuration.
-        rm_scores: the scores, (batch, response_length); read if a penalty is taken.
-    """
-    penalised = config is not None and config.get("use_kl_in_reward")
-    scores = rm_scores if penalised and rm_scores is not None else token_level_rewards
-    return scores.sum(-1) > 0
-
-
-def _constant_over_tokens(advantages: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
-    advantages = advantages.unsqueeze(-1) * response_mask
-    return advantages, advantages
-
-
 @advantage_estimator("psr")
-def compute_psr_advantage(
-    token_level_rewards: Tensor,
-    response_mask: Tensor,
-    config: Any = None,
-    rm_scores: Tensor | None = None,
-    **unused: Any,
-) -> tuple[Tensor, Tensor]:
+def compute_psr_advantage(inputs: AdvantageInputs) -> Tensor:
     """Positive sample reinforcement (arXiv 2506.01347): 1 for right answers, 0 for wrong ones, without a baseline."""
-    return _constant_over_tokens(is_right(token_level_rewards, config, rm_scores).float(), response_mask)
+    return inputs.right.float().unsqueeze(-1) * inputs.response_mask
 
 
 @advantage_estimator("nsr")
-def compute_nsr_advantage(
-    token_level_rewards: Tensor,
-    response_mask: Tensor,
-    config: Any = None,
-    rm_scores: Tensor | None = None,
-    **unused: Any,
-) -> tuple[Tensor, Tensor]:
+def compute_nsr_advantage(inputs: AdvantageInputs) -> Tensor:
     """Negative sample reinforcement (arXiv 2506.01347): 0 for right answers, -1 for wrong ones, without a baseline."""
-    return _constant_over_tokens(is_right(token_level_rewards, config, rm_scores).float() - 1, response_mask)
+    return (inputs.right.float() - 1).unsqueeze(-1) * inputs.response_mask
 
 
 @advantage_estimator("w_reinforce")
-def compute_w_reinforce_advantage(
-    token_level_rewards: Tensor,
-    response_mask: Tensor,
-    config: Any = None,
-    rm_scores: Tensor | None = None,
-    **unused: Any,
-) -> tuple[Tensor, Tensor]:
+def compute_w_reinforce_advantage(inputs: AdvantageInputs) -> Tensor:
     """Weighted REINFORCE (arXiv 2506.01347): `positive_weight` for right answers, -1 for wrong ones."""
-    weight = from_config(ReinforceOptions, config).positive_weight
-    right = is_right(token_level_rewards, config, rm_scores)
-    return _constant_over_tokens(torch.where(right, weight, -1.0), response_mask)
+    weight = from_config(ReinforceOptions, inputs.config).positive_weight
+    return torch.where(inputs.right, weight, -1.0).unsqueeze(-1) * inputs.response_mask
