@@ -30,7 +30,6 @@ PLUGIN = "steer"
 
 #: Modules of verl that an overlay file stands in for.
 SHADOWED = {
-    "verl.third_party.vllm": "every FSDP worker imports it, and with verl's all of vLLM for a class that nobody uses",
     "verl.trainer.ppo.core_algos": "STEER at the place where a reader looks for policy losses",
 }
 
