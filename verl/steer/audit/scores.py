@@ -15,6 +15,7 @@ docs/entropy_audit.md describes the output.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import pandas as pd
 from torch import Tensor
+from verl.steer.audit.agreement import agreement
 from verl.steer.options import option, resolve_options
 from verl.trainer.ppo.core_algos import (
     ENTROPY_CHANGE_ESTIMATORS,
@@ -100,10 +102,7 @@ def covariance_estimate(log_prob: Tensor, advantages: Tensor, mean_log_prob: Ten
 
 
 def score_estimates(estimates: Mapping[str, Tensor], true_change: Tensor) -> dict[str, float]:
-    """How well each estimate predicts the true change of the entropy.
-
-    An estimate is per unit step, so a plain MSE would measure the learning rate. The MSE here, in nats squared, is that
-    of the estimate times its least-squares factor. No offset is fitted: an estimate of 0 predicts no change.
+    """`agreement` of each estimate with the true change of the entropy.
 
     Args:
         estimates: with their signs, by name, each (tokens,).
@@ -111,20 +110,14 @@ def score_estimates(estimates: Mapping[str, Tensor], true_change: Tensor) -> dic
 
     Returns:
         NAME/mse, NAME/pearson, NAME/spearman; the same of magnitudes, |estimate| against |change|, as
-        NAME/mse_magnitude and so on; `tokens`, and their mean change as `entropy_change`. A correlation is 0 where the
-        estimate or the change is the same for all tokens, and all is 0 without tokens.
+        NAME/mse_magnitude and so on; `tokens`, and their mean change as `entropy_change`. Undefined scores are 0.
     """
     frame = pd.DataFrame({"": true_change.double().numpy()} | {k: v.double().numpy() for k, v in estimates.items()})
     scores = {"tokens": float(len(frame)), "entropy_change": frame[""].mean() if len(frame) else 0.0}
     for suffix, values in (("", frame), ("_magnitude", frame.abs())):
-        pearson, spearman = values.corr()[""].fillna(0.0), values.rank().corr()[""].fillna(0.0)
         for name in estimates:
-            estimate, truth = values[name], values[""]
-            square = (estimate * estimate).sum()
-            factor = (estimate * truth).sum() / square if square else 0.0
-            scores[f"{name}/mse{suffix}"] = ((factor * estimate - truth) ** 2).mean() if len(frame) else 0.0
-            scores[f"{name}/pearson{suffix}"] = pearson[name]
-            scores[f"{name}/spearman{suffix}"] = spearman[name]
+            for kind, score in agreement(values[name], values[""]).items():
+                scores[f"{name}/{kind}{suffix}"] = 0.0 if math.isnan(score) else score
     return {name: float(value) for name, value in scores.items()}
 
 

@@ -20,6 +20,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from verl.steer.audit.agreement import agreement
 from verl.steer.report.run_metrics import ENTROPY, WEIGHT, Run, over_seeds
 from verl.trainer.ppo.core_algos import ENTROPY_CHANGE_FLOOR, map_to_token_weights
 
@@ -185,8 +186,7 @@ def estimator_scores(audit: pd.DataFrame) -> pd.DataFrame:
     """Scores of each estimator, (estimators,) by mse, pearson, spearman, sign: means over the updates.
 
     An estimate that is never negative is compared with the absolute change and has no sign; otherwise `sign` is the
-    fraction of nonzero changes with the right sign. The MSE, in nats squared, is the remainder after the best factor
-    for the update, since estimates are per unit step.
+    fraction of nonzero changes with the right sign. The other scores are those of `agreement`.
     """
     rows = {}
     for name in estimators(audit):
@@ -195,12 +195,9 @@ def estimator_scores(audit: pd.DataFrame) -> pd.DataFrame:
         for _, update in audit.groupby(["step", "mini_batch"]):
             pairs = update[[f"omega_{name}", "true_change"]].replace([np.inf, -np.inf], np.nan).dropna()
             estimates, truth = pairs[f"omega_{name}"], pairs["true_change"] if signed else pairs["true_change"].abs()
-            factor = (estimates * truth).sum() / max((estimates**2).sum(), np.finfo(float).tiny)
-            mse = ((factor * estimates - truth) ** 2).mean()
             right = (np.sign(estimates) == np.sign(truth))[(estimates != 0) & (truth != 0)]
-            correlations = estimates.corr(truth), estimates.rank().corr(truth.rank())
-            updates.append((mse, *correlations, right.mean() if signed else np.nan))
-        rows[name] = pd.DataFrame(updates, columns=["mse", "pearson", "spearman", "sign"]).mean()
+            updates.append(agreement(estimates, truth) | {"sign": right.mean() if signed else np.nan})
+        rows[name] = pd.DataFrame(updates).mean()
     return pd.DataFrame(rows).T
 
 
