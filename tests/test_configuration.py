@@ -143,6 +143,11 @@ def test_launchers_keep_the_released_hyper_parameters(launcher):
     assert loss_mode == ("vanilla" if launcher == "run_grpo" else "entropy_control")
 
 
+def test_workers_on_a_laptop_have_the_priority_of_its_other_programs():
+    """Ray's own niceness of 15 would leave them a tenth of a core where four programs keep two cores busy."""
+    assert resolved("grpo", "hardware=cpu").ray_kwargs.ray_init._system_config.worker_niceness == 0
+
+
 def test_evaluation_keeps_the_released_sampling():
     config = resolved("eval", "data.val_files=[a.parquet]")
     assert config.trainer.val_only and config.actor_rollout_ref.rollout.gpu_memory_utilization == 0.8
