@@ -71,7 +71,7 @@ class Runner:
         print("storage", pid)
 
 if __name__ == "__main__":
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, _system_config={"worker_niceness": 0})
     import verl.steer.run_ending as run_ending
     run_ending.LOOK_EVERY = run_ending.GRACE = 1.0
     for how in sys.argv[1:]:
@@ -93,7 +93,7 @@ def test_last_line(tmp_path):
 
     def said(*ways):
         result = subprocess.run(
-            [sys.executable, program, *ways], capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
+            [sys.executable, program, *ways], capture_output=True, text=True, timeout=1200, stdin=subprocess.DEVNULL
         )
         assert result.returncode == 0, result.stderr
         return dict(line.split(" ", 1) for line in result.stdout.splitlines() if line.split()[0] in ways)
