@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # Trains several methods from the same start over several seeds, one run after another, and ends with a table: means
-# and 95 % intervals over the seeds. What is trained already is not trained again; a run that was stopped goes on from
-# its last checkpoint, or begins again where it has none. Further arguments are Hydra overrides for all runs:
+# and 95 % intervals over the seeds. Finished runs are not repeated; a stopped run resumes from its last checkpoint, or
+# starts again if it has none. Further arguments are Hydra overrides for all runs:
 #   bash run/compare.sh trainer.total_training_steps=60
 #   METHODS="grpo_symmetric steer_exact" SEEDS="1 2" TASK=dapo_math HARDWARE=gpu8 bash run/compare.sh
 #   METHODS     configurations to train (GRPO, clip-higher, Clip-Cov, KL-Cov and STEER with either map);
-#               docs/interventions.md has them all
+#               docs/interventions.md lists all
 #   SEEDS       seeds of the data order and the rollouts ("42 43 44")
 #   TASK        task of verl/trainer/config/task (arithmetic)
 #   HARDWARE    preset of verl/trainer/config/hardware (cpu)
 #   OUTPUT_DIR  where results go (outputs/compare in the repository): seed42/grpo_symmetric and so on, each with
 #               config.yaml, the resolved configuration, train.log and metrics.jsonl
 #   TASK_DIR    for TASK=arithmetic: what scripts/make_laptop_task.py made (made in outputs/laptop_task)
-#   PYTHON      interpreter (the environment that setup.sh makes)
+#   PYTHON      interpreter (that of the environment made by setup.sh)
 # MODEL_PATH and DATA_DIR as in launch.sh.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

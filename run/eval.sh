@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Samples responses to the benchmarks, grades them and tells the results. What is done already is not done again.
+# Samples responses to the benchmarks, grades them and prints the results. Finished benchmarks are not repeated.
 #   MODEL_PATH=outputs/steer_exp/global_step_120 bash run/eval.sh --only aime24,math500 hardware=gpu8
-#   MODEL_PATH  a Hugging Face folder, a hub id, or a checkpoint of ours (global_step_N), merged where it needs to be
+#   MODEL_PATH  a Hugging Face folder, a hub id, or a checkpoint of a run (global_step_N), merged if necessary
 #   DATA_DIR    folder of the parquet files (data in the repository); missing ones are made
 #   OUTPUT_DIR  folder of the results (outputs in the repository); they go to eval/ below it, to a folder for this model
 #               under these options
@@ -25,8 +25,8 @@ if [ "${1:-}" = --only ]; then
 fi
 model=${MODEL_PATH:?eval.sh: MODEL_PATH: expected a Hugging Face folder, a hub id or a checkpoint (global_step_N)}
 
-# a checkpoint of ours: the Hugging Face export that the run saved, else one merged from its shards; again where the
-# shards have changed since, or a kill stopped the merge
+# Of a checkpoint take the Hugging Face export, or merge its shards. Merge again if the shards have changed since, or a
+# kill interrupted the merge.
 if [ -d "$model/actor" ]; then
   if ls "$model"/actor/huggingface/*.safetensors >/dev/null 2>&1; then
     model=$model/actor/huggingface
@@ -51,7 +51,7 @@ for benchmark in "${names[@]}"; do
   files+=("$file")
 done
 
-# the folder of this model under these options, then for each benchmark a link in it, named by what the file holds too
+# The folder of this model under these options, and in it a link for each benchmark, named by the file's digest too.
 places=$("$PYTHON" "$root/scripts/eval_folder.py" "$OUTPUT_DIR/eval" "${files[@]}" -- "$@")
 { read -r results && mapfile -t files; } <<<"$places"
 echo "results: $results"

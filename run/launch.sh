@@ -11,7 +11,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 name=${1:?launch.sh: expected the name of a method or configuration, such as steer_exp}
 shift
-# Threads that wait by spinning keep each other from working where processes share the cores.
+# Threads that wait by spinning would take the cores from other processes.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 export DATA_DIR=${DATA_DIR:-$root/data} OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs}
 if [ -z "${PYTHON:-}" ]; then

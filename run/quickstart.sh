@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a picture, without a GPU: makes the environment, a tiny model and its arithmetic task, trains GRPO and
-# STEER from the same start and seed, and compares them. What is there already is used again. Further arguments are
-# Hydra overrides for both runs:
+# STEER from the same start and seed, and compares them. Existing results are reused. Further arguments are Hydra
+# overrides for both runs:
 #   bash run/quickstart.sh trainer.total_training_steps=60 actor_rollout_ref.actor.policy_loss.token_weight_min=0.6
 #   METHODS     configurations to train ("grpo steer_exp")
 #   SEED        seed of the data order and the rollouts (42, verl's default)
@@ -13,7 +13,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bash "$root/run/setup.sh"
 python=${STEER_VENV:-$root/.venv}/bin/python
 export OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs/quickstart} PYTHON=$python
-export OMP_WAIT_POLICY=PASSIVE # launch.sh tells why
+export OMP_WAIT_POLICY=PASSIVE # as launch.sh explains
 if [ -z "${TASK_DIR:-}" ]; then
   export TASK_DIR=$root/outputs/laptop_task
   "$python" "$root/scripts/make_laptop_task.py" --out "$TASK_DIR"

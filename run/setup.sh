@@ -20,15 +20,15 @@ for python in "${PYTHON:-python3}" python3.11 python3.12 python3.10; do
 done
 [ -n "$python" ] || { echo "setup.sh: Python 3.10 to 3.12 not found: set PYTHON to one" >&2; exit 1; }
 
-# A terminal sees pip's and uv's own progress, a log file a line a stage.
+# Show the progress of pip and uv on a terminal; a log file gets one line per stage.
 quiet=--quiet
 [ ! -t 2 ] || quiet=
 say() { echo "setup.sh: $*" >&2; }
 say "making $venv ($kind) with $("$python" --version), once; without a GPU it fetches 1.3 GB, which take 5 GB of disk"
 "$python" -m venv "$venv"
 "$venv/bin/python" -m pip install $quiet --disable-pip-version-check uv
-# A run imports the same packages in half a dozen processes: they are compiled once, here, also where the environment
-# has PYTHONDONTWRITEBYTECODE.
+# A run imports the same packages in half a dozen processes: compile them once, here, even if the environment sets
+# PYTHONDONTWRITEBYTECODE.
 install() { "$venv/bin/uv" pip install $quiet --compile-bytecode --python "$venv/bin/python" "$@"; }
 
 if [ "$kind" = cpu ]; then

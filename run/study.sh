@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The questions of the paper (arXiv 2510.10150) at the size of a laptop: trains what a part compares, over three seeds,
-# one run after another, and ends with the part's table, picture and page. docs/study.md has what came out. What is
-# trained already is not trained again, and parts share their runs; further arguments are Hydra overrides for all runs:
+# one run after another, and ends with the part's table, picture and page. docs/study.md reports the results. Finished
+# runs are not repeated, and parts share their runs; further arguments are Hydra overrides for all runs:
 #   bash run/study.sh
 #   PARTS="quadrants maps" SEEDS="1 2 3" bash run/study.sh trainer.total_training_steps=60
 #   bash run/study.sh --list      # print each run's name, configuration and overrides, and train nothing
@@ -18,7 +18,7 @@
 #   OUTPUT_DIR  where results go (outputs/study in the repository): runs as seed42/steer_exp, a part's results as
 #               methods.md, methods.png and methods/report.html
 #   TASK_DIR    what scripts/make_laptop_task.py made (made in OUTPUT_DIR/task with 1,024 test problems)
-#   PYTHON      interpreter (the environment that setup.sh makes)
+#   PYTHON      interpreter (that of the environment made by setup.sh)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 

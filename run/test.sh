@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the environment and passes the tests: lint, types, unit tests and a few real runs. One process makes the real
 # runs, a second passes the other tests meanwhile. Further arguments go to pytest, such as `-m "not e2e"` or
-# `-k weights`; with `-n 0` a single process runs the tests and `-s` shows what they print.
+# `-k weights`; with `-n 0` a single process runs the tests, and `-s` shows their output.
 #   STEER_REAL_DATA  folder with the released parquet files, for the tests that measure against them
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

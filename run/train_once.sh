@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains a run unless it is trained already. One that was stopped goes on from its last checkpoint, or begins again where
-# it has none; one that has other settings is refused. Further arguments are Hydra overrides.
+# Trains a run unless it is finished. A stopped run resumes from its last checkpoint, or starts again if it has none; a
+# run with other settings is refused. Further arguments are Hydra overrides.
 #   bash run/train_once.sh FOLDER CONFIG [overrides]
 # FOLDER gets settings (the overrides), config.yaml (the resolved configuration), train.log and metrics.jsonl. Variables
 # as in launch.sh.
@@ -22,7 +22,7 @@ if [ -f "$run/finished" ]; then
 fi
 mkdir -p "$run"
 echo "$config ${overrides[*]}" >"$run/settings"
-# Without a checkpoint a run begins again, and so do its metrics.
+# A run without a checkpoint starts again, and so do its metrics.
 [ -f "$run/latest_checkpointed_iteration.txt" ] || rm -rf "$run"/metrics*.jsonl "$run/audit"
 bash "$root/run/launch.sh" "$config" "${overrides[@]}" --cfg job --resolve >"$run/config.yaml"
 "${PYTHON:-${STEER_VENV:-$root/.venv}/bin/python}" "$root/scripts/watch.py" \
