@@ -39,7 +39,9 @@ for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", 
     os.environ.setdefault(name, value)
 
 from verl.steer import main as entry_point  # noqa: E402, F401 - puts verl's configurations on Hydra's path
+from verl.steer.engine import fsdp  # noqa: E402, F401 - registers the engine
 from verl.steer.loss import ppo_loss  # noqa: E402
+from verl.steer.replacements import replace_in_worker  # noqa: E402
 from verl.steer.requirements import check_and_complete  # noqa: E402
 from verl.utils import tensordict_utils as tu  # noqa: E402
 from verl.utils.config import omega_conf_to_dataclass  # noqa: E402
@@ -186,6 +188,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", default=str(REPOSITORY / "outputs/laptop_task/model"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    replace_in_worker()
     torch.distributed.init_process_group("gloo" if DEVICE == "cpu" else "cpu:gloo,cuda:nccl")
     with tempfile.TemporaryDirectory() as model:
         random_model(arguments, model)

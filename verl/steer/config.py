@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from verl.steer.entropy_control import EntropyControlOptions, check_control
 from verl.steer.methods.adaptive_entropy import AdaptiveEntropyOptions
 from verl.steer.methods.dynamic_clip import DynamicClipOptions
 from verl.steer.methods.entropy_shaped_advantage import EntropyShapedAdvantageOptions
@@ -35,33 +36,40 @@ class SteerOptions:
     """STEER's keys below `policy_loss`, for `loss_mode=entropy_control`.
 
     Args:
-        token_weight_min: weight of the token with the largest estimated entropy change.
-        token_weight_max: largest weight: by default 1.2 in the linear map and 1.0, which is its maximum, in the others.
+        token_weight_min: weight of the token with the largest estimated entropy change; by default 0.8, and 0 in the
+            maps `target` and `band`.
+        token_weight_max: largest weight: by default 1.2 in the linear map, 2 in `target` and `band`, and 1.0, which is
+            its maximum, in the others.
         linear: the linear map from estimate to weight, else the exponential one.
-        token_weight_map: one of core_algos.TOKEN_WEIGHT_MAPS; by default as `linear` says.
-        token_weight_quantile: the threshold map reduces the weight of tokens whose estimate exceeds this quantile.
+        token_weight_map: one of core_algos.TOKEN_WEIGHT_MAPS or CONTROL_MAPS; by default as `linear` says.
+        token_weight_quantile: the threshold map reduces the weight of tokens whose estimate exceeds this quantile, by
+            default 0.8; the normalizer `winsorised` ends its range there, by default at 0.95.
         token_weight_normalizer: one of core_algos.TOKEN_WEIGHT_NORMALIZERS: estimates are measured by the range of the
-            micro-batch, of the whole mini-batch, or by a running range over mini-batches.
+            micro-batch, by their rank in it, by its range up to a quantile, by the range of the whole mini-batch, or by
+            a running range over mini-batches.
         token_weight_ema_decay: weight of the past in the running range.
-        entropy_change_estimator: one of core_algos.ENTROPY_CHANGE_ESTIMATORS.
+        entropy_change_estimator: one of core_algos.ENTROPY_CHANGE_ESTIMATORS, or `influence`.
         base_loss: the loss that STEER weights, one of core_algos.BASE_LOSSES; the estimators in
             core_algos.PPO_CLIPPED_ESTIMATORS work with `vanilla` only.
     """
 
-    token_weight_min: float = option(0.8, above=0.0)
+    token_weight_min: float | None = option(at_least=0.0)
     token_weight_max: float | None = option(above=0.0)
     linear: bool = option(True, choices=(True, False))
-    token_weight_map: str | None = option(choices=core_algos.TOKEN_WEIGHT_MAPS)
-    token_weight_quantile: float = option(0.8, at_least=0.0, at_most=1.0)
+    token_weight_map: str | None = option(choices=(*core_algos.TOKEN_WEIGHT_MAPS, *core_algos.CONTROL_MAPS))
+    token_weight_quantile: float | None = option(at_least=0.0, at_most=1.0)
     token_weight_normalizer: str = option("micro_batch", choices=core_algos.TOKEN_WEIGHT_NORMALIZERS)
     token_weight_ema_decay: float = option(0.9, at_least=0.0, at_most=1.0)
-    entropy_change_estimator: str = option("released", choices=core_algos.ENTROPY_CHANGE_ESTIMATORS)
+    entropy_change_estimator: str = option(
+        "released", choices=(*core_algos.ENTROPY_CHANGE_ESTIMATORS, core_algos.INFLUENCE)
+    )
     base_loss: str = option("vanilla", choices=core_algos.BASE_LOSSES)
 
 
 @dataclass
 class PolicyLossConfig(
     SteerOptions,
+    EntropyControlOptions,
     AdaptiveEntropyOptions,
     DynamicClipOptions,
     EntropyShapedAdvantageOptions,
@@ -86,18 +94,39 @@ class PolicyLossConfig(
             )
         self._resolve_map()
         self._check_estimator()
+        check_control(self)
 
     def _resolve_map(self) -> None:
         mapping = self.token_weight_map or ("linear" if self.linear else "exponential")
+        controlled = mapping in core_algos.CONTROL_MAPS
+        defaults = {
+            "token_weight_map": mapping,
+            "token_weight_min": 0.0 if controlled else 0.8,
+            "token_weight_max": 2.0 if controlled else 1.2 if mapping == "linear" else 1.0,
+            "token_weight_quantile": 0.95 if self.token_weight_normalizer == "winsorised" else 0.8,
+        }
+        for name, default in defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default)
         low, high = self.token_weight_min, self.token_weight_max
-        if high is None:
-            high = 1.2 if mapping == "linear" else 1.0
-        object.__setattr__(self, "token_weight_map", mapping)
-        object.__setattr__(self, "token_weight_max", high)
         if low > high:
             raise ValueError(f"policy_loss.token_weight_min={low}: expected at most token_weight_max={high}")
+        if controlled:
+            if low > 1 or high < 1:
+                key, value = ("token_weight_min", low) if low > 1 else ("token_weight_max", high)
+                raise ValueError(f"policy_loss.{key}={value}: expected bounds on both sides of 1 in the map {mapping}")
+            return
+        if low == 0:
+            raise ValueError(
+                f"policy_loss.token_weight_min={low}: expected a finite number above 0 in the {mapping} map"
+            )
         if mapping != "linear" and high > 1:
             raise ValueError(f"policy_loss.token_weight_max={high}: expected at most 1 in the {mapping} map")
+        if mapping == "threshold" and self.token_weight_normalizer == "winsorised":
+            raise ValueError(
+                "policy_loss.token_weight_normalizer='winsorised': expected another in the threshold map, which "
+                "reads no more than the order of the estimates"
+            )
 
     def _check_estimator(self) -> None:
         estimator, normalizer = self.entropy_change_estimator, self.token_weight_normalizer
@@ -106,10 +135,17 @@ class PolicyLossConfig(
                 f"policy_loss.base_loss={self.base_loss!r}: expected vanilla with entropy_change_estimator="
                 f"{estimator}, which is 0 where PPO's clip removes the gradient"
             )
-        if estimator == "exact" and normalizer != "micro_batch":
+        if estimator == "exact" and normalizer in core_algos.RANGE_NORMALIZERS:
             raise ValueError(
-                f"policy_loss.token_weight_normalizer={normalizer!r}: expected micro_batch with "
-                "entropy_change_estimator=exact: the batch has no sums over the vocabulary for the old policy"
+                f"policy_loss.token_weight_normalizer={normalizer!r}: expected one of "
+                f"{', '.join(core_algos.MICRO_BATCH_NORMALIZERS)} with entropy_change_estimator=exact: the batch has "
+                "no sums over the vocabulary for the old policy"
+            )
+        if core_algos.weighs_mini_batches(self) and normalizer != "micro_batch":
+            raise ValueError(
+                f"policy_loss.token_weight_normalizer={normalizer!r}: expected micro_batch (the default) with "
+                f"entropy_change_estimator={estimator} and token_weight_map={self.token_weight_map}, whose weights are "
+                "those of the whole mini-batch"
             )
 
 

@@ -39,6 +39,7 @@ COLUMNS = {
     "response_mask": "response_mask",
     "entropy": "entropys",
     "rollout_is_weights": "rollout_is_weights",
+    "token_weights": "token_weights",
 }
 
 

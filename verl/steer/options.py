@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 Options = TypeVar("Options")
@@ -31,6 +31,7 @@ class Option:
         above, at_least, at_most: bounds of a number.
         integer: whether only integers are allowed.
         choices: allowed values of a field that is not a number.
+        schedule: whether a mapping from training steps to numbers is allowed too, such as {1: 0.3, 21: 0.2}.
     """
 
     default: Any = None
@@ -39,6 +40,7 @@ class Option:
     at_most: float = LARGEST
     integer: bool = False
     choices: tuple[Any, ...] = ()
+    schedule: bool = False
 
     def check(self, key: str, value: Any) -> None:
         """Check the value of a key.
@@ -53,6 +55,12 @@ class Option:
                 expected = ", ".join(str(choice).lower() for choice in self.choices)
                 raise ValueError(f"{key}={value!r}: expected one of {expected}")
             return
+        if self.schedule and isinstance(value, Mapping):
+            if any(not isinstance(step, int) or step < 1 for step in value) or 1 not in value:
+                raise ValueError(f"{key}={dict(value)}: expected training steps from 1 as keys, the first of them 1")
+            for step, number in value.items():
+                replace(self, schedule=False).check(f"{key}.{step}", number)
+            return
         number = isinstance(value, int if self.integer else int | float) and not isinstance(value, bool)
         if not number or not self.at_least <= value <= self.at_most or self.above is not None and value <= self.above:
             raise ValueError(f"{key}={value!r}: expected {self._range()}")
@@ -62,6 +70,11 @@ class Option:
         low = f" of at least {self.at_least:g}" if self.at_least > -LARGEST else ""
         low = low if self.above is None else f" above {self.above:g}"
         return kind + low + (f" and at most {self.at_most:g}" if self.at_most < LARGEST else "")
+
+
+def at_step(value: Any, step: int) -> float:
+    """The number of an option with a schedule at a training step, counted from 1."""
+    return float(value[max(first for first in value if first <= step)] if isinstance(value, Mapping) else value)
 
 
 def option(default: Any = None, **bounds: Any) -> Any:

@@ -28,7 +28,7 @@ from verl.steer.methods.registry import (
 from verl.steer.options import from_config
 from verl.steer.rollout.checks import BATCHED_MANAGER, check_rollouts, is_batched
 from verl.trainer.distillation import is_distillation_enabled
-from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.trainer.ppo.core_algos import INFLUENCE, get_policy_loss_fn, weighs_mini_batches
 from verl.trainer.ppo.utils import need_critic
 from verl.utils.config import omega_conf_to_dataclass
 
@@ -76,6 +76,7 @@ def check_and_complete(config: DictConfig) -> None:
     _check_clip(config, policy_loss)
     needed = _inputs_needed(config, policy_loss)
     _check_engine(config, policy_loss, needed)
+    _check_entropy_control(config, policy_loss)
     _check_trainer(config, policy_loss, needed)
     _switch_on(config, needed)
     _check_entropy_audit(config)
@@ -139,6 +140,7 @@ def _check_engine(config: DictConfig, policy_loss: Any, needed: set[str]) -> Non
         ),
         ("sum_pi_squared", FSDP_STRATEGIES, "entropy_change_estimator=exact needs sums over the vocabulary"),
         ("change_range", FSDP_STRATEGIES, f"token_weight_normalizer={policy_loss.token_weight_normalizer}"),
+        ("token_weights", FSDP_STRATEGIES, f"token_weight_map={policy_loss.token_weight_map}"),
     ):
         if field in needed and strategy not in strategies:
             raise ValueError(f"actor.strategy={strategy}: expected one of {', '.join(strategies)}: {reason}")
@@ -146,6 +148,58 @@ def _check_engine(config: DictConfig, policy_loss: Any, needed: set[str]) -> Non
         raise ValueError(
             "model.use_fused_kernels=true: expected false with entropy_change_estimator=exact, which reads logits"
         )
+
+
+def _check_entropy_control(config: DictConfig, policy_loss: Any) -> None:
+    """Check that the engine can predict an update if a loss reads the influence of its tokens.
+
+    Raises:
+        ValueError: if the update has parts that the prediction lacks.
+    """
+    actor = config.actor_rollout_ref.actor
+    if policy_loss.loss_mode != "entropy_control" or not weighs_mini_batches(policy_loss):
+        return
+    needs: list[tuple[str, Any, tuple[Any, ...]]] = [("model.use_fused_kernels", _fused(config), (False,))]
+    if policy_loss.entropy_change_estimator == INFLUENCE:
+        override = actor.optim.get("override_optimizer_config") or {}
+        needs += [
+            ("actor.strategy", actor.strategy, ("fsdp2",)),
+            ("actor.optim.optimizer", actor.optim.optimizer, ("AdamW", "Adam")),
+            ("actor.optim.optimizer_impl", actor.optim.optimizer_impl, ("torch.optim",)),
+            ("actor.optim.override_optimizer_config.amsgrad", override.get("amsgrad", False), (False,)),
+            ("actor.entropy_coeff", actor.entropy_coeff, (0,)),
+            ("actor.use_kl_loss", actor.use_kl_loss, (False,)),
+        ]
+        if actor.loss_agg_mode == "seq-mean-token-sum-norm" and actor.loss_scale_factor is None:
+            raise ValueError(
+                "actor.loss_scale_factor=None: expected a number with loss_agg_mode=seq-mean-token-sum-norm and "
+                "entropy_change_estimator=influence"
+            )
+    elif policy_loss.entropy_change_estimator == "exact":
+        one_pass = actor.fsdp_config.get("one_pass_reductions")
+        needs.append(("actor.fsdp_config.one_pass_reductions", one_pass, (True,)))
+    reason = f"entropy_change_estimator={policy_loss.entropy_change_estimator}, token_weight_map="
+    _refuse_others(needs, reason + policy_loss.token_weight_map)
+
+
+def _fused(config: DictConfig) -> bool:
+    return config.actor_rollout_ref.model.use_fused_kernels
+
+
+def _refuse_others(needs: list[tuple[str, Any, tuple[Any, ...]]], reason: str) -> None:
+    """Check that each key has one of the values that an option allows.
+
+    Args:
+        needs: key, value and allowed values.
+        reason: the option.
+
+    Raises:
+        ValueError: if a key has another value.
+    """
+    for key, value, allowed in needs:
+        if value not in allowed:
+            expected = " or ".join(str(one).lower() if isinstance(one, bool) else str(one) for one in allowed)
+            raise ValueError(f"{key}={value}: expected {expected} with {reason}")
 
 
 def _check_trainer(config: DictConfig, policy_loss: Any, needed: set[str]) -> None:
@@ -176,6 +230,7 @@ def _check_trainer(config: DictConfig, policy_loss: Any, needed: set[str]) -> No
         (has_coefficient, loss_mode),
         (bool(fields), adv_estimator + use_kl),
         ("sum_pi_squared" in needed, "policy_loss.entropy_change_estimator=exact"),
+        ("token_weights" in needed, f"policy_loss.token_weight_map={policy_loss.token_weight_map}"),
         (is_batched(config), f"rollout.agent.agent_loop_manager_class={BATCHED_MANAGER} (null: verl's manager)"),
     )
     for needs, key in (*needs_steer, (policy_loss.loss_mode in POLICY_LOSSES, loss_mode)):
@@ -217,13 +272,11 @@ def _check_entropy_audit(config: DictConfig) -> None:
         ("trainer.v1.trainer_mode", trainer.v1.trainer_mode, ("steer",)),
         ("actor.strategy", actor.strategy, FSDP_STRATEGIES),
         ("actor.fsdp_config.one_pass_reductions", actor.fsdp_config.get("one_pass_reductions"), (True,)),
-        ("model.use_fused_kernels", config.actor_rollout_ref.model.use_fused_kernels, (False,)),
+        ("model.use_fused_kernels", _fused(config), (False,)),
         ("algorithm.rollout_correction.bypass_mode", bypass, (False,)),
     ]
-    for key, value, taken in needs:
-        if options.freq and value not in taken:
-            expected = " or ".join(str(one).lower() for one in taken)
-            raise ValueError(f"{key}={value}: expected {expected} with trainer.entropy_audit.freq={options.freq}")
+    if options.freq:
+        _refuse_others(needs, f"trainer.entropy_audit.freq={options.freq}")
 
 
 def _check_checkpoints(config: DictConfig) -> None:

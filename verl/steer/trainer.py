@@ -36,7 +36,7 @@ from verl.steer.checkpoint_ledger import CheckpointLedger, metric_name, step_of
 from verl.steer.gc_heap import freeze_gc_heap
 from verl.steer.methods.adaptive_entropy import AdaptiveEntropyCoefficient
 from verl.steer.methods.registry import bind_estimator, estimator_fields
-from verl.steer.options import from_config
+from verl.steer.options import at_step, from_config
 from verl.steer.report.metrics_files import next_file
 from verl.steer.rollout.checks import is_batched
 from verl.steer.rollout.lost_rollouts import LOST_IN_TRAINING, lost_rollouts, means_over_stored_samples, stored_samples
@@ -106,6 +106,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         self.folder.mkdir(parents=True, exist_ok=True)
         policy_loss = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
         self.entropy_coefficient = AdaptiveEntropyCoefficient.from_options(policy_loss)
+        self.target_entropy = policy_loss.target_entropy if policy_loss.token_weight_map == "target" else None
         self.entropy_audit = from_config(AuditOptions, config.trainer.get("entropy_audit"), "trainer.entropy_audit")
         self.last_entropy: float | None = None
         self.batched = is_batched(config)
@@ -240,6 +241,8 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         if self.entropy_coefficient:
             coefficient = self.entropy_coefficient.step(metrics["actor/entropy"])
             batch.extra_info["entropy_coeff"] = metrics["actor/entropy_coeff"] = coefficient
+        if self.target_entropy is not None:
+            batch.extra_info["target_entropy"] = at_step(self.target_entropy, self.global_steps)
         if not self.entropy_audit.due(self.global_steps):
             return super()._update_actor(batch, metrics)
         batch.extra_info["entropy_audit"] = self._audit_request(len(batch))

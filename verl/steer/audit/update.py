@@ -7,8 +7,7 @@ alone: parameters, gradients and random numbers are those of a run without the a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pandas as pd
@@ -16,7 +15,6 @@ import torch
 import torch.distributed
 from tensordict import TensorDict
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from verl.steer.audit.scores import (
     AuditRequest,
     covariance_estimate,
@@ -26,27 +24,18 @@ from verl.steer.audit.scores import (
     write_tokens,
 )
 from verl.steer.engine.normalizer import gather
+from verl.steer.engine.token_statistics import TokenStatistics
 from verl.steer.methods.registry import clip_of
 from verl.trainer.ppo.core_algos import LossInputs, ppo_clipped
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.utils.metric import AggregationType, Metric
-from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
-from verl.workers.utils.padding import no_padding_2_padding
-
-#: Flags of the audit's own passes, whatever the update's flags are.
-FLAGS = {
-    "calculate_entropy": True,
-    "calculate_sum_pi_squared": True,
-    "distillation_use_topk": False,
-    "distillation_only": False,
-}
 
 #: Columns of the batch, each (batch, response_length), that the audit reads.
 COLUMNS = ("advantages", "old_log_probs", "response_mask", "responses")
 
 
-class EntropyAudit(FSDPEngineWithLMHead):
+class EntropyAudit(TokenStatistics):
     """verl's engine, which audits the updates of mini-batches that request it."""
 
     #: Saved tokens of the current step, a frame for each mini-batch.
@@ -63,37 +52,16 @@ class EntropyAudit(FSDPEngineWithLMHead):
         request = tu.get_non_tensor_data(data, "entropy_audit", None)
         if request is None:
             return super().train_batch(data, loss_function)
-        before = self._statistics(data)
+        before = self.token_statistics(data, with_squares=True)
         tu.assign_non_tensor(data, return_model_output=True)  # among the outputs are the loss's weights
         output = super().train_batch(data, loss_function)
-        after = self._statistics(data)
+        after = self.token_statistics(data, with_squares=True)
         weights = output["model_output"].get("token_weights")
         config = loss_function.keywords["config"]  # type: ignore[attr-defined]
         scores = self._audit(data, config, before, after["entropy"] - before["entropy"], weights, request)
         named: dict[str, Any] = {f"entropy_audit/{name}": score for name, score in scores.items()}
         output["metrics"] |= Metric.from_dict(named, AggregationType.MEAN)
         return output
-
-    @contextmanager
-    def _inference(self) -> Iterator[None]:
-        """The engine's evaluation mode inside its training mode, which is restored afterwards."""
-        mode, training = self.mode, self.module.training
-        with self.eval_mode(disable_auto_offload=True):
-            yield
-        self.mode = mode
-        self.module.train(training)
-        if isinstance(self.module, FSDPModule):
-            # A forward pass leaves the root's parameters gathered for a backward pass, which does not follow here.
-            self.module.reshard()
-
-    def _statistics(self, data: TensorDict) -> dict[str, Tensor]:
-        """The current policy's log_probs, entropy and sums over the vocabulary, each (batch, response_length)."""
-        copy = data.copy()
-        tu.assign_non_tensor(copy, **FLAGS)
-        with self._inference():
-            outputs = self.infer_batch(copy)["model_output"]
-        responses = data.select("prompts", "responses").cpu()
-        return {name: no_padding_2_padding(values.cpu(), responses) for name, values in outputs.items()}
 
     def _audit(
         self,

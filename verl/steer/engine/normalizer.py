@@ -22,7 +22,13 @@ from typing import Any
 import torch
 import torch.distributed
 from tensordict import TensorDict
-from verl.trainer.ppo.core_algos import EntropyChangeRange, LossInputs, entropy_change_range, estimate_entropy_change
+from verl.trainer.ppo.core_algos import (
+    RANGE_NORMALIZERS,
+    EntropyChangeRange,
+    LossInputs,
+    entropy_change_range,
+    estimate_entropy_change,
+)
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
@@ -50,7 +56,7 @@ class TokenWeightNormalizer(FSDPEngineWithLMHead):
 
     def _measure(self, data: TensorDict, options: Any) -> None:
         """Add the mini-batch's range, unless each micro-batch is measured by its own."""
-        if options.loss_mode != "entropy_control" or options.token_weight_normalizer == "micro_batch":
+        if options.loss_mode != "entropy_control" or options.token_weight_normalizer not in RANGE_NORMALIZERS:
             return
         change_range = old_policy_range(data, options, self.get_data_parallel_group())
         if options.token_weight_normalizer == "ema":
@@ -62,10 +68,7 @@ class TokenWeightNormalizer(FSDPEngineWithLMHead):
         """Save the engine's state and the running range."""
         super().save_checkpoint(local_path, *args, **kwargs)
         if self.running_range is not None:
-            # All ranks write the same, whether they share the folder or not. The file appears complete or not at all.
-            part = Path(local_path, f"{RANGE_FILE}.{torch.distributed.get_rank()}")
-            part.write_text(json.dumps(self.running_range._asdict()))
-            os.replace(part, Path(local_path, RANGE_FILE))
+            write_state(Path(local_path, RANGE_FILE), self.running_range._asdict())
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         """Load the running range, if the checkpoint has one, and the engine's state."""
@@ -74,6 +77,14 @@ class TokenWeightNormalizer(FSDPEngineWithLMHead):
         if file.is_file():
             self.running_range = EntropyChangeRange(**json.loads(file.read_text()))
         super().load_checkpoint(local_path, *args, **kwargs)
+
+
+def write_state(file: Path, state: dict[str, Any]) -> None:
+    """Write the state of an engine as JSON; the file appears complete or not at all."""
+    # All ranks write the same, whether they share the folder or not.
+    part = file.with_name(f"{file.name}.{torch.distributed.get_rank()}")
+    part.write_text(json.dumps(state))
+    os.replace(part, file)
 
 
 @torch.no_grad()

@@ -21,12 +21,13 @@ class AdaptiveEntropyOptions:
     """Keys below `policy_loss`; step and bound are those of the scripts that the authors released.
 
     Args:
-        target_entropy: the bonus is on while the entropy is below it, in nats.
+        target_entropy: the bonus is on while the entropy is below it, in nats; a number, or a mapping from the first
+            training step of each target, such as {1: 0.35, 21: 0.2}. The map `target` of STEER holds it.
         entropy_coeff_step: change of the coefficient per training step.
         entropy_coeff_max: upper bound of the coefficient.
     """
 
-    target_entropy: float = option(0.2, above=0.0)
+    target_entropy: Any = option(0.2, above=0.0, schedule=True)
     entropy_coeff_step: float = option(1e-4, above=0.0)
     entropy_coeff_max: float = option(5e-3, above=0.0)
 

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 from verl.trainer.ppo.core_algos import (
     ADV_ESTIMATOR_REGISTRY,
+    RANGE_NORMALIZERS,
     ClipRatios,
     LossInputs,
     LossOutputs,
@@ -25,6 +26,7 @@ from verl.trainer.ppo.core_algos import (
     ppo_clipped,
     register_adv_est,
     steer_policy_loss,
+    weighs_mini_batches,
 )
 
 LossFunction = Callable[[LossInputs, Any], LossOutputs]
@@ -80,9 +82,11 @@ def fields_needed(options: Any) -> set[str]:
     """
     if options.loss_mode != "entropy_control":
         return set(POLICY_LOSSES[options.loss_mode].needs) if options.loss_mode in POLICY_LOSSES else set()
+    if weighs_mini_batches(options):
+        return {"token_weights", "entropys"} if options.entropy_change_estimator == "released" else {"token_weights"}
     exact = options.entropy_change_estimator == "exact"
     needed = {"current_entropys", "sum_pi_squared", "sum_pi_squared_log_pi"} if exact else {"entropys"}
-    return needed if options.token_weight_normalizer == "micro_batch" else needed | {"change_range"}
+    return needed | {"change_range"} if options.token_weight_normalizer in RANGE_NORMALIZERS else needed
 
 
 def base_loss_of(options: Any) -> str:

@@ -45,14 +45,22 @@ Scalar = Float[Tensor, ""]
 
 ENTROPY_CHANGE_ESTIMATORS = ("released", "clip_aware", "squared", "exact")
 TOKEN_WEIGHT_MAPS = ("linear", "exponential", "threshold")
-TOKEN_WEIGHT_NORMALIZERS = ("micro_batch", "global", "ema")
+
+#: Normalizers that measure the estimates of a micro-batch, and those that read a range from outside it.
+MICRO_BATCH_NORMALIZERS = ("micro_batch", "rank", "winsorised")
+RANGE_NORMALIZERS = ("global", "ema")
+TOKEN_WEIGHT_NORMALIZERS = (*MICRO_BATCH_NORMALIZERS, *RANGE_NORMALIZERS)
+
+#: Estimator and maps of `entropy_influence`: the engine finds their weights for a whole mini-batch.
+INFLUENCE = "influence"
+CONTROL_MAPS = ("target", "band")
 
 #: verl's losses that multiply each token's loss by `rollout_is_weights`. `geo_mean` has one loss for a whole response
 #: and multiplies it by the geometric mean of the weights. Only `bypass_mode` ignores them.
 BASE_LOSSES = ("vanilla", "gspo", "cispo", "sapo", "geo_mean", "gpg", "dppo_tv", "dppo_kl", "clip_cov", "kl_cov", "dro")
 
 #: Estimators that are 0 where PPO's dual clip removes the gradient.
-PPO_CLIPPED_ESTIMATORS = ("clip_aware", "exact")
+PPO_CLIPPED_ESTIMATORS = ("clip_aware", "exact", INFLUENCE)
 
 #: Probabilities stay this far from 0 and 1, as in the authors' release.
 PROBABILITY_MARGIN = 1e-8
@@ -109,6 +117,7 @@ class LossInputs:
         rollout_is_weights: verl's weights for off-policy rollouts.
         change_range: range of a whole mini-batch's estimates, for the normalizers other than `micro_batch`.
         entropy_coeff: this step's coefficient of an adaptive entropy bonus.
+        token_weights: found for the whole mini-batch, in place of STEER's own.
     """
 
     old_log_prob: PerToken
@@ -122,6 +131,7 @@ class LossInputs:
     rollout_is_weights: PerToken | None = None
     change_range: EntropyChangeRange | None = None
     entropy_coeff: float | None = None
+    token_weights: PerToken | None = None
 
     def require(self, name: str, reason: str) -> Any:
         """The field `name`.
@@ -261,9 +271,29 @@ def entropy_change_range(
     mask = response_mask.to(entropy_change.dtype)
     at_quantile = None
     if quantile is not None:
-        values = torch.where(response_mask.bool(), entropy_change, torch.nan).flatten()
-        at_quantile = torch.nanquantile(values, quantile, interpolation="lower")
+        count = mask.sum()
+        index = ((count - 1).clamp_min(0) * quantile).long()
+        # Not `nanquantile`, which waits for a GPU.
+        found = _sorted_valid(entropy_change, response_mask).index_select(0, index.view(1)).view(())
+        at_quantile = found.where(count > 0, torch.nan)
     return EntropyChangeRange(_smallest(entropy_change, mask), (entropy_change * mask).amax(), at_quantile)
+
+
+def _sorted_valid(values: Tensor, response_mask: Tensor) -> Tensor:
+    """The values of valid tokens in ascending order, then infinity for each other token."""
+    return torch.where(response_mask.bool(), values, torch.inf).flatten().sort().values
+
+
+@torch.no_grad()
+def percentile_rank(values: Tensor, response_mask: Tensor) -> Tensor:
+    """Fraction of the other valid tokens whose value is smaller; from 0 to 1 on valid tokens.
+
+    Args:
+        values: of any shape, without NaN.
+        response_mask: 1 or True on valid tokens, of the same shape.
+    """
+    smaller = torch.searchsorted(_sorted_valid(values, response_mask), values.contiguous())
+    return smaller / (response_mask.sum() - 1).clamp_min(1)
 
 
 def _smallest(values: Tensor, mask: Tensor) -> Scalar:
@@ -330,6 +360,28 @@ def map_to_token_weights(
     else:
         weights = torch.where(entropy_change > scalar(change_range.at_quantile), token_weight_min, token_weight_max)
     return weights.clamp_(token_weight_min, token_weight_max).mul_(response_mask)
+
+
+def weighs_mini_batches(options: Any) -> bool:
+    """Whether the engine finds the weights of a whole mini-batch before the loss; `options` is `policy_loss`."""
+    return options.loss_mode == "entropy_control" and (
+        options.entropy_change_estimator == INFLUENCE or options.token_weight_map in CONTROL_MAPS
+    )
+
+
+def _micro_batch_scale(
+    entropy_change: PerToken, mask: PerToken, normalizer: str, quantile: float
+) -> tuple[PerToken, EntropyChangeRange]:
+    """The changes as a normalizer of `MICRO_BATCH_NORMALIZERS` measures them, and their range.
+
+    `rank`: percentile ranks, so that a few very large estimates no longer push all others to one end of the range.
+    `winsorised`: the range ends at the quantile, and larger changes count as that one.
+    """
+    if normalizer == "rank":
+        return percentile_rank(entropy_change, mask), EntropyChangeRange(0.0, 1.0, quantile)
+    found = entropy_change_range(entropy_change, mask, quantile)
+    assert isinstance(found.at_quantile, Tensor)
+    return entropy_change, found._replace(largest=found.at_quantile.nan_to_num(nan=0.0))
 
 
 @torch.no_grad()
@@ -423,22 +475,29 @@ def reweighted_policy_loss(
 
 
 @torch.no_grad()
-def token_weight_metrics(token_weights: PerToken, entropy_change: PerToken, mask: PerToken) -> dict[str, Scalar]:
+def token_weight_metrics(token_weights: PerToken, entropy_change: PerToken | None, mask: PerToken) -> dict[str, Scalar]:
     """Scalars over the valid tokens of one micro-batch, left on the device.
 
     Args:
-        token_weights, entropy_change: 0 on tokens that are not valid.
+        token_weights, entropy_change: 0 on tokens that are not valid; no metrics of a change that is None.
         mask: 1.0 on valid tokens, else 0.0.
 
     Returns:
-        Mean, minimum and maximum of the weights, mean and maximum of the estimated entropy change. Without a valid
-        token means and maxima are 0 and the minimum is infinite, so that a reduction over micro-batches ignores them.
+        Mean, standard deviation, minimum and maximum of the weights, mean and maximum of the estimated entropy change.
+        Without a valid token the minimum is infinite, so that a reduction over micro-batches ignores it, and all others
+        are 0.
     """
     count = mask.sum().clamp_min(1)
-    return {
-        "actor/token_weights_mean": token_weights.sum() / count,
+    mean = token_weights.sum() / count
+    metrics = {
+        "actor/token_weights_mean": mean,
+        "actor/token_weights_std": ((token_weights - mean).square_().mul_(mask).sum() / count).sqrt_(),
         "actor/token_weights_min": _smallest(token_weights, mask),
         "actor/token_weights_max": token_weights.amax(),
+    }
+    if entropy_change is None:
+        return metrics
+    return metrics | {
         "actor/entropy_change_mean": entropy_change.sum() / count,
         "actor/entropy_change_max": entropy_change.amax(),
     }
@@ -456,27 +515,42 @@ def steer_policy_loss(inputs: LossInputs, config: Any, loss_agg_mode: str | None
         ValueError: if `inputs` lacks a field that the estimator or the normalizer reads.
     """
     options = config.policy_loss
-    if options.token_weight_normalizer != "micro_batch":
-        inputs.require("change_range", f"token_weight_normalizer={options.token_weight_normalizer} expects a range")
     # Convert the mask to float once; the base loss multiplies by it repeatedly.
     mask = inputs.response_mask.float()
-    change = estimate_entropy_change(inputs, options.entropy_change_estimator, clip_ratios(config))
-    weights = map_to_token_weights(
-        change,
-        mask,
-        options.token_weight_min,
-        options.token_weight_max,
-        token_weight_map=options.token_weight_map,
-        quantile=options.token_weight_quantile,
-        change_range=inputs.change_range,
-    )
-    change.mul_(mask)
+    change = None
+    if weighs_mini_batches(options):
+        weights = inputs.require(
+            "token_weights", "the weights of the whole mini-batch are expected; use this fork's engine"
+        )
+    else:
+        change, weights = _micro_batch_weights(inputs, mask, config)
     outputs = reweighted_policy_loss(
         options.base_loss, weights, replace(inputs, response_mask=mask), config, loss_agg_mode=loss_agg_mode
     )
     outputs.metrics |= token_weight_metrics(weights, change, mask)
     outputs.entropy_change = change
     return outputs
+
+
+def _micro_batch_weights(inputs: LossInputs, mask: PerToken, config: Any) -> tuple[PerToken, PerToken]:
+    """The estimated entropy change, 0 on tokens that are not valid, and STEER's weights, by `config.policy_loss`."""
+    options, change_range = config.policy_loss, inputs.change_range
+    normalizer = options.token_weight_normalizer
+    if normalizer in RANGE_NORMALIZERS:
+        inputs.require("change_range", f"token_weight_normalizer={normalizer} expects a range")
+    measured = change = estimate_entropy_change(inputs, options.entropy_change_estimator, clip_ratios(config))
+    if normalizer in ("rank", "winsorised"):
+        measured, change_range = _micro_batch_scale(change, mask, normalizer, options.token_weight_quantile)
+    weights = map_to_token_weights(
+        measured,
+        mask,
+        options.token_weight_min,
+        options.token_weight_max,
+        token_weight_map=options.token_weight_map,
+        quantile=options.token_weight_quantile,
+        change_range=change_range,
+    )
+    return change.mul_(mask), weights
 
 
 @_upstream.register_policy_loss("entropy_control")

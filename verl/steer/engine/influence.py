@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures each token's influence on the mean entropy in verl's FSDP2 engine (verl.trainer.ppo.entropy_influence)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed
+from tensordict import TensorDict
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from verl.steer.engine.token_statistics import TokenStatistics
+from verl.trainer.ppo.core_algos import LossInputs, PerToken, agg_loss, clip_ratios
+from verl.trainer.ppo.entropy_influence import AdamStep, token_contributions, token_factors
+from verl.utils import tensordict_utils as tu
+from verl.utils.device import get_device_id
+from verl.utils.fsdp_utils import fsdp2_clip_grad_norm_
+from verl.workers.utils.padding import no_padding_2_padding
+
+#: Length of the step from the parameters to either side, in units of the parameters' norm.
+RELATIVE_DISTANCE = 1e-4
+
+#: Columns that a policy loss reads, each (batch, response_length).
+COLUMNS = ("old_log_probs", "advantages", "response_mask")
+
+
+@dataclass
+class Influence:
+    """The first-order change of a mini-batch's mean entropy by the next update.
+
+    Args:
+        contributions: of this rank's tokens, in nats at a weight of 1, 0 on tokens that are not valid.
+        known: part of the change that no weight influences, in nats: Adam's momentum and weight decay.
+        entropy: mean over the valid tokens of all ranks, before the update, in nats.
+        valid: this rank's valid tokens.
+    """
+
+    contributions: PerToken
+    known: float
+    entropy: float
+    valid: Tensor
+
+
+@dataclass
+class Direction:
+    """The direction u of `entropy_influence`, of this rank's part of the parameters.
+
+    Args:
+        parts: of each trained parameter.
+        norm: over all ranks.
+        clip_factor: factor of gradient clipping, at most 1.
+        decay_change: change of the mean entropy by weight decay, in nats.
+    """
+
+    parts: list[Tensor]
+    norm: float
+    clip_factor: float
+    decay_change: float
+
+
+class InfluenceEngine(TokenStatistics):
+    """verl's engine, which measures the influence of a mini-batch's tokens before their update."""
+
+    direction: Direction | None = None
+    mini_batches_since_scheduler_step = 0
+
+    def lr_scheduler_step(self) -> float:
+        """verl's, at the end of a training step; the next mini-batch gets a direction of its own."""
+        self.mini_batches_since_scheduler_step = 0
+        return super().lr_scheduler_step()
+
+    def measure_influence(self, data: TensorDict, loss_function: Callable, refresh: int = 1) -> Influence:
+        """The influence of a mini-batch's tokens at the present parameters, which stay as they are.
+
+        Args:
+            data: this rank's part of the mini-batch, nested tensors with the columns that the loss reads.
+            loss_function: verl's, with the actor's configuration bound to it. Its weights, if it has any, enter the
+                preconditioner only.
+            refresh: compute the direction anew at the first mini-batch of a training step and every so many after it.
+        """
+        if self.direction is None or self.mini_batches_since_scheduler_step % refresh == 0:
+            self.direction = self._find_direction(data, loss_function)
+        self.mini_batches_since_scheduler_step += 1
+        config = loss_function.keywords["config"]  # type: ignore[attr-defined]
+        steps = self._adam_steps()
+        distance = (
+            RELATIVE_DISTANCE * self._norm([_local(p) for p in self._trained()]) / max(self.direction.norm, 1e-30)
+        )
+        above, below = self._statistics_at(data, distance)
+        inputs, shares = self.loss_inputs_of(data, config, (above["log_probs"] + below["log_probs"]) / 2)
+        factors = token_factors(inputs, clip_ratios(config)) * shares
+        contributions = token_contributions(
+            above["log_probs"], below["log_probs"], 2 * distance, factors,
+            steps[0].gradient_scale * self.direction.clip_factor,
+        )  # fmt: skip
+        momentum = self._sum(
+            -step.momentum_scale * (moment * part).sum()
+            for step, moment, part in zip(steps, self._moments("exp_avg"), self.direction.parts, strict=True)
+            if moment is not None
+        )
+        entropies = (above["entropy"] + below["entropy"])[inputs.response_mask] / 2
+        entropy = self.mean_over_tokens(entropies)
+        return Influence(contributions, momentum + self.direction.decay_change, entropy, inputs.response_mask)
+
+    def _find_direction(self, data: TensorDict, loss_function: Callable) -> Direction:
+        """Two passes with gradient: of the mean entropy, and of the loss."""
+        entropy_gradients, _ = self._gradients(data, _mean_entropy)
+        limit = self.optimizer_config.clip_grad
+        loss_gradients, norm = self._gradients(data, loss_function, limit)
+        steps = self._adam_steps()
+        parts = [
+            step.precondition(entropy, loss, second)
+            for step, entropy, loss, second in zip(
+                steps, entropy_gradients, loss_gradients, self._moments("exp_avg_sq"), strict=True
+            )
+        ]
+        decay_change = self._sum(
+            -step.lr * step.decay * (gradient * _local(parameter)).sum()
+            for step, gradient, parameter in zip(steps, entropy_gradients, self._trained(), strict=True)
+        )
+        return Direction(parts, self._norm(parts), min(1.0, limit / (norm + 1e-6)), decay_change)
+
+    def _gradients(self, data: TensorDict, loss_function: Callable, clip: float | None = None) -> tuple[list, float]:
+        """This rank's part of a loss's gradient by each trained parameter, and its norm if it is clipped."""
+        copy, norm = data.copy(), 0.0
+        tu.assign_non_tensor(copy, calculate_entropy=True, return_model_output=False)
+        self.optimizer_zero_grad()
+        self.forward_backward_batch(copy, loss_function)
+        if clip is not None:
+            norm = float(_whole(fsdp2_clip_grad_norm_(self._trained(), clip)))
+        gradients = [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in self._trained()]
+        self.optimizer_zero_grad()
+        return gradients, norm
+
+    @torch.no_grad()
+    def _statistics_at(self, data: TensorDict, distance: float) -> list[dict[str, Tensor]]:
+        """The tokens' statistics with the parameters moved along the direction, forwards and backwards."""
+        assert self.direction is not None
+        parameters = [_local(p) for p in self._trained()]
+        kept = [p.clone() for p in parameters]
+        found = []
+        for signed in (distance, -distance):
+            for parameter, start, part in zip(parameters, kept, self.direction.parts, strict=True):
+                torch.add(start, part, alpha=signed, out=parameter)
+            found.append(self.token_statistics(data))
+        for parameter, start in zip(parameters, kept, strict=True):
+            parameter.copy_(start)
+        return found
+
+    def loss_inputs_of(self, data: TensorDict, config: Any, log_prob: PerToken) -> tuple[LossInputs, PerToken]:
+        """The loss's inputs and the share of each token's loss in the mean over all ranks."""
+        weights = ("rollout_is_weights",) if "rollout_is_weights" in data else ()
+        batch = data.select(*COLUMNS, *weights).cpu().to_padded_tensor()
+        valid = batch["response_mask"].bool()
+        inputs = LossInputs(
+            batch["old_log_probs"], log_prob, batch["advantages"], valid,
+            rollout_is_weights=batch.get("rollout_is_weights"),
+        )  # fmt: skip
+        losses = torch.zeros_like(log_prob, dtype=torch.float32, requires_grad=True)
+        with torch.enable_grad():
+            mean = agg_loss(
+                losses,
+                valid,
+                config.loss_agg_mode,
+                batch_num_tokens=int(self._sum_over_ranks(valid.sum())),
+                global_batch_size=tu.get_non_tensor_data(data, "global_batch_size", None),
+                loss_scale_factor=config.loss_scale_factor,
+            )
+        return inputs, torch.autograd.grad(mean, losses)[0]
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _adam_steps(self) -> list[AdamStep]:
+        """The next step of each trained parameter."""
+        decoupled = isinstance(self.optimizer, torch.optim.AdamW)
+        counts = {float(state["step"]) for state in self.optimizer.state.values()} or {0.0}
+        return [
+            AdamStep.from_group(group, int(max(counts)) + 1, decoupled)
+            for group in self.optimizer.param_groups
+            for _ in group["params"]
+        ]
+
+    def _moments(self, name: str) -> list[Tensor | None]:
+        """This rank's part of a moment of each trained parameter; None before the first step."""
+        states = (self.optimizer.state.get(parameter) for parameter in self._trained())
+        return [_local(state[name]) if state else None for state in states]
+
+    def _norm(self, parts: list[Tensor]) -> float:
+        return self._sum(part.square().sum() for part in parts) ** 0.5
+
+    def _sum(self, terms: Any) -> float:
+        """Sum of scalars, each over this rank's part of a parameter, over all parts."""
+        total = sum((term.double() for term in terms), torch.zeros((), dtype=torch.float64, device=get_device_id()))
+        parameter = self._trained()[0]
+        if isinstance(parameter, DTensor):
+            for dimension, placement in enumerate(parameter.placements):
+                if placement.is_shard():
+                    torch.distributed.all_reduce(total, group=parameter.device_mesh.get_group(dimension))
+        return float(total)
+
+    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+        """Sum over the data-parallel ranks."""
+        values = values.to(get_device_id())
+        torch.distributed.all_reduce(values, group=self.get_data_parallel_group())
+        return values
+
+    def mean_over_tokens(self, values: Tensor) -> float:
+        """Mean of (tokens,) over the tokens of all data-parallel ranks."""
+        sums = self._sum_over_ranks(torch.stack([values.double().sum(), values.new_tensor(len(values)).double()]))
+        return float(sums[0] / sums[1].clamp_min(1))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a parameter, gradient or moment."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _mean_entropy(model_output: dict[str, Tensor], data: TensorDict, dp_group: Any = None) -> tuple[Tensor, dict]:
+    """A loss in verl's sense: the mean entropy of the valid tokens of a mini-batch on all ranks."""
+    entropy = no_padding_2_padding(model_output["entropy"], data)
+    mask = data.select("response_mask").to_padded_tensor()["response_mask"]
+    sizes = {"dp_size": data["dp_size"], "batch_num_tokens": data["batch_num_tokens"]}
+    return agg_loss(entropy, mask, "token-mean", **sizes), {}

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Passes without gradient over a mini-batch inside an update, for the entropy audit and the control of the entropy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tensordict import TensorDict
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from verl.utils import tensordict_utils as tu
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+from verl.workers.utils.padding import no_padding_2_padding
+
+#: Flags of these passes that differ from the update's.
+FLAGS = {"distillation_use_topk": False, "distillation_only": False}
+
+
+class TokenStatistics(FSDPEngineWithLMHead):
+    """verl's engine, which computes the current policy's statistics of a mini-batch's tokens."""
+
+    @contextmanager
+    def _inference(self) -> Iterator[None]:
+        """The engine's evaluation mode inside its training mode, which is restored afterwards."""
+        mode, training = self.mode, self.module.training
+        with self.eval_mode(disable_auto_offload=True):
+            yield
+        self.mode = mode
+        self.module.train(training)
+        if isinstance(self.module, FSDPModule):
+            # A forward pass leaves the root's parameters gathered for a backward pass, which does not follow here.
+            self.module.reshard()
+
+    def token_statistics(self, data: TensorDict, with_squares: bool = False) -> dict[str, Tensor]:
+        """The current policy's statistics of the response tokens, each (batch, response_length).
+
+        Args:
+            data: a mini-batch of nested tensors.
+            with_squares: whether to compute the sums over the vocabulary as well.
+
+        Returns:
+            `log_probs` and `entropy` and, if requested, `sum_pi_squared` and `sum_pi_squared_log_pi`, on the CPU.
+        """
+        copy = data.copy()
+        tu.assign_non_tensor(copy, **FLAGS, calculate_entropy=True, calculate_sum_pi_squared=with_squares)
+        with self._inference():
+            outputs = self.infer_batch(copy)["model_output"]
+        responses = data.select("prompts", "responses").cpu()
+        return {name: no_padding_2_padding(values.cpu(), responses) for name, values in outputs.items()}
