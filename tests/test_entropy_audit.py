@@ -2,7 +2,6 @@
 """The entropy audit: its mathematics, and a real FSDP2 engine with a tiny Qwen2 model, audited and not."""
 
 import math
-import runpy
 from functools import partial
 from types import SimpleNamespace
 
@@ -13,6 +12,7 @@ import torch
 import torch.distributed
 from omegaconf import OmegaConf
 from scipy.stats import pearsonr, spearmanr
+from small_engine import LENGTHS, MINI_BATCHES, make_engine, mini_batches
 from tensordict import TensorDict
 from test_entropy_truth import STEP, entropy, gradient, policies
 from test_policy_loss import actor_config
@@ -30,17 +30,11 @@ from verl.steer.audit.scores import (
     signed_estimates,
     write_tokens,
 )
-from verl.steer.config import FSDPEngineConfig
-from verl.steer.engine import fsdp  # noqa: F401 - registers the engine
 from verl.steer.loss import ppo_loss
 from verl.steer.options import from_config
 from verl.steer.report.run_metrics import Run
-from verl.trainer.config import CheckpointConfig
 from verl.trainer.ppo.core_algos import compute_token_weights, ppo_clipped, signed_entropy_change
 from verl.utils import tensordict_utils as tu
-from verl.utils.dataset.dataset_utils import DatasetPadMode
-from verl.workers.config import FSDPOptimizerConfig, HFModelConfig
-from verl.workers.engine.base import EngineRegistry
 
 COLUMNS = (
     "step mini_batch token_id text response position prob entropy advantage ratio clipped omega_released "
@@ -66,7 +60,10 @@ def test_a_bad_option_gives_one_line(value):
 
 
 def test_an_unknown_option_is_named():
-    with pytest.raises(ValueError, match=r"^trainer.entropy_audit.frequency: unknown; expected one of freq, tokens$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^trainer.entropy_audit.frequency: unknown; expected one of freq, tokens, influence, one_token$",
+    ):
         options({"frequency": 1})
 
 
@@ -162,89 +159,7 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
 # A real engine
 
 
-@pytest.fixture(scope="module")
-def model_folder(root, tmp_path_factory):
-    """A tiny Qwen2 model with random weights, and its tokenizer."""
-    task = runpy.run_path(str(root / "scripts/make_laptop_task.py"))
-    folder = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    tokenizer = task["make_tokenizer"]()
-    model = task["make_model"](tokenizer)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_rank(tmp_path_factory):
-    store = tmp_path_factory.mktemp("store") / "store"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-def make_engine(model_folder):
-    model = HFModelConfig(
-        path=str(model_folder),
-        use_remove_padding=False,
-        enable_gradient_checkpointing=False,
-        override_config={"attn_implementation": "sdpa"},
-    )
-    precision = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
-    engine = EngineRegistry.new(
-        model_type="language_model",
-        backend="fsdp2",
-        model_config=model,
-        engine_config=FSDPEngineConfig(
-            strategy="fsdp2", use_torch_compile=False, mixed_precision=precision, one_pass_reductions=True
-        ),
-        optimizer_config=FSDPOptimizerConfig(lr=1e-3, total_training_steps=10, lr_warmup_steps=0),
-        checkpoint_config=CheckpointConfig(),
-    )
-    engine.initialize()
-    return engine
-
-
-LENGTHS, MINI_BATCHES = [5, 9, 1, 12], 2
-
-
-def mini_batches(dynamic=False, seed=0, **flags):
-    """Two mini-batches of four responses, some off policy, the last token of each second response not valid."""
-    generator = torch.Generator().manual_seed(seed)
-    found = []
-    for _ in range(MINI_BATCHES):
-        rows = {name: [] for name in ("prompts", "responses", "input_ids", "position_ids", "response_mask")}
-        rows |= {name: [] for name in ("loss_mask", "old_log_probs", "advantages", "entropy")}
-        for index, length in enumerate(LENGTHS):
-            prompt, response = torch.randint(256, (3 + length,), generator=generator).split([3, length])
-            mask = torch.ones(length, dtype=torch.long)
-            mask[-1] = index % 2 == 0
-            rows["prompts"].append(prompt)
-            rows["responses"].append(response)
-            rows["input_ids"].append(torch.cat((prompt, response)))
-            rows["position_ids"].append(torch.arange(3 + length))
-            rows["response_mask"].append(mask)
-            rows["loss_mask"].append(mask)
-            rows["old_log_probs"].append(-5.6 + 0.3 * torch.randn(length, generator=generator))
-            rows["advantages"].append(torch.randn(1, generator=generator).expand(length).clone())
-            rows["entropy"].append(5 + 0.3 * torch.rand(length, generator=generator))
-        nested = {name: torch.nested.as_nested_tensor(values, layout=torch.jagged) for name, values in rows.items()}
-        batch = TensorDict(nested, batch_size=len(LENGTHS))
-        tu.assign_non_tensor(
-            batch,
-            use_remove_padding=False,
-            pad_mode=DatasetPadMode.NO_PADDING,
-            temperature=1.0,
-            use_dynamic_bsz=dynamic,
-            max_token_len_per_gpu=16,  # sequences 0 and 2, 3, 1: a dynamic split that changes the order
-            micro_batch_size_per_gpu=2,
-            use_fused_kernels=False,
-            calculate_entropy=False,
-            global_batch_size=len(LENGTHS),
-            **flags,
-        )
-        found.append(batch)
-    return found
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 def train(model_folder, request=None, half=None, dropout=0.0, **options):
@@ -579,7 +494,7 @@ def trainer(monkeypatch, tmp_path):
             }
         }
     )
-    built.entropy_coefficient, built.last_entropy = None, None
+    built.entropy_coefficient, built.last_entropy, built.target_entropy = None, None, None
     built.entropy_audit, built.folder, built.actor_rollout_wg = AuditOptions(2, 77), tmp_path, "workers"
     built.sent, entropies = [], iter([0.5, 0.3, 0.4])
 

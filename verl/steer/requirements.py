@@ -79,7 +79,7 @@ def check_and_complete(config: DictConfig) -> None:
     _check_entropy_control(config, policy_loss)
     _check_trainer(config, policy_loss, needed)
     _switch_on(config, needed)
-    _check_entropy_audit(config)
+    _check_entropy_audit(config, policy_loss)
     _check_checkpoints(config)
     _check_evaluation(config)
 
@@ -151,35 +151,45 @@ def _check_engine(config: DictConfig, policy_loss: Any, needed: set[str]) -> Non
 
 
 def _check_entropy_control(config: DictConfig, policy_loss: Any) -> None:
-    """Check that the engine can predict an update if a loss reads the influence of its tokens.
+    """Check that the engine can find the weights of a whole mini-batch if the loss reads them.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    if not weighs_mini_batches(policy_loss):
+        return
+    estimator = policy_loss.entropy_change_estimator
+    reason = f"entropy_change_estimator={estimator}, token_weight_map={policy_loss.token_weight_map}"
+    if estimator == INFLUENCE:
+        _check_influence(config, reason)
+    one_pass = config.actor_rollout_ref.actor.fsdp_config.get("one_pass_reductions")
+    needs: list[tuple[str, Any, tuple[Any, ...]]] = [("model.use_fused_kernels", _fused(config), (False,))]
+    if estimator == "exact":
+        needs.append(("actor.fsdp_config.one_pass_reductions", one_pass, (True,)))
+    _refuse_others(needs, reason)
+
+
+def _check_influence(config: DictConfig, reason: str) -> None:
+    """Check that an update is Adam's on the policy's loss alone, which the prediction by influence assumes.
 
     Raises:
         ValueError: if the update has parts that the prediction lacks.
     """
     actor = config.actor_rollout_ref.actor
-    if policy_loss.loss_mode != "entropy_control" or not weighs_mini_batches(policy_loss):
-        return
-    needs: list[tuple[str, Any, tuple[Any, ...]]] = [("model.use_fused_kernels", _fused(config), (False,))]
-    if policy_loss.entropy_change_estimator == INFLUENCE:
-        override = actor.optim.get("override_optimizer_config") or {}
-        needs += [
+    override = actor.optim.get("override_optimizer_config") or {}
+    _refuse_others(
+        [
             ("actor.strategy", actor.strategy, ("fsdp2",)),
             ("actor.optim.optimizer", actor.optim.optimizer, ("AdamW", "Adam")),
             ("actor.optim.optimizer_impl", actor.optim.optimizer_impl, ("torch.optim",)),
             ("actor.optim.override_optimizer_config.amsgrad", override.get("amsgrad", False), (False,)),
             ("actor.entropy_coeff", actor.entropy_coeff, (0,)),
             ("actor.use_kl_loss", actor.use_kl_loss, (False,)),
-        ]
-        if actor.loss_agg_mode == "seq-mean-token-sum-norm" and actor.loss_scale_factor is None:
-            raise ValueError(
-                "actor.loss_scale_factor=None: expected a number with loss_agg_mode=seq-mean-token-sum-norm and "
-                "entropy_change_estimator=influence"
-            )
-    elif policy_loss.entropy_change_estimator == "exact":
-        one_pass = actor.fsdp_config.get("one_pass_reductions")
-        needs.append(("actor.fsdp_config.one_pass_reductions", one_pass, (True,)))
-    reason = f"entropy_change_estimator={policy_loss.entropy_change_estimator}, token_weight_map="
-    _refuse_others(needs, reason + policy_loss.token_weight_map)
+        ],
+        reason,
+    )
+    if actor.loss_agg_mode == "seq-mean-token-sum-norm" and actor.loss_scale_factor is None:
+        raise ValueError(f"actor.loss_scale_factor=None: expected a number with loss_agg_mode={actor.loss_agg_mode}")
 
 
 def _fused(config: DictConfig) -> bool:
@@ -262,7 +272,7 @@ def _check_clip(config: DictConfig, policy_loss: Any) -> None:
         check("clip_ratio_c", lambda value: value > bound, f"above {bound} with the loss {loss}")
 
 
-def _check_entropy_audit(config: DictConfig) -> None:
+def _check_entropy_audit(config: DictConfig, policy_loss: Any) -> None:
     """Check that an audited run has this fork's engine, whose statistics the audit reads, and this fork's trainer."""
     trainer, actor = config.trainer, config.actor_rollout_ref.actor
     options = from_config(AuditOptions, trainer.get("entropy_audit"), "trainer.entropy_audit")
@@ -275,8 +285,22 @@ def _check_entropy_audit(config: DictConfig) -> None:
         ("model.use_fused_kernels", _fused(config), (False,)),
         ("algorithm.rollout_correction.bypass_mode", bypass, (False,)),
     ]
-    if options.freq:
-        _refuse_others(needs, f"trainer.entropy_audit.freq={options.freq}")
+    if not options.freq:
+        return
+    _refuse_others(needs, f"trainer.entropy_audit.freq={options.freq}")
+    if options.influence or options.one_token:
+        name = "influence" if options.influence else "one_token"
+        reason = f"trainer.entropy_audit.{name}={getattr(options, name)}"
+        _check_influence(config, reason)
+        if base_loss_of(policy_loss) != "vanilla":
+            raise ValueError(
+                f"policy_loss.loss_mode={policy_loss.loss_mode}: expected vanilla or STEER's with {reason}"
+            )
+        if options.one_token and weighs_mini_batches(policy_loss):
+            raise ValueError(
+                f"trainer.entropy_audit.one_token={options.one_token}: expected 0 with a loss whose weights are "
+                "those of the whole mini-batch"
+            )
 
 
 def _check_checkpoints(config: DictConfig) -> None:

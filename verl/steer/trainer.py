@@ -106,7 +106,8 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         self.folder.mkdir(parents=True, exist_ok=True)
         policy_loss = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
         self.entropy_coefficient = AdaptiveEntropyCoefficient.from_options(policy_loss)
-        self.target_entropy = policy_loss.target_entropy if policy_loss.token_weight_map == "target" else None
+        reads_target = self.entropy_coefficient or policy_loss.token_weight_map == "target"
+        self.target_entropy = policy_loss.target_entropy if reads_target else None
         self.entropy_audit = from_config(AuditOptions, config.trainer.get("entropy_audit"), "trainer.entropy_audit")
         self.last_entropy: float | None = None
         self.batched = is_batched(config)
@@ -238,11 +239,12 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         self._leave_out(batch, UNREAD_BY_UPDATES)
         batch.extra_info["calculate_sum_pi_squared"] = actor.calculate_sum_pi_squared
         batch.extra_info["token_metrics"] = True
-        if self.entropy_coefficient:
-            coefficient = self.entropy_coefficient.step(metrics["actor/entropy"])
-            batch.extra_info["entropy_coeff"] = metrics["actor/entropy_coeff"] = coefficient
         if self.target_entropy is not None:
             batch.extra_info["target_entropy"] = at_step(self.target_entropy, self.global_steps)
+        if self.entropy_coefficient:
+            self.entropy_coefficient.target = batch.extra_info["target_entropy"]
+            coefficient = self.entropy_coefficient.step(metrics["actor/entropy"])
+            batch.extra_info["entropy_coeff"] = metrics["actor/entropy_coeff"] = coefficient
         if not self.entropy_audit.due(self.global_steps):
             return super()._update_actor(batch, metrics)
         batch.extra_info["entropy_audit"] = self._audit_request(len(batch))
@@ -274,6 +276,8 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
             folder=str(self.folder / "audit"),
             tokens=self.entropy_audit.tokens,
             mini_batches=mini_batches * actor.ppo_epochs,
+            influence=self.entropy_audit.influence,
+            one_token=self.entropy_audit.one_token,
         )
 
     def _save_checkpoint(self) -> None:

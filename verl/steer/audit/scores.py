@@ -44,10 +44,14 @@ class AuditOptions:
     Args:
         freq: audit every so many training steps; 0: none.
         tokens: save at most so many tokens of an audited step on each rank.
+        influence: predict each update's change of the mean entropy by the tokens' influence as well.
+        one_token: measure the true effect of so many single tokens in the first update of an audited step.
     """
 
     freq: int = option(0, at_least=0, integer=True)
     tokens: int = option(4096, at_least=0, integer=True)
+    influence: bool = option(False, choices=(False, True))
+    one_token: int = option(0, at_least=0, integer=True)
 
     def __post_init__(self) -> None:
         resolve_options(self, "trainer.entropy_audit")
@@ -66,12 +70,15 @@ class AuditRequest:
         folder: where the tokens go.
         tokens: at most so many on each rank.
         mini_batches: optimiser updates of the step.
+        influence, one_token: as in `AuditOptions`.
     """
 
     step: int
     folder: str
     tokens: int
     mini_batches: int
+    influence: bool = False
+    one_token: int = 0
 
 
 def signed_estimates(inputs: LossInputs, clip: ClipRatios | None) -> dict[str, Tensor]:
@@ -140,15 +147,19 @@ def sampled_lengths(lengths: Sequence[int], allowance: int, longest: int) -> lis
 
 
 def write_tokens(tokens: pd.DataFrame, request: AuditRequest, rank: int) -> None:
-    """Write a rank's tokens of a step; the file appears complete or not at all.
+    """Write a rank's tokens of a step.
 
     Args:
         tokens: one row per token, with the columns in docs/entropy_audit.md.
         request: holds the folder.
         rank: data-parallel rank.
     """
-    file = Path(request.folder, f"step_{request.step}_rank_{rank}.parquet")
+    write_table(tokens, Path(request.folder, f"step_{request.step}_rank_{rank}.parquet"))
+
+
+def write_table(table: pd.DataFrame, file: Path) -> None:
+    """Write a parquet file; it appears complete or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
-    tokens.to_parquet(part, index=False)
+    table.to_parquet(part, index=False)
     os.replace(part, file)

@@ -8,6 +8,8 @@ alone: parameters, gradients and random numbers are those of a run without the a
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -15,18 +17,21 @@ import torch
 import torch.distributed
 from tensordict import TensorDict
 from torch import Tensor
+from verl.steer.audit.one_token import one_token_effects
 from verl.steer.audit.scores import (
     AuditRequest,
     covariance_estimate,
     sampled_lengths,
     score_estimates,
     signed_estimates,
+    write_table,
     write_tokens,
 )
+from verl.steer.engine.entropy_control import EntropyControl
+from verl.steer.engine.influence import Influence
 from verl.steer.engine.normalizer import gather
-from verl.steer.engine.token_statistics import TokenStatistics
 from verl.steer.methods.registry import clip_of
-from verl.trainer.ppo.core_algos import LossInputs, ppo_clipped
+from verl.trainer.ppo.core_algos import LossInputs, ppo_clipped, weighs_mini_batches
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.utils.metric import AggregationType, Metric
@@ -35,11 +40,12 @@ from verl.utils.metric import AggregationType, Metric
 COLUMNS = ("advantages", "old_log_probs", "response_mask", "responses")
 
 
-class EntropyAudit(TokenStatistics):
+class EntropyAudit(EntropyControl):
     """verl's engine, which audits the updates of mini-batches that request it."""
 
     #: Saved tokens of the current step, a frame for each mini-batch.
     audited_tokens: list[pd.DataFrame]
+    audited_updates: list[dict[str, Any]]
     audited_step: int | None = None
 
     def train_batch(self, data: TensorDict, loss_function: Callable) -> dict[str, Any]:
@@ -52,13 +58,33 @@ class EntropyAudit(TokenStatistics):
         request = tu.get_non_tensor_data(data, "entropy_audit", None)
         if request is None:
             return super().train_batch(data, loss_function)
+        config = loss_function.keywords["config"]  # type: ignore[attr-defined]
         before = self.token_statistics(data, with_squares=True)
+        if self.audited_step != request.step:
+            self.audited_step, self.audited_tokens, self.audited_updates = request.step, [], []
+        measured, effects = None, None
+        controlled = weighs_mini_batches(config.policy_loss)
+        if request.influence and not controlled:
+            measured = self.measure_influence(data, loss_function)
+        if request.one_token and not self.audited_updates:
+            update = partial(super().train_batch, loss_function=loss_function)
+            rank = self.get_data_parallel_rank()
+            effects = one_token_effects(self, data, update, request.one_token, rank)
         tu.assign_non_tensor(data, return_model_output=True)  # among the outputs are the loss's weights
         output = super().train_batch(data, loss_function)
-        after = self.token_statistics(data, with_squares=True)
+        after = self.token_statistics(data)
         weights = output["model_output"].get("token_weights")
-        config = loss_function.keywords["config"]  # type: ignore[attr-defined]
-        scores = self._audit(data, config, before, after["entropy"] - before["entropy"], weights, request)
+        if weights is not None:
+            weights = weights.cpu().to_padded_tensor(0.0)
+        if controlled:
+            measured = self.measured
+        further = {}
+        if measured is not None:
+            further["influence"] = measured.contributions
+        if effects is not None:
+            further["one_token"] = effects
+        true_change = after["entropy"] - before["entropy"]
+        scores = self._audit(data, config, before, true_change, weights, request, further, measured)
         named: dict[str, Any] = {f"entropy_audit/{name}": score for name, score in scores.items()}
         output["metrics"] |= Metric.from_dict(named, AggregationType.MEAN)
         return output
@@ -71,8 +97,19 @@ class EntropyAudit(TokenStatistics):
         true_change: Tensor,
         weights: Tensor | None,
         request: AuditRequest,
+        further: dict[str, Tensor],
+        measured: Influence | None,
     ) -> dict[str, float]:
-        """Score the estimates of a mini-batch over all ranks, and save some of this rank's tokens."""
+        """Score the estimates of a mini-batch over all ranks, and save the update and some of this rank's tokens.
+
+        Args:
+            data, config, request: as in `train_batch`.
+            before: statistics before the update.
+            true_change: of the entropy, (batch, response_length).
+            weights: of the loss, 0 on tokens that are not valid; None: 1 on valid ones.
+            further: columns of the saved tokens.
+            measured: influence of the tokens, if it was measured.
+        """
         columns = (*COLUMNS, "entropy") if "entropy" in data else COLUMNS
         batch = data.select(*columns).cpu().to_padded_tensor()
         valid, group = batch["response_mask"].bool(), self.get_data_parallel_group()
@@ -98,19 +135,46 @@ class EntropyAudit(TokenStatistics):
             "ratio": (log_prob - inputs.old_log_prob).exp(),
             **({"clipped": torch.stack(ppo_clipped(inputs, clip)).any(0)} if clip else {}),
             **{f"omega_{name}": estimate for name, estimate in estimates.items()},
-            "weight": valid.float() if weights is None else weights.cpu().to_padded_tensor(0.0),
+            "weight": valid.float() if weights is None else weights,
             "true_change": true_change,
+            **further,
         }
+        self._save_update(tokens, valid, estimates, measured, request)
         self._save(tokens, valid, request)
         compared = torch.stack([true_change[valid], *(estimate[valid] for estimate in estimates.values())], 1)
         compared = compared[compared.isfinite().all(1)]
         truth, *gathered = gather(compared.flatten(), group).cpu().view(-1, compared.shape[1]).unbind(1)
         return score_estimates(dict(zip(estimates, gathered, strict=True)), truth)
 
+    def _save_update(
+        self,
+        tokens: dict[str, Tensor],
+        valid: Tensor,
+        estimates: dict[str, Tensor],
+        measured: Influence | None,
+        request: AuditRequest,
+    ) -> None:
+        """Add a row for the update to those of the step, and write all of them: the mean entropy's true change, and
+        what each estimator predicts, its tokens weighted as the loss weights them."""
+        weights = tokens["weight"]
+        row = {
+            "step": request.step,
+            "mini_batch": len(self.audited_updates),
+            "entropy": self.mean_over_tokens(tokens["entropy"][valid]),
+            "true_change": self.mean_over_tokens(tokens["true_change"][valid]),
+            **{name: self.mean_over_tokens((weights * values)[valid]) for name, values in estimates.items()},
+        }
+        if measured is not None:
+            count = float(self.sum_over_ranks(valid.sum()))
+            tokens_part = count * self.mean_over_tokens((weights * measured.contributions)[valid])
+            row |= {"influence": measured.known + tokens_part, "influence_without_momentum": tokens_part}
+        self.audited_updates.append(row)
+        if self.is_mp_src_rank_with_outputs() and self.get_data_parallel_rank() == 0:
+            file = Path(request.folder, f"step_{request.step}_updates.parquet")
+            write_table(pd.DataFrame(self.audited_updates), file)
+
     def _save(self, tokens: dict[str, Tensor], valid: Tensor, request: AuditRequest) -> None:
         """Add some responses' valid tokens to those of the step, and write all of them."""
-        if self.audited_step != request.step:
-            self.audited_step, self.audited_tokens = request.step, []
         mini_batch, saved = len(self.audited_tokens), sum(map(len, self.audited_tokens))
         allowance = request.tokens * (mini_batch + 1) // request.mini_batches - saved
         kept = torch.tensor(sampled_lengths(valid.sum(1).tolist(), allowance, request.tokens))

@@ -40,12 +40,14 @@ class EntropyControl(InfluenceEngine, TokenWeightNormalizer):
     """verl's engine, which weights the tokens of mini-batches whose policy loss requests it."""
 
     integral_of_errors = 0.0
+    #: Of the last controlled mini-batch, with the estimator `influence`.
+    measured: Influence | None = None
 
     def train_batch(self, data: TensorDict, loss_function: Callable) -> dict[str, Any]:
         """The engine's update; a controlled one's metrics include `entropy_control/...`, in nats.
 
         Args:
-            data: one mini-batch of nested tensors, with the non-tensor datum `target_entropy` if the map is `target`.
+            data: one mini-batch of nested tensors; the map `target` reads the non-tensor datum `target_entropy`.
             loss_function: verl's, with the actor's configuration bound to it.
         """
         config: Any = getattr(loss_function, "keywords", {}).get("config")
@@ -57,12 +59,14 @@ class EntropyControl(InfluenceEngine, TokenWeightNormalizer):
             torch.ones_like(mask.values(), dtype=torch.float32), mask.offsets()
         )
         if options.entropy_change_estimator == "influence":
-            measured = self.measure_influence(data, loss_function, options.influence_refresh)
+            measured = self.measured = self.measure_influence(data, loss_function, options.influence_refresh)
         else:
             measured = self._local_estimates(data, config)
         gathered = gather(measured.contributions[measured.valid], self.get_data_parallel_group())
         if options.token_weight_map in CONTROL_MAPS:
-            target = tu.get_non_tensor_data(data, "target_entropy", None)
+            target = None
+            if options.token_weight_map == "target":
+                target = float(tu.get_non_tensor_data(data, "target_entropy", options.target_entropy))
             weights, metrics = self._control(measured, gathered, target, options)
         else:
             weights, metrics = _map_magnitudes(measured, gathered, options), {}

@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 from verl.steer.audit.update import EntropyAudit
 from verl.steer.config import FSDPEngineConfig
 from verl.steer.cpu import packed_attention  # noqa: F401 - registers packed_sdpa
-from verl.steer.engine.entropy_control import EntropyControl
 from verl.steer.engine.vocab_reductions import vocab_reductions
 from verl.steer.gc_heap import freeze_gc_heap
 from verl.utils import tensordict_utils as tu
@@ -26,7 +25,7 @@ VERL_ONLY = ("use_fused_kernels", "distillation_use_topk", "distillation_only")
 # FSDP2 shards on the CPU over gloo. FSDP1 needs an accelerator, and verl's error says so.
 @EngineRegistry.register(model_type="language_model", backend="fsdp2", device="cpu")
 @EngineRegistry.register(model_type="language_model", backend=["fsdp", "fsdp2"], device="cuda", vendor="nvidia")
-class SteerFSDPEngineWithLMHead(EntropyAudit, EntropyControl):
+class SteerFSDPEngineWithLMHead(EntropyAudit):
     """verl's engine; with `fsdp_config.one_pass_reductions` it reads the logits once for log-prob and entropy.
 
     verl's separate functions for log-prob, entropy and Σπ² each read the logits at least once and keep copies of them.

@@ -12,7 +12,7 @@ import torch.distributed
 from tensordict import TensorDict
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from verl.steer.engine.token_statistics import TokenStatistics
+from verl.steer.engine.token_statistics import TokenStatistics, response_statistics
 from verl.trainer.ppo.core_algos import LossInputs, PerToken, agg_loss, clip_ratios
 from verl.trainer.ppo.entropy_influence import AdamStep, token_contributions, token_factors
 from verl.utils import tensordict_utils as tu
@@ -20,8 +20,15 @@ from verl.utils.device import get_device_id
 from verl.utils.fsdp_utils import fsdp2_clip_grad_norm_
 from verl.workers.utils.padding import no_padding_2_padding
 
-#: Length of the step from the parameters to either side, in units of the parameters' norm.
-RELATIVE_DISTANCE = 1e-4
+#: Change of the mean entropy, to first order, by the step from the parameters to either side, in nats. A larger one
+#: adds the third order, a smaller one the rounding of float32. The norm of u is no measure of the step: parameters
+#: without any effect, such as the biases of attention's keys, can be by far the largest parts of u.
+ENTROPY_STEP = 1e-2
+
+#: Longest step, in units of the parameters' norm, where the entropy hardly depends on the parameters.
+LONGEST_STEP = 1e-2
+
+TINY = 1e-30
 
 #: Columns that a policy loss reads, each (batch, response_length).
 COLUMNS = ("old_log_probs", "advantages", "response_mask")
@@ -50,13 +57,13 @@ class Direction:
 
     Args:
         parts: of each trained parameter.
-        norm: over all ranks.
+        distance: of a step along it, as `ENTROPY_STEP` and `LONGEST_STEP` define it.
         clip_factor: factor of gradient clipping, at most 1.
         decay_change: change of the mean entropy by weight decay, in nats.
     """
 
     parts: list[Tensor]
-    norm: float
+    distance: float
     clip_factor: float
     decay_change: float
 
@@ -81,19 +88,19 @@ class InfluenceEngine(TokenStatistics):
                 preconditioner only.
             refresh: compute the direction anew at the first mini-batch of a training step and every so many after it.
         """
+        present = None
         if self.direction is None or self.mini_batches_since_scheduler_step % refresh == 0:
-            self.direction = self._find_direction(data, loss_function)
+            self.direction, present = self._find_direction(data, loss_function)
         self.mini_batches_since_scheduler_step += 1
         config = loss_function.keywords["config"]  # type: ignore[attr-defined]
         steps = self._adam_steps()
-        distance = (
-            RELATIVE_DISTANCE * self._norm([_local(p) for p in self._trained()]) / max(self.direction.norm, 1e-30)
-        )
-        above, below = self._statistics_at(data, distance)
-        inputs, shares = self.loss_inputs_of(data, config, (above["log_probs"] + below["log_probs"]) / 2)
+        above, below = self._statistics_at(data, self.direction)
+        if present is None:
+            present = {name: (above[name] + below[name]) / 2 for name in above}
+        inputs, shares = self.loss_inputs_of(data, config, present["log_probs"])
         factors = token_factors(inputs, clip_ratios(config)) * shares
         contributions = token_contributions(
-            above["log_probs"], below["log_probs"], 2 * distance, factors,
+            above["log_probs"], below["log_probs"], 2 * self.direction.distance, factors,
             steps[0].gradient_scale * self.direction.clip_factor,
         )  # fmt: skip
         momentum = self._sum(
@@ -101,15 +108,14 @@ class InfluenceEngine(TokenStatistics):
             for step, moment, part in zip(steps, self._moments("exp_avg"), self.direction.parts, strict=True)
             if moment is not None
         )
-        entropies = (above["entropy"] + below["entropy"])[inputs.response_mask] / 2
-        entropy = self.mean_over_tokens(entropies)
+        entropy = self.mean_over_tokens(present["entropy"][inputs.response_mask])
         return Influence(contributions, momentum + self.direction.decay_change, entropy, inputs.response_mask)
 
-    def _find_direction(self, data: TensorDict, loss_function: Callable) -> Direction:
-        """Two passes with gradient: of the mean entropy, and of the loss."""
-        entropy_gradients, _ = self._gradients(data, _mean_entropy)
+    def _find_direction(self, data: TensorDict, loss_function: Callable) -> tuple[Direction, dict[str, Tensor]]:
+        """Two passes with gradient, of the mean entropy and of the loss; also the tokens' statistics."""
         limit = self.optimizer_config.clip_grad
-        loss_gradients, norm = self._gradients(data, loss_function, limit)
+        entropy_gradients, _, outputs = self._gradients(data, _mean_entropy)
+        loss_gradients, norm, _ = self._gradients(data, loss_function, limit)
         steps = self._adam_steps()
         parts = [
             step.precondition(entropy, loss, second)
@@ -121,29 +127,34 @@ class InfluenceEngine(TokenStatistics):
             -step.lr * step.decay * (gradient * _local(parameter)).sum()
             for step, gradient, parameter in zip(steps, entropy_gradients, self._trained(), strict=True)
         )
-        return Direction(parts, self._norm(parts), min(1.0, limit / (norm + 1e-6)), decay_change)
+        slope = self._sum((gradient * part).sum() for gradient, part in zip(entropy_gradients, parts, strict=True))
+        longest = self._norm([_local(p) for p in self._trained()]) / max(self._norm(parts), TINY)
+        distance = min(ENTROPY_STEP / max(slope, TINY), LONGEST_STEP * longest)
+        direction = Direction(parts, distance, min(1.0, limit / (norm + 1e-6)), decay_change)
+        return direction, response_statistics(outputs, data)
 
-    def _gradients(self, data: TensorDict, loss_function: Callable, clip: float | None = None) -> tuple[list, float]:
-        """This rank's part of a loss's gradient by each trained parameter, and its norm if it is clipped."""
+    def _gradients(
+        self, data: TensorDict, loss_function: Callable, clip: float | None = None
+    ) -> tuple[list[Tensor], float, dict[str, Tensor]]:
+        """This rank's part of a loss's gradient by each trained parameter, its norm if it is clipped, model outputs."""
         copy, norm = data.copy(), 0.0
-        tu.assign_non_tensor(copy, calculate_entropy=True, return_model_output=False)
+        tu.assign_non_tensor(copy, calculate_entropy=True, return_model_output=clip is None)
         self.optimizer_zero_grad()
-        self.forward_backward_batch(copy, loss_function)
+        outputs = self.forward_backward_batch(copy, loss_function)["model_output"]
         if clip is not None:
             norm = float(_whole(fsdp2_clip_grad_norm_(self._trained(), clip)))
         gradients = [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in self._trained()]
         self.optimizer_zero_grad()
-        return gradients, norm
+        return gradients, norm, outputs
 
     @torch.no_grad()
-    def _statistics_at(self, data: TensorDict, distance: float) -> list[dict[str, Tensor]]:
+    def _statistics_at(self, data: TensorDict, direction: Direction) -> list[dict[str, Tensor]]:
         """The tokens' statistics with the parameters moved along the direction, forwards and backwards."""
-        assert self.direction is not None
         parameters = [_local(p) for p in self._trained()]
         kept = [p.clone() for p in parameters]
         found = []
-        for signed in (distance, -distance):
-            for parameter, start, part in zip(parameters, kept, self.direction.parts, strict=True):
+        for signed in (direction.distance, -direction.distance):
+            for parameter, start, part in zip(parameters, kept, direction.parts, strict=True):
                 torch.add(start, part, alpha=signed, out=parameter)
             found.append(self.token_statistics(data))
         for parameter, start in zip(parameters, kept, strict=True):
@@ -165,7 +176,7 @@ class InfluenceEngine(TokenStatistics):
                 losses,
                 valid,
                 config.loss_agg_mode,
-                batch_num_tokens=int(self._sum_over_ranks(valid.sum())),
+                batch_num_tokens=int(self.sum_over_ranks(valid.sum())),
                 global_batch_size=tu.get_non_tensor_data(data, "global_batch_size", None),
                 loss_scale_factor=config.loss_scale_factor,
             )
@@ -202,7 +213,7 @@ class InfluenceEngine(TokenStatistics):
                     torch.distributed.all_reduce(total, group=parameter.device_mesh.get_group(dimension))
         return float(total)
 
-    def _sum_over_ranks(self, values: Tensor) -> Tensor:
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
         """Sum over the data-parallel ranks."""
         values = values.to(get_device_id())
         torch.distributed.all_reduce(values, group=self.get_data_parallel_group())
@@ -210,7 +221,7 @@ class InfluenceEngine(TokenStatistics):
 
     def mean_over_tokens(self, values: Tensor) -> float:
         """Mean of (tokens,) over the tokens of all data-parallel ranks."""
-        sums = self._sum_over_ranks(torch.stack([values.double().sum(), values.new_tensor(len(values)).double()]))
+        sums = self.sum_over_ranks(torch.stack([values.double().sum(), values.new_tensor(len(values)).double()]))
         return float(sums[0] / sums[1].clamp_min(1))
 
 

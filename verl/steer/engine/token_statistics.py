@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from tensordict import TensorDict
@@ -46,5 +46,10 @@ class TokenStatistics(FSDPEngineWithLMHead):
         tu.assign_non_tensor(copy, **FLAGS, calculate_entropy=True, calculate_sum_pi_squared=with_squares)
         with self._inference():
             outputs = self.infer_batch(copy)["model_output"]
-        responses = data.select("prompts", "responses").cpu()
-        return {name: no_padding_2_padding(values.cpu(), responses) for name, values in outputs.items()}
+        return response_statistics(outputs, data)
+
+
+def response_statistics(outputs: Mapping[str, Tensor], data: TensorDict) -> dict[str, Tensor]:
+    """Outputs of a model for a mini-batch's tokens, nested, as padded ones of the responses, on the CPU."""
+    responses = data.select("prompts", "responses").cpu()
+    return {name: no_padding_2_padding(values.cpu(), responses) for name, values in outputs.items()}

@@ -40,7 +40,10 @@ from verl.trainer.ppo.core_algos import ClipRatios, LossInputs, PerToken, Scalar
 #: One value for each valid token of a mini-batch, of all data-parallel ranks.
 Tokens = Float[Tensor, " tokens"]
 
-#: Halvings of the interval that holds the multiplier: more than float64 has digits.
+#: Contributions smaller than this fraction of the largest one do not decide how far the multiplier is searched.
+NEGLIGIBLE = 1e-9
+
+#: Halvings of the interval that holds the multiplier: to the last digit of float64, with contributions that far apart.
 HALVINGS = 100
 
 
@@ -150,8 +153,10 @@ def solve_multiplier(contributions: Tokens, wanted: Scalar | float, low: float, 
     """
     c = contributions.double()
     size = c.abs()
-    # At this multiplier even the smallest contribution that is not 0 has its weight at a bound.
-    smallest = torch.where(size > 0, size, torch.inf).amin() if len(c) else c.new_tensor(torch.inf)
+    if not len(c):
+        return c.new_zeros(())
+    # At this multiplier all weights are at a bound but those of negligible contributions.
+    smallest = torch.where(size > NEGLIGIBLE * size.amax(), size, torch.inf).amin()
     right = max(1 - low, high - 1) / smallest
     left = -right
     for _ in range(HALVINGS):

@@ -1,0 +1,347 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Influence through shared parameters: against autograd, torch's AdamW, and true updates of a real FSDP2 engine."""
+
+from functools import partial
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.distributed
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import pearsonr
+from small_engine import MINI_BATCHES, make_engine, mini_batches
+from test_policy_loss import actor_config
+from verl.steer.audit.one_token import one_token_effects
+from verl.steer.audit.scores import AuditRequest
+from verl.steer.loss import ppo_loss
+from verl.trainer.ppo.core_algos import ClipRatios, LossInputs, compute_policy_loss_vanilla, weighs_mini_batches
+from verl.trainer.ppo.entropy_influence import (
+    AdamStep,
+    ProportionalIntegral,
+    bounded_weights,
+    solve_multiplier,
+    token_factors,
+)
+from verl.utils import tensordict_utils as tu
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+CONTROL = {"entropy_change_estimator": "influence", "token_weight_map": "target"}
+VANILLA = partial(ppo_loss, config=actor_config(loss_mode="vanilla"))
+BAND = {"entropy_change_estimator": "influence", "token_weight_map": "band"}
+
+
+# The mathematics
+
+contributions = st.lists(st.floats(-1, 1, width=32), min_size=1, max_size=30).map(torch.tensor)
+
+
+@given(c=contributions, fraction=st.floats(-3, 3), low=st.floats(0, 0.9), high=st.floats(1.1, 5))
+def test_the_weighted_contributions_have_the_wanted_sum_or_all_weights_are_at_a_bound(c, fraction, low, high):
+    wanted = fraction * float(c.double().sum())
+    weights = bounded_weights(c, solve_multiplier(c, wanted, low, high), low, high).double()
+    assert ((weights >= np.float32(low)) & (weights <= np.float32(high))).all()
+    reach = [float(torch.where(sign * c > 0, high, low).double() @ c.double()) for sign in (-1, 1)]
+    assert float(weights @ c.double()) == pytest.approx(min(max(wanted, reach[0]), reach[1]), abs=1e-5)
+
+
+def test_the_weights_are_the_nearest_to_one():
+    """Two tokens without bounds in reach, by hand: lambda = 1 + c (wanted - sum c) / sum c^2."""
+    c = torch.tensor([0.3, -0.1])
+    weights = bounded_weights(c, solve_multiplier(c, 0.25, 0.0, 2.0), 0.0, 2.0)
+    torch.testing.assert_close(weights, torch.tensor([1 + 0.3 * 0.05 / 0.1, 1 - 0.1 * 0.05 / 0.1]))
+
+
+@given(c=contributions)
+def test_tokens_without_contribution_keep_their_weight_and_change_nothing(c):
+    padded = torch.cat([torch.zeros(3), c, torch.zeros(2)])
+    multiplier = solve_multiplier(c, 0.1, 0.0, 2.0)
+    torch.testing.assert_close(solve_multiplier(padded, 0.1, 0.0, 2.0), multiplier, rtol=1e-9, atol=0)
+    assert (bounded_weights(padded, multiplier, 0.0, 2.0)[:3] == 1).all()
+
+
+@pytest.mark.parametrize("c", [torch.zeros(4), torch.zeros(0)])
+def test_without_any_contribution_all_weights_are_one(c):
+    assert (bounded_weights(c, solve_multiplier(c, 0.1, 0.0, 2.0), 0.0, 2.0) == 1).all()
+
+
+@pytest.mark.parametrize("agg", ["token-mean", "seq-mean-token-mean"])
+def test_the_factors_are_minus_the_gradient_of_verls_loss_by_the_log_prob(agg):
+    generator = torch.Generator().manual_seed(0)
+    shape = (6, 9)
+    old = -2 * torch.rand(shape, generator=generator)
+    log_prob = (old + 0.5 * torch.randn(shape, generator=generator)).requires_grad_()
+    advantages, mask = torch.randn(shape, generator=generator), torch.rand(shape, generator=generator) < 0.7
+    weights = torch.rand(shape, generator=generator)
+    config = actor_config(loss_mode="vanilla", clip=(0.2, 0.28, 1.5))
+    loss, _ = compute_policy_loss_vanilla(
+        old, log_prob, advantages, mask, "token-mean", config=config, rollout_is_weights=weights
+    )
+    (gradient,) = torch.autograd.grad(loss, log_prob)
+    inputs = LossInputs(old, log_prob.detach(), advantages, mask, rollout_is_weights=weights)
+    factors = token_factors(inputs, ClipRatios(0.2, 0.28, 1.5))
+    torch.testing.assert_close(factors / mask.sum(), -gradient)
+    assert 0 < (factors == 0).float().mean() < 1
+
+
+@pytest.mark.parametrize("optimizer, decay", [(torch.optim.AdamW, 0.1), (torch.optim.Adam, 0.0)])
+def test_the_step_is_torchs(optimizer, decay):
+    """g . d theta of torch's optimizer is the momentum's, the decay's and the gradient's part, at each step."""
+    generator = torch.Generator().manual_seed(1)
+    parameter = torch.nn.Parameter(torch.randn(50, generator=generator, dtype=torch.float64))
+    built = optimizer([parameter], lr=0.01, betas=(0.8, 0.95), eps=1e-6, weight_decay=decay)
+    for step in range(1, 6):
+        loss_gradient, entropy_gradient = torch.randn(2, 50, generator=generator, dtype=torch.float64)
+        group, state = built.param_groups[0], built.state.get(parameter)
+        adam = AdamStep.from_group(group, step, optimizer is torch.optim.AdamW)
+        u = adam.precondition(entropy_gradient, loss_gradient, state["exp_avg_sq"] if state else None)
+        momentum = state["exp_avg"] if state else torch.zeros(50)
+        before = parameter.detach().clone()
+        predicted = -adam.gradient_scale * u @ loss_gradient - adam.momentum_scale * u @ momentum.double()
+        predicted -= adam.lr * adam.decay * entropy_gradient @ before
+        parameter.grad = loss_gradient
+        built.step()
+        assert float(entropy_gradient @ (parameter.detach() - before)) == pytest.approx(float(predicted), rel=1e-9)
+
+
+def test_the_controller_by_hand():
+    controller = ProportionalIntegral(1.0, 0.5, total=0.2)
+    c = torch.tensor([3.0, -4.0, 0.0, 5.0])
+    assert float(controller.multiplier(c, 0.1)) == pytest.approx(-(0.1 + 0.5 * 0.3) / (50 / 4) ** 0.5)
+    assert controller.total == pytest.approx(0.3)
+    assert float(controller.multiplier(torch.zeros(3), 1.0)) == 0
+
+
+# A real engine
+
+
+def update(engine, batch, config, **flags):
+    """Metrics of one update, and the true change of the valid tokens' mean entropy."""
+    batch = batch.copy()
+    tu.assign_non_tensor(batch, **flags)
+    valid = batch["response_mask"].to_padded_tensor(0).bool()
+    with engine.train_mode():
+        before = engine.token_statistics(batch)["entropy"][valid].double().mean()
+        metrics = engine.train_batch(batch, partial(ppo_loss, config=config))["metrics"]
+        after = engine.token_statistics(batch)["entropy"][valid].double().mean()
+    found = {
+        name.removeprefix("entropy_control/"): float(metric.aggregate())
+        for name, metric in metrics.items()
+        if name.startswith(("entropy_control/", "actor/token_weights"))
+    }
+    return found, float(after - before)
+
+
+@pytest.mark.parametrize(
+    "agg, clip_grad, packed, dynamic",
+    [
+        ("token-mean", 1.0, False, False),
+        ("token-mean", 1e-3, True, True),
+        ("seq-mean-token-mean", 1.0, True, False),
+        ("seq-mean-token-sum", 0.1, False, True),
+    ],
+)
+def test_the_prediction_is_the_true_change(model_folder, agg, clip_grad, packed, dynamic):
+    """Small steps, so that the second order is small: with momentum, weight decay, and clipping of the gradient."""
+    engine = make_engine(model_folder, packed, lr=2e-6, weight_decay=1.0, clip_grad=clip_grad)
+    config = actor_config(agg=agg, **BAND, entropy_band=100.0)
+    predicted, true, without_known = [], [], []
+    for seed in range(4):
+        for batch in mini_batches(dynamic, seed, packed):
+            found, change = update(engine, batch, config)
+            assert found["actor/token_weights_min"] == found["actor/token_weights_max"] == 1
+            assert found["predicted_change"] == found["predicted_change_unweighted"]
+            predicted.append(found["predicted_change"])
+            without_known.append(found["predicted_change"] - found["known_change"])
+            true.append(change)
+    # A mean of 25 entropies of 5 nats has an error of about 1e-7 in float32.
+    assert np.allclose(predicted[1:], true[1:], rtol=0.05, atol=5e-7)
+    # Adam's first step gives a gradient of nothing but rounding the size of all others.
+    assert predicted[0] == pytest.approx(true[0], rel=0.3)
+    assert pearsonr(predicted[1:], true[1:])[0] > 0.999 > pearsonr(without_known[1:], true[1:])[0]
+
+
+def test_a_controlled_update_changes_the_entropy_as_wanted(model_folder):
+    engine = make_engine(model_folder, lr=1e-5)
+    (first, second), config = mini_batches(), actor_config(**CONTROL, target_gain=1.0)
+    found, _ = update(engine, first, config, target_entropy=5.0)
+    plain = found["predicted_change_unweighted"]
+    for shift in (-2e-5, 2e-5):
+        target = None
+        with engine.train_mode():
+            measured = engine.measure_influence(second, VANILLA)
+            target = measured.entropy + measured.known + float(measured.contributions.double().sum()) + shift
+        found, change = update(engine, second, config, target_entropy=target)
+        assert found["predicted_change"] == pytest.approx(found["wanted_change"], rel=1e-3, abs=1e-8)
+        assert found["shortfall"] < 1e-7 and 0 <= found["actor/token_weights_min"] < 1
+        # The second order and Adam's dependence on the weights are left.
+        assert abs(change - found["wanted_change"]) < 0.2 * abs(plain)
+
+
+def test_an_unreachable_target_is_told(model_folder):
+    engine = make_engine(model_folder, lr=1e-6)
+    found, _ = update(engine, mini_batches()[0], actor_config(**CONTROL), target_entropy=50.0)
+    assert found["shortfall"] > 1 and found["target"] == 50
+    assert found["actor/token_weights_min"] == 0 and found["actor/token_weights_max"] == 2
+
+
+def test_a_band_changes_no_weight_inside_and_ends_at_its_edge_outside(model_folder):
+    engine, batch = make_engine(model_folder, lr=1e-5), mini_batches()[0]
+    with engine.train_mode():
+        measured = engine.measure_influence(batch, VANILLA)
+    unweighted = measured.known + float(measured.contributions.double().sum())
+    found, _ = update(engine, batch, actor_config(**BAND, entropy_band=abs(unweighted) / 2))
+    assert found["predicted_change"] == pytest.approx(unweighted / 2, rel=1e-4)
+    assert found["actor/token_weights_min"] < 1
+
+
+def test_steers_map_on_the_magnitudes(model_folder):
+    engine, (batch, _) = make_engine(model_folder), mini_batches()
+    config = actor_config(entropy_change_estimator="influence", linear=False)
+    with engine.train_mode():
+        measured = engine.measure_influence(batch, VANILLA)
+    found, _ = update(engine, batch, config)
+    assert found["actor/token_weights_min"] == pytest.approx(0.8) and found["actor/token_weights_max"] <= 1
+    size = measured.contributions.abs()
+    expected = (np.log(0.8) * size / size.max()).exp()[measured.valid].mean()
+    # The metric is a mean over micro-batches of as many valid tokens or nearly so.
+    assert found["actor/token_weights_mean"] == pytest.approx(float(expected), abs=0.02)
+
+
+@pytest.mark.parametrize("estimator", ["released", "exact", "influence"])
+def test_a_plain_controller_raises_the_weights_of_tokens_that_raise_a_low_entropy(model_folder, estimator):
+    engine, (batch, _) = make_engine(model_folder, lr=1e-6), mini_batches()
+    options = CONTROL | {"entropy_change_estimator": estimator, "target_controller": "pi"}
+    config = actor_config(**options)
+    low, _ = update(engine, batch, config, target_entropy=9.0)
+    assert low["multiplier"] < 0 and engine.integral_of_errors == pytest.approx(9 - low["entropy"])
+    high, _ = update(engine, batch, config, target_entropy=0.1)
+    assert high["multiplier"] > 0 and high["target"] == 0.1
+
+
+def test_measuring_changes_neither_parameters_nor_the_optimizer(model_folder):
+    engine, batches = make_engine(model_folder), mini_batches()
+    loss = VANILLA
+    with engine.train_mode():
+        engine.train_batch(batches[0].copy(), loss)
+        before = [p.detach().full_tensor().clone() for p in engine.module.parameters()]
+        moments = [engine.optimizer.state[p]["exp_avg"].full_tensor().clone() for p in engine.module.parameters()]
+        engine.measure_influence(batches[1].copy(), loss)
+        one_token_effects(engine, batches[1], partial(plain_update, engine, loss), 2, 0)
+        for parameter, value, moment in zip(engine.module.parameters(), before, moments, strict=True):
+            assert torch.equal(parameter.detach().full_tensor(), value)
+            assert torch.equal(engine.optimizer.state[parameter]["exp_avg"].full_tensor(), moment)
+
+
+def plain_update(engine, loss, data):
+    return FSDPEngineWithLMHead.train_batch(engine, data, loss)
+
+
+def test_the_contributions_are_the_effects_of_single_tokens(model_folder):
+    engine, batches = make_engine(model_folder, lr=1e-5), mini_batches()
+    loss = VANILLA
+    with engine.train_mode():
+        engine.train_batch(batches[0].copy(), loss)
+        measured = engine.measure_influence(batches[1].copy(), loss)
+        effects = one_token_effects(engine, batches[1], partial(plain_update, engine, loss), 20, 0)
+    known = ~effects.isnan()
+    assert known.sum() >= 15
+    truth, found = effects[known].double(), measured.contributions[known].double()
+    assert pearsonr(truth, found)[0] > 0.98
+
+
+def test_an_old_direction_serves_until_it_is_refreshed(model_folder):
+    engine, (first, second) = make_engine(model_folder, lr=1e-5), mini_batches()
+    loss = VANILLA
+    with engine.train_mode():
+        engine.measure_influence(first, loss, refresh=2)
+        direction = engine.direction
+        engine.measure_influence(second, loss, refresh=2)
+        assert engine.direction is direction
+        engine.measure_influence(second, loss, refresh=2)
+        assert engine.direction is not direction
+        engine.lr_scheduler_step()
+        direction = engine.direction
+        engine.measure_influence(first, loss, refresh=2)
+        assert engine.direction is not direction
+
+
+def controlled(model_folder, half=None, dynamic=False):
+    """Contributions and metrics of two controlled updates."""
+    engine, config, found = make_engine(model_folder, lr=1e-5), actor_config(**CONTROL), []
+    with engine.train_mode():
+        for batch in mini_batches(dynamic, target_entropy=5.4):
+            batch = batch if half is None else tu.chunk_tensordict(batch, 2)[half]
+            output = engine.train_batch(batch, partial(ppo_loss, config=config))["metrics"]
+            metrics = {n: float(m.aggregate()) for n, m in output.items() if n.startswith("entropy_control/")}
+            found.append((engine.measured.contributions[engine.measured.valid], metrics))
+    return found
+
+
+def one_of_two_ranks(rank, model_folder, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    torch.save(controlled(model_folder, rank), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_and_other_micro_batches_find_the_same(model_folder, tmp_path):
+    torch.multiprocessing.spawn(one_of_two_ranks, (str(model_folder), str(tmp_path)), nprocs=2)
+    halves = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    alone, dynamic = controlled(model_folder), controlled(model_folder, dynamic=True)
+    for index, (contributions_alone, metrics) in enumerate(alone):
+        together = torch.cat([half[index][0] for half in halves])
+        size = contributions_alone.abs().max()
+        assert (together - contributions_alone).abs().max() <= (1e-3, 1e-4)[index] * size
+        # Adam's first step gives a gradient of nothing but rounding the size of all others.
+        assert (dynamic[index][0] - contributions_alone).abs().max() <= (0.05, 1e-3)[index] * size
+        for other in (halves[0][index][1], halves[1][index][1]):
+            assert other == pytest.approx(metrics, rel=1e-2, abs=1e-7)
+
+
+def test_the_controllers_state_is_part_of_the_checkpoint(model_folder, tmp_path):
+    engine, (first, second) = make_engine(model_folder), mini_batches(target_entropy=5.4)
+    config = actor_config(token_weight_map="target", target_controller="pi")
+    loss = partial(ppo_loss, config=config)
+    with engine.train_mode():
+        engine.train_batch(first.copy(), loss)
+    engine.save_checkpoint(str(tmp_path / "actor"))
+    with engine.train_mode():
+        expected = engine.train_batch(second.copy(), loss)["metrics"]
+    resumed = make_engine(model_folder)
+    resumed.load_checkpoint(str(tmp_path / "actor"), del_local_after_load=False)
+    assert resumed.integral_of_errors != 0
+    with resumed.train_mode():
+        found = resumed.train_batch(second.copy(), loss)["metrics"]
+    name = "entropy_control/multiplier"
+    assert found[name].aggregate() == expected[name].aggregate()
+    pairs = zip(engine.module.parameters(), resumed.module.parameters(), strict=True)
+    assert all(torch.equal(p.detach().full_tensor(), q.detach().full_tensor()) for p, q in pairs)
+
+
+# The audit
+
+
+@pytest.mark.parametrize("options", [{"loss_mode": "vanilla"}, {"linear": False}, BAND | {"entropy_band": 1.0}])
+def test_the_audit_records_each_update(model_folder, tmp_path, options):
+    engine, config = make_engine(model_folder, lr=1e-5), actor_config(**options)
+    one_token = 0 if weighs_mini_batches(config.policy_loss) else 5
+    request = AuditRequest(3, str(tmp_path), 1000, MINI_BATCHES, influence=True, one_token=one_token)
+    with engine.train_mode():
+        for batch in mini_batches(entropy_audit=request):
+            engine.train_batch(batch, partial(ppo_loss, config=config))
+    updates = pd.read_parquet(tmp_path / "step_3_updates.parquet")
+    tokens = pd.read_parquet(tmp_path / "step_3_rank_0.parquet")
+    assert updates["mini_batch"].tolist() == [0, 1] and set(updates["step"]) == {3}
+    assert np.allclose(updates["influence"], updates["true_change"], rtol=[0.3, 0.05], atol=5e-7)
+    means = tokens.groupby("mini_batch")
+    assert np.allclose(means["true_change"].mean(), updates["true_change"], atol=1e-7)
+    weighted = tokens.assign(omega=tokens["weight"] * tokens["omega_exact"]).groupby("mini_batch")["omega"].mean()
+    assert np.allclose(weighted, updates["exact"], atol=1e-6)
+    summed = tokens.assign(c=tokens["weight"] * tokens["influence"]).groupby("mini_batch")["c"].sum()
+    assert np.allclose(summed, updates["influence_without_momentum"], rtol=1e-4, atol=1e-9)
+    if one_token:
+        assert tokens[tokens["mini_batch"] == 0]["one_token"].notna().sum() == 5
