@@ -13,6 +13,9 @@
 #               maps         exponential, linear, threshold
 #               normalizers  micro_batch, global, ema
 #               lora         full fine-tuning and LoRA: does the estimate hold?
+#               prediction   predicted against true changes by whole updates, over learning rates; and single tokens
+#               control      entropy held at targets by influence; by plain controllers, an adaptive bonus and GRPO
+#               control_others  the last at two more targets
 #               (the first four)
 #   SEEDS       seeds of the data order and the rollouts ("42 43 44")
 #   OUTPUT_DIR  where results go (outputs/study in the repository): runs as seed42/steer_exp, a part's results as
@@ -33,21 +36,34 @@ members() {
     maps) echo clip_higher steer_exp steer_linear steer_threshold ;;
     normalizers) echo clip_higher steer_exp steer_global steer_ema ;;
     lora) echo steer_exp steer_exp_lora ;;
-    *) echo "study.sh: PARTS names $1; expected fidelity, methods, lambda_min, extreme, quadrants, maps, normalizers" \
-      "or lora" >&2; return 1 ;;
+    prediction) echo prediction_{1e-6,5e-6,2e-5,1e-4,5e-4} ;;
+    control) echo grpo_1e-4 influence_{0.35,0.27,0.2,steps} {pi_released,pi_exact,adaptive}_0.27 ;;
+    control_others) echo {pi_released,pi_exact,adaptive}_{0.35,0.2} ;;
+    *) echo "study.sh: PARTS names $1; expected fidelity, methods, lambda_min, extreme, quadrants, maps, normalizers," \
+      "lora, prediction, control or control_others" >&2; return 1 ;;
   esac
 }
 
 # A run's configuration, and its overrides where it has any.
 definition() {
   local actor=actor_rollout_ref.actor audit=trainer.entropy_audit.freq=3
-  local loss=$actor.policy_loss model=actor_rollout_ref.model
+  local loss=$actor.policy_loss model=actor_rollout_ref.model lr=$actor.optim.lr
+  local target=$loss.target_entropy forty="trainer.total_training_steps=40 trainer.test_freq=20"
   case $1 in
     grpo_symmetric | steer_exp | steer_exp_extreme) echo "$1 $audit" ;;
     entropy_bonus) echo "$1 $actor.entropy_coeff=0.01" ;;
     grpo_extreme) echo "grpo $actor.clip_ratio_low=0.99 $actor.clip_ratio_high=5.0" ;;
     steer_exp_0.*) echo "steer_exp $loss.token_weight_min=${1#steer_exp_}" ;;
     positive_* | negative_*) echo "quadrant $loss.quadrant=${1%_*} $loss.quadrant_weight=${1##*_}" ;;
+    prediction_*) echo "grpo $lr=${1#prediction_} trainer.entropy_audit.freq=1 trainer.entropy_audit.influence=true" \
+      "trainer.total_training_steps=11 trainer.val_before_train=false" ;;
+    grpo_1e-4) echo "grpo $lr=1e-4 $forty" ;;
+    influence_steps) echo "influence_target $lr=1e-4 $target={1:0.35,21:0.2,41:0.3}" \
+      "trainer.total_training_steps=60 trainer.test_freq=20" ;;
+    influence_*) echo "influence_target $lr=1e-4 $target=${1#influence_} $forty" ;;
+    pi_*) echo "${1%_*} $lr=1e-4 $target=${1##*_} $forty" ;;
+    adaptive_*) echo "adaptive_entropy $lr=1e-4 $target=${1#adaptive_} $loss.entropy_coeff_step=0.01" \
+      "$loss.entropy_coeff_max=0.2 $forty" ;;
     # merged, since the CPU's vLLM is not given adapters
     steer_exp_lora) echo "steer_exp $audit $model.lora_rank=8 $model.lora_alpha=16 $model.lora.merge=true" ;;
     *) echo "$1" ;;

@@ -7,7 +7,9 @@ Each argument is a run's folder with the files of verl's `file` logger (`metrics
 names differ only by a seed, such as `seed0/grpo` and `seed1/grpo`, are seeds of one method: the table gives their mean
 and its 95 % interval by Student's t, and the picture a band from the least to the greatest. A second table has the
 errors and correlations of each estimate with the true change of the entropy, for runs with an entropy audit
-(docs/entropy_audit.md). `scripts/report.py` makes a page of everything that a run logged.
+(docs/entropy_audit.md). Two more have the predicted changes of whole updates, and how well a target of the entropy was
+held, for runs that predict changes or have a target (docs/control.md). `scripts/report.py` makes a page of everything
+that a run logged.
 """
 
 from __future__ import annotations
@@ -23,7 +25,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from verl.steer.report import figures
-from verl.steer.report.run_metrics import Run, group_seeds, mean_and_interval, read_run, summary
+from verl.steer.report.run_metrics import (
+    ENTROPY,
+    TARGET,
+    WEIGHT,
+    Run,
+    group_seeds,
+    mean_and_interval,
+    read_run,
+    summary,
+)
+
+#: Steps at the end of a run over which the entropy is compared with its target.
+HELD_STEPS = 20
 
 #: Heading -> (metric below `entropy_audit/` or `entropy_audit/step/`, factor, decimals).
 AUDIT_FIGURES = {
@@ -70,6 +84,47 @@ def audit_table(methods: dict[str, list[Run]]) -> Table:
     return result
 
 
+def prediction_table(methods: dict[str, list[Run]]) -> Table:
+    """A row per method and estimator: predicted against true change of the mean entropy by each audited update."""
+    headings = ("updates", "Pearson", "slope")
+    result = Table("method", "estimator", title="predicted against true change of the mean entropy by an update")
+    for heading in headings:
+        result.add_column(heading, justify="right")
+    for name, runs in methods.items():
+        audits = [run.updates for run in runs if run.updates is not None]
+        scores = [figures.prediction_scores(updates) for updates in audits]
+        for estimator in scores[0].index if scores else ():
+            columns = ([table.loc[estimator, kind] for table in scores] for kind in ("pearson", "slope"))
+            count = str(sum(map(len, audits)))
+            result.add_row(name, estimator, count, *(mean_and_interval(values, 3) for values in columns))
+    return result
+
+
+def held_table(methods: dict[str, list[Run]]) -> Table:
+    """A row per method and target: how far the entropy was from it over the last `HELD_STEPS` steps.
+
+    Methods without a target are held against the targets of all others.
+    """
+    result = Table("method", "target", title=f"|entropy - target| over the last {HELD_STEPS} steps")
+    for heading in ("nats", "of the target", "mean token weight"):
+        result.add_column(heading, justify="right")
+    series = {name: [pd.Series(run.series(TARGET), dtype=float) for run in runs] for name, runs in methods.items()}
+    constants = sorted({one.iloc[0] for seeds in series.values() for one in seeds if one.nunique() == 1}, reverse=True)
+    for name, runs in methods.items():
+        targets = [(f"{c:g}", [c] * len(runs)) for c in constants]
+        if any(map(len, series[name])):
+            changes = series[name][0].drop_duplicates()
+            targets = [(", then ".join(f"{value:g}" for value in changes), series[name])]
+        for label, asked in targets:
+            held = [pd.Series(run.series(ENTROPY), dtype=float) for run in runs]
+            distances = [(one - target).abs().iloc[-HELD_STEPS:] for one, target in zip(held, asked, strict=True)]
+            parts = [100 * (d / target).dropna().mean() for d, target in zip(distances, asked, strict=True)]
+            weights = [pd.Series(run.series(WEIGHT), dtype=float).mean() for run in runs]
+            nats = mean_and_interval([d.mean() for d in distances], 4)
+            result.add_row(name, label, nats, f"{mean_and_interval(parts, 1)} %", mean_and_interval(weights, 3))
+    return result
+
+
 def show(tables: list[Table], markdown: Path | None) -> None:
     """Print the tables, and write them to the file `markdown`, if given."""
     # A log has no terminal width.
@@ -98,7 +153,10 @@ def main() -> None:
             sys.exit("compare_runs: no entropy and no accuracy in the metrics; expected runs of verl's trainer")
         args.out.parent.mkdir(parents=True, exist_ok=True)
         drawing.figure.savefig(args.out, dpi=150)
-    show([one for one in (table(methods), audit_table(methods)) if one.row_count], args.markdown)
+    tables = [table(methods), audit_table(methods), prediction_table(methods)]
+    if any(TARGET in run.metrics for runs in methods.values() for run in runs):
+        tables.append(held_table(methods))
+    show([one for one in tables if one.row_count], args.markdown)
     print(f"picture: {args.out}")
 
 

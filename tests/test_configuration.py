@@ -251,10 +251,14 @@ def test_every_hardware_goes_with_every_task(hardware, task, monkeypatch):
         assert config.trainer.device == "cpu" and config.ray_kwargs.ray_init.num_gpus == 1
 
 
+INFLUENCE = {"loss_mode": "entropy_control", "entropy_change_estimator": "influence"}
+TARGET = INFLUENCE | {"token_weight_map": "target"}
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"token_weight_min": -1.0}, "policy_loss.token_weight_min=-1.0: expected a finite number above 0"),
+        ({"token_weight_min": -1.0}, "policy_loss.token_weight_min=-1.0: expected a finite number of at least 0"),
         ({"token_weight_min": 0.0}, "policy_loss.token_weight_min=0.0: expected a finite number above 0"),
         ({"token_weight_min": 1.5}, "policy_loss.token_weight_min=1.5: expected at most token_weight_max=1.2"),
         ({"linear": False, "token_weight_max": 1.1}, "policy_loss.token_weight_max=1.1: expected at most 1 in the exp"),
@@ -272,7 +276,7 @@ def test_every_hardware_goes_with_every_task(hardware, task, monkeypatch):
         ),
         (
             {"token_weight_normalizer": "all"},
-            "policy_loss.token_weight_normalizer='all': expected one of micro_batch, g",
+            "policy_loss.token_weight_normalizer='all': expected one of micro_batch, rank, w",
         ),
         (
             {"token_weight_ema_decay": -1},
@@ -280,8 +284,29 @@ def test_every_hardware_goes_with_every_task(hardware, task, monkeypatch):
         ),
         (
             {"token_weight_normalizer": "global", "entropy_change_estimator": "exact"},
-            "policy_loss.token_weight_normalizer='global': expected micro_batch with entropy_change_estimator=exact",
+            "policy_loss.token_weight_normalizer='global': expected one of micro_batch, rank, winsorised with entropy",
         ),
+        (
+            {"token_weight_map": "threshold", "token_weight_normalizer": "winsorised"},
+            "policy_loss.token_weight_normalizer='winsorised': expected another in the threshold map",
+        ),
+        (INFLUENCE | {"base_loss": "gspo"}, "policy_loss.base_loss='gspo': expected vanilla with entropy_change_estim"),
+        (
+            INFLUENCE | {"token_weight_normalizer": "rank"},
+            "policy_loss.token_weight_normalizer='rank': expected micro_batch (the default) with entropy_change_est",
+        ),
+        (TARGET | {"token_weight_min": 1.1}, "policy_loss.token_weight_min=1.1: expected bounds on both sides of 1"),
+        (TARGET | {"token_weight_max": 0.9}, "policy_loss.token_weight_max=0.9: expected bounds on both sides of 1"),
+        (TARGET | {"target_entropy": {2: 0.3}}, "policy_loss.target_entropy={2: 0.3}: expected training steps from 1"),
+        (TARGET | {"target_entropy": {1: -1}}, "policy_loss.target_entropy.1=-1: expected a finite number above 0"),
+        (TARGET | {"target_gain": 2}, "policy_loss.target_gain=2: expected a number above 0 and at most 1"),
+        (TARGET | {"target_controller": "pid"}, "policy_loss.target_controller='pid': expected one of solve, pi"),
+        (
+            TARGET | {"entropy_change_estimator": "exact"},
+            "policy_loss.entropy_change_estimator='exact': expected influence with token_weight_map=target and",
+        ),
+        (INFLUENCE | {"token_weight_map": "band"}, "policy_loss.entropy_band=None: expected a number of nats"),
+        ({"influence_refresh": 0}, "policy_loss.influence_refresh=0: expected an integer of at least 1"),
         (
             {"base_loss": "bypass_mode"},
             "policy_loss.base_loss='bypass_mode': expected one of vanilla, gspo, cispo, sapo, geo_mean, gpg",

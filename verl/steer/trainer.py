@@ -240,9 +240,11 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         batch.extra_info["calculate_sum_pi_squared"] = actor.calculate_sum_pi_squared
         batch.extra_info["token_metrics"] = True
         if self.target_entropy is not None:
-            batch.extra_info["target_entropy"] = at_step(self.target_entropy, self.global_steps)
+            target = at_step(self.target_entropy, self.global_steps)
+            batch.extra_info["target_entropy"] = metrics["actor/target_entropy"] = target
+            if self.entropy_coefficient:
+                self.entropy_coefficient.target = target
         if self.entropy_coefficient:
-            self.entropy_coefficient.target = batch.extra_info["target_entropy"]
             coefficient = self.entropy_coefficient.step(metrics["actor/entropy"])
             batch.extra_info["entropy_coeff"] = metrics["actor/entropy_coeff"] = coefficient
         if not self.entropy_audit.due(self.global_steps):

@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from verl.steer.audit.agreement import agreement
-from verl.steer.report.run_metrics import ENTROPY, WEIGHT, Run, over_seeds
+from verl.steer.report.run_metrics import ENTROPY, TARGET, WEIGHT, Run, over_seeds
 from verl.trainer.ppo.core_algos import ENTROPY_CHANGE_FLOOR, map_to_token_weights
 
 Groups = Mapping[str, Sequence[Run]]
@@ -236,6 +236,73 @@ def _truth_panel(axis: Axes, estimates: pd.Series, truth: pd.Series, index: int)
     bins = pairs.groupby(np.ceil(pairs["estimate"].rank(method="first", pct=True) * 20))
     axis.plot(bins["estimate"].median(), bins["truth"].median(), "-", color=INK)
     axis.set(xscale="log", yscale="log")
+
+
+#: Columns of audited updates that are no prediction.
+MEASURED = ("step", "mini_batch", "entropy", "true_change")
+
+
+def prediction_scores(updates: pd.DataFrame) -> pd.DataFrame:
+    """How well each estimator predicts an update's change of the mean entropy: (estimators,) by pearson and slope.
+
+    The slope is the least-squares factor from prediction to truth, without an offset: 1 for a prediction in nats.
+    """
+    truth = updates["true_change"]
+    rows = {
+        name: {"pearson": updates[name].corr(truth), "slope": (updates[name] @ truth) / (updates[name] @ updates[name])}
+        for name in updates
+        if name not in MEASURED
+    }
+    return pd.DataFrame(rows).T
+
+
+def predicted_updates(groups: Groups) -> Drawing | None:
+    """True change of the mean entropy by each audited update against each estimator's prediction."""
+    found = {name: [run.updates for run in runs if run.updates is not None] for name, runs in groups.items()}
+    audits = {name: pd.concat(updates, ignore_index=True) for name, updates in found.items() if updates}
+    if not audits:
+        return None
+    names = list(dict.fromkeys(name for audit in audits.values() for name in audit if name not in MEASURED))
+    columns = min(3, len(names))
+    drawing = Drawing(math.ceil(len(names) / columns), columns, height=2.3)
+    panels = drawing.axes.flatten()
+    for axis in panels[len(names) :]:
+        axis.set_visible(False)
+    for index, (method, audit) in enumerate(audits.items()):
+        scores = prediction_scores(audit)
+        for axis, name in zip(panels, names, strict=False):
+            axis.set_title(name.replace("_", " "), fontsize="medium")
+            if name in audit:
+                style = method_style(index, linestyle="", markersize=3, alpha=0.7)
+                axis.plot(audit[name], audit["true_change"], label=label(method), **style)
+                pearson, slope = scores.loc[name]
+                drawing.descriptions.append(f"{method}, {name}: Pearson correlation {pearson:.3f}, slope {slope:.3g}")
+            if name == "influence":
+                axis.axline((0, 0), slope=1, color=INK, linewidth=0.8)
+    drawing.figure.supxlabel("predicted change of the mean entropy by an update", fontsize="medium")
+    drawing.figure.supylabel("true change (nats)", fontsize="medium")
+    return drawing.with_legend()
+
+
+def held_entropy(groups: Groups) -> Drawing | None:
+    """The policy's entropy over the steps and the target that each run asked for."""
+    asked = {name: over_seeds([run.series(TARGET) for run in runs]) for name, runs in groups.items()}
+    if not any(map(len, asked.values())):
+        return None
+    drawing = Drawing(1, 1, height=3.6)
+    axis = drawing.axes[0, 0]
+    for index, (name, runs) in enumerate(groups.items()):
+        held = over_seeds([run.series(ENTROPY) for run in runs])
+        style = method_style(index, markevery=max(1, len(held) // 8), markersize=4)
+        axis.plot(held.index, held["mean"], label=label(name), **style)
+        axis.fill_between(held.index, held["least"], held["greatest"], color=style["color"], alpha=0.18, linewidth=0)
+        target = asked[name]
+        if len(target):
+            axis.step(target.index, target["mean"], where="mid", color=style["color"], linestyle=":", linewidth=1.2)
+            distance = (held["mean"] - target["mean"]).abs().iloc[-20:].mean()
+            drawing.descriptions.append(f"{name}: {distance:.3g} nats from the target over the last 20 steps")
+    axis.set(xlabel="training step", ylabel="policy entropy (nats); dotted: target")
+    return drawing.with_legend()
 
 
 def clip_counts(groups: Groups) -> Drawing | None:

@@ -57,6 +57,8 @@ def write_report(runs: Sequence[Run], out: Path, options: ReportOptions) -> Path
             "weight_maps": figures.weight_maps(groups, options.estimator),
             "weight_against_entropy": figures.weight_against_entropy(groups),
             "estimators": figures.estimator_truth(groups),
+            "predicted": figures.predicted_updates(groups),
+            "held": figures.held_entropy(groups),
             "clipped": figures.clip_counts(groups),
             "quadrants": figures.quadrants(groups, options.estimator, options.probability_bound),
         }

@@ -17,6 +17,7 @@ from scipy.stats import t as student_t
 from verl.steer.report.metrics_files import accuracy_metrics, in_order, start_of
 
 ENTROPY, WEIGHT = "actor/entropy", "actor/token_weights_mean"
+TARGET = "actor/target_entropy"
 #: Tokens of prompts and responses on all devices together, and seconds, of a step.
 TOKENS, SECONDS = "perf/total_num_tokens", "perf/time_per_step"
 
@@ -56,7 +57,7 @@ class Run:
     def audit(self) -> pd.DataFrame | None:
         """The audited tokens of `audit/*.parquet`, sorted; None without tokens, ValueError if a file lacks a column."""
         frames = []
-        for file in sorted((self.folder / "audit").glob("*.parquet")):
+        for file in sorted((self.folder / "audit").glob("step_*_rank_*.parquet")):
             frames.append(pd.read_parquet(file))
             missing = [name for name in AUDIT_COLUMNS if name not in frames[-1]]
             missing += [] if frames[-1].filter(regex="^omega_").columns.size else ["omega_…"]
@@ -66,6 +67,12 @@ class Run:
             return None
         order = ["step", "mini_batch", "response", "position"]
         return pd.concat(frames).sort_values(order, kind="stable", ignore_index=True)
+
+    @cached_property
+    def updates(self) -> pd.DataFrame | None:
+        """The audited updates of `audit/step_*_updates.parquet`, sorted; None without any."""
+        frames = [pd.read_parquet(file) for file in (self.folder / "audit").glob("step_*_updates.parquet")]
+        return pd.concat(frames).sort_values(["step", "mini_batch"], ignore_index=True) if frames else None
 
 
 def read_run(path: Path) -> Run:
