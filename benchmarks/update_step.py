@@ -3,16 +3,18 @@
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/update_step.py --vocab 32000 --responses 32 --length 64
 
-A step is the old log-probs with their entropies, then one update of all rollouts in micro-batches: all that the methods
-differ in. Generation, which is the same in all, is left out, so that the ratios are upper bounds of those of a whole
-step. The methods take turns, on the same model and rollouts, and the order changes from round to round. Memory is the
-allocator's peak above what the model and its optimizer hold, in a step of one micro-batch, since a further one takes no
-more.
+A step is the old log-probs with their entropies, then the updates of four mini-batches: all that the methods differ in.
+Generation, which is the same in all, is left out, so that the ratios are upper bounds of those of a whole step. The
+methods take turns, on the same model and rollouts, and the order changes from round to round. Memory is the allocator's
+peak above what the model and its optimizer hold, in a step of one micro-batch, since a further one takes no more.
 
     grpo, verl's reductions   upstream's loss, and its functions for log-prob and entropy
     grpo                      upstream's loss, the logits read once
     steer                     STEER's loss, the logits read once
     steer, exact              the estimator `exact`, which asks for two more sums over the vocabulary
+    influence                 weights by the tokens' influence on the entropy (docs/control.md)
+    influence, refresh 4      the same, four mini-batches of a step with one direction
+    pi, released              a plain controller of the entropy on STEER's estimate
 """
 
 from __future__ import annotations
@@ -58,7 +60,13 @@ WAYS = {
     "grpo": ("grpo", []),
     "steer": ("steer_exp", []),
     "steer, exact": ("steer_exp", ["actor_rollout_ref.actor.policy_loss.entropy_change_estimator=exact"]),
+    "influence": ("influence_target", []),
+    "influence, refresh 4": ("influence_target", ["actor_rollout_ref.actor.policy_loss.influence_refresh=4"]),
+    "pi, released": ("pi_released", []),
 }
+
+#: Updates of a step, so that ways that reuse something from one to the next show it.
+MINI_BATCHES = 4
 
 
 def random_model(arguments: argparse.Namespace, folder: str) -> None:
@@ -143,14 +151,14 @@ class Step:
             "use_dynamic_bsz": False,
             "micro_batch_size_per_gpu": arguments.micro_batch,
             "temperature": 1.0,
-            "global_batch_size": arguments.responses,
+            "global_batch_size": arguments.responses // MINI_BATCHES,
         }
 
     def __call__(self) -> None:
         self.update(self.score(self.rollouts))
 
     def on_one_micro_batch(self) -> None:
-        self.update(self.score(self.micro_batch))
+        self.update(self.score(self.micro_batch), 1)
 
     def score(self, data: TensorDict) -> TensorDict:
         """The rollouts with the old policy's log-probs and entropies."""
@@ -163,7 +171,7 @@ class Step:
         scored["entropy"] = response_from_nested(output["entropy"], data["response_mask"])
         return scored
 
-    def update(self, batch: TensorDict) -> None:
+    def update(self, batch: TensorDict, mini_batches: int = MINI_BATCHES) -> None:
         tu.assign_non_tensor(
             batch,
             **self.flags,
@@ -171,7 +179,9 @@ class Step:
             calculate_sum_pi_squared=self.actor.calculate_sum_pi_squared,
         )
         with self.engine.train_mode():
-            self.engine.train_batch(batch, partial(ppo_loss, config=self.actor))
+            for mini_batch in tu.chunk_tensordict(batch, mini_batches):
+                self.engine.train_batch(mini_batch, partial(ppo_loss, config=self.actor))
+        self.engine.lr_scheduler_step()
 
 
 def main() -> None:

@@ -210,6 +210,21 @@ def test_missing_entropys_are_named():
         steer_loss((advantages, None, old_log_prob, log_prob, mask), actor_config())
 
 
+def test_weights_of_the_mini_batch_multiply_each_tokens_loss():
+    advantages, entropys, old_log_prob, log_prob, mask = random_batch()
+    config = actor_config(entropy_change_estimator="influence")
+    batch = (advantages, entropys, old_log_prob, log_prob.requires_grad_(), mask)
+    weights = torch.rand(mask.shape) * mask
+    loss, metrics = steer_loss(batch, config, token_weights=weights)
+    plain, _ = compute_policy_loss_vanilla(
+        old_log_prob, log_prob, advantages, mask.float(), "token-mean", config=config, rollout_is_weights=weights
+    )
+    torch.testing.assert_close(loss, plain)
+    assert metrics["actor/token_weights_max"] == weights.max() and "actor/entropy_change_mean" not in metrics
+    with pytest.raises(ValueError, match="^token_weights=None: the weights of the whole mini-batch are expected"):
+        steer_loss(batch, config)
+
+
 class NoHostSynchronisation(TorchDispatchMode):
     """Fails on the operators that make a host wait for its device."""
 
@@ -230,6 +245,9 @@ FORMS = [
     {"entropy_change_estimator": "exact"},
     {"token_weight_map": "threshold"},
     {"token_weight_normalizer": "global"},
+    {"token_weight_normalizer": "rank"},
+    {"token_weight_normalizer": "winsorised"},
+    {"entropy_change_estimator": "influence"},
 ]
 
 
@@ -237,7 +255,9 @@ def form_statistics(batch, options):
     """What a form of STEER takes besides the old entropies."""
     if options.get("entropy_change_estimator") == "exact":
         return {"current_entropys": batch[1], **squares(batch[0])}
-    return {"change_range": EntropyChangeRange(0.1, 0.5)} if "token_weight_normalizer" in options else {}
+    if options.get("entropy_change_estimator") == "influence":
+        return {"token_weights": 2 * batch[4].float()}
+    return {"change_range": EntropyChangeRange(0.1, 0.5)} if "global" in options.values() else {}
 
 
 @pytest.mark.parametrize("options", FORMS, ids=str)
@@ -254,6 +274,7 @@ def test_loss_never_waits_for_the_device(options):
 
 @pytest.mark.parametrize("options", FORMS, ids=str)
 def test_loss_compiles_to_one_graph(options):
+    torch._dynamo.reset()  # it counts how often the forms before this one made it compile the same code
     config = actor_config(**options)
     advantages, entropys, old_log_prob, log_prob, mask = random_batch()
     batch = (advantages, entropys, old_log_prob, log_prob.requires_grad_(), mask)

@@ -66,6 +66,7 @@ def steer_metrics(steps=6, shift=0.0):
             step,
             {
                 "actor/entropy": 1.0 - 0.1 * step + shift,
+                "actor/target_entropy": 0.5,
                 "val-core/a/acc/mean@1": 0.1 * step,
                 "actor/token_weights_mean": 0.9 + 0.01 * step,
                 "actor/token_weights_min": 0.8,
@@ -86,7 +87,36 @@ def audited_run(tmp_path_factory):
     audit = tabular_audit(steps=(1, 2, 3))
     audit[audit["step"] > 1].to_parquet(folder / "audit/a.parquet")
     audit[audit["step"] == 1].to_parquet(folder / "audit/b.parquet")
+    for step in (1, 2, 3):
+        updates(step).to_parquet(folder / f"audit/step_{step}_updates.parquet")
     return read_run(folder)
+
+
+def updates(step):
+    """Four audited updates, which `influence` predicts to a hundredth and `released` by their sign only."""
+    change = 1e-3 * np.array([-3.0, 1.0, -2.0, 4.0]) / step
+    columns = {"true_change": change, "released": np.sign(change), "influence": 1.01 * change}
+    return pd.DataFrame({"step": step, "mini_batch": range(4), "entropy": 0.3} | columns)
+
+
+def test_predictions_of_updates_are_scored(audited_run):
+    assert audited_run.updates["step"].tolist() == [1] * 4 + [2] * 4 + [3] * 4
+    scores = figures.prediction_scores(audited_run.updates)
+    assert scores.index.tolist() == ["released", "influence"]
+    assert scores.loc["influence"].tolist() == pytest.approx([1, 1 / 1.01])
+    assert 0.5 < scores.loc["released", "pearson"] < 0.95
+    drawing = figures.predicted_updates({"steer": [audited_run]})
+    assert "steer, influence: Pearson correlation 1.000, slope 0.99" in drawing.description
+
+
+def test_the_entropy_is_drawn_beside_its_target():
+    steps = range(1, 31)
+    run = Run("held", None, {s: {"actor/entropy": 0.3 + 0.01 * (s > 10), "actor/target_entropy": 0.3} for s in steps})
+    plain = Run("grpo", None, {step: {"actor/entropy": 0.4 / step} for step in steps})
+    drawing = figures.held_entropy({"grpo": [plain], "held": [run]})
+    assert drawing.descriptions == ["held: 0.01 nats from the target over the last 20 steps"]
+    assert len(drawing.figure.axes[0].lines) == 3
+    assert figures.held_entropy({"grpo": [plain]}) is None
 
 
 @pytest.fixture(scope="module")
@@ -351,9 +381,9 @@ def test_an_audit_in_which_nothing_changed(tmp_path, recwarn):
     """As of a run whose rewards are all the same: each figure is there, with nothing in it, and nothing fails."""
     audit = audit_of(advantage=[0.0, 0.0], text=["a", "b"], omega_exact=[0.0, np.nan], omega_squared=[np.inf, 0.0])
     run = run_with(audit)
-    run.steps = dict(steer_metrics())
+    run.folder, run.steps = tmp_path, dict(steer_metrics())
     page = write_report([run], tmp_path, ReportOptions()).read_text()
-    assert len(list((tmp_path / "figures").iterdir())) == 12
+    assert len(list((tmp_path / "figures").iterdir())) == 14
     assert "Step 1, response 0: 2 tokens, advantage +0" in page
     assert [str(warning.message) for warning in recwarn] == []
 
@@ -460,18 +490,27 @@ def test_the_page_tells_what_is_missing_and_what_gives_it(tmp_path):
     (tmp_path / "figures/quadrants.png").touch()  # of an earlier report
     page = html.unescape(write_report([run], tmp_path, ReportOptions()).read_text())
     assert sorted(file.name for file in (tmp_path / "figures").iterdir()) == ["training.png", "training.svg"]
-    assert page.count('class="lacks"') == 6
+    assert page.count('class="lacks"') == 8
     assert page.count("loss_mode=entropy_control logs them") == 2 and page.count("audit/*.parquet") == 4
 
 
 def test_every_figure_is_there_as_png_and_svg_and_told_in_words(report):
     page = Reader(report.read_text())
-    names = ("training", "weight_maps", "weight_against_entropy", "estimators", "clipped", "quadrants")
+    names = (
+        "training",
+        "weight_maps",
+        "weight_against_entropy",
+        "estimators",
+        "predicted",
+        "held",
+        "clipped",
+        "quadrants",
+    )
     assert {file.name for file in (report.parent / "figures").iterdir()} == {
         f"{n}.{e}" for n in names for e in ("png", "svg")
     }
     told = [value for name, value in page.attributes if name == "aria-label"][1:]
-    assert len(told) == 6 and all("steer_exp" in one for one in told)
+    assert len(told) == len(names) and all("steer_exp" in one for one in told)
 
 
 def test_inline_figures_follow_the_pages_colours(report):
@@ -555,7 +594,7 @@ def test_the_command_writes_the_same_bytes_each_time(audited_run, report, comman
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"report: {tmp_path / 'report.html'}\n"
     here, there = (sorted(folder.rglob("*.*")) for folder in (report.parent, tmp_path))
-    assert len(here) == 13
+    assert len(here) == 17
     for one, other in zip(here, there, strict=True):
         assert one.name == other.name and one.read_bytes() == other.read_bytes(), one.name
 

@@ -114,7 +114,9 @@ class EntropyControl(InfluenceEngine, TokenWeightNormalizer):
         found = self.token_statistics(data, with_squares=estimator == "exact")
         inputs, _ = self.loss_inputs_of(data, config, found["log_probs"])
         inputs.current_entropys = found["entropy"]
-        inputs.entropys = data.select("entropy").cpu().to_padded_tensor()["entropy"]
+        # In bypass mode the batch has no entropies of the old policy.
+        old = data.select("entropy").cpu().to_padded_tensor() if "entropy" in data else found
+        inputs.entropys = old["entropy"]
         inputs.sum_pi_squared = found.get("sum_pi_squared")
         inputs.sum_pi_squared_log_pi = found.get("sum_pi_squared_log_pi")
         valid = inputs.response_mask

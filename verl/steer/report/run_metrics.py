@@ -57,7 +57,8 @@ class Run:
     def audit(self) -> pd.DataFrame | None:
         """The audited tokens of `audit/*.parquet`, sorted; None without tokens, ValueError if a file lacks a column."""
         frames = []
-        for file in sorted((self.folder / "audit").glob("step_*_rank_*.parquet")):
+        files = [f for f in (self.folder / "audit").glob("*.parquet") if not f.stem.endswith("_updates")]
+        for file in sorted(files):
             frames.append(pd.read_parquet(file))
             missing = [name for name in AUDIT_COLUMNS if name not in frames[-1]]
             missing += [] if frames[-1].filter(regex="^omega_").columns.size else ["omega_…"]
