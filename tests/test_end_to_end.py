@@ -44,7 +44,7 @@ def task(tmp_path_factory, command, root):
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory, command, root, task):
-    """The README's first command, for two steps with a checkpoint each."""
+    """The README's first command, with one more method, for two steps with a checkpoint each."""
     out = tmp_path_factory.mktemp("quickstart")
     overrides = (
         *SMALL, *GREEDY, "trainer.total_training_steps=2", "trainer.test_freq=1", "trainer.save_freq=1",
@@ -52,6 +52,7 @@ def quickstart(tmp_path_factory, command, root, task):
     )  # fmt: skip
     venv = str(Path(sys.executable).parents[1])
     environment = {"OUTPUT_DIR": str(out), "TASK_DIR": str(task), "STEER_VENV": venv, "COLUMNS": "160"}
+    environment["METHODS"] = "grpo steer_exp influence_target"
     result = command("bash", root / "run/quickstart.sh", *overrides, cwd="/", **environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return out, result.stdout, lambda: command("bash", root / "run/quickstart.sh", *overrides, **environment)
@@ -65,7 +66,7 @@ def metrics(run: Path) -> dict[int, dict[str, float]]:
 
 def test_quickstart_shows_steps_table_and_picture(quickstart):
     out, printed, again = quickstart
-    for method in ("grpo", "steer_exp"):
+    for method in ("grpo", "steer_exp", "influence_target"):
         assert f"{method:<12} step   2/2" in printed
         assert len(printed.splitlines()) < 60 < len((out / method / "train.log").read_text().splitlines())
     assert "mean token weight" in printed and str(out) in printed
@@ -99,30 +100,44 @@ def test_checkpoint_loads(quickstart, task):
     assert any(changed) and AutoTokenizer.from_pretrained(saved).encode("1+2")
 
 
+def test_a_controlled_run_logs_what_it_asked_for_and_what_it_predicts(quickstart):
+    out, *_ = quickstart
+    for data in (metrics(out / "influence_target")[step] for step in (1, 2)):
+        assert 0 <= data["actor/token_weights_min"] <= data["actor/token_weights_max"] <= 2
+        assert data["actor/target_entropy"] == data["actor/entropy_control/target"] == 0.2
+        assert data["actor/entropy_control/entropy"] == pytest.approx(data["actor/entropy"], rel=0.3)
+        wanted, predicted = (data[f"actor/entropy_control/{name}_change"] for name in ("wanted", "predicted"))
+        assert abs(wanted - predicted) <= data["actor/entropy_control/shortfall"] + 1e-9
+
+
+@pytest.mark.parametrize("method", ["steer_exp", "influence_target"])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit_and_so_is_an_audited_one(
-    quickstart, command, root, task, tmp_path
+    quickstart, command, root, task, tmp_path, method
 ):
     """The run as if it had been killed after its first step goes on with an audit, which changes no weight."""
     out, *_ = quickstart
-    run = tmp_path / "steer_exp"
-    shutil.copytree(out / "steer_exp", run, ignore=shutil.ignore_patterns("global_step_2", "metrics*", "validation"))
+    run = tmp_path / method
+    shutil.copytree(out / method, run, ignore=shutil.ignore_patterns("global_step_2", "metrics*", "validation"))
     (run / "latest_checkpointed_iteration.txt").write_text("1")
     ledger = json.loads((run / "checkpoint_ledger.json").read_text())
     assert ledger["saved_steps"] == [1, 2]
     (run / "checkpoint_ledger.json").write_text(json.dumps(ledger | {"saved_steps": [1]}))
     result = command(
-        "bash", root / "run/run_exp.sh", "task=arithmetic", "hardware=cpu", *SMALL, "+seed=42",
+        "bash", root / "run/launch.sh", method, "task=arithmetic", "hardware=cpu", *SMALL, "+seed=42",
         "actor_rollout_ref.rollout.full_determinism=true", "trainer.entropy_audit.freq=1",
-        "trainer.total_training_steps=2", "trainer.save_freq=1", "trainer.val_before_train=false",
-        "trainer.test_freq=-1", OUTPUT_DIR=str(tmp_path), TASK_DIR=str(task), VERL_LOGGING_LEVEL="INFO",
+        "trainer.entropy_audit.influence=true", "trainer.total_training_steps=2", "trainer.save_freq=1",
+        "trainer.val_before_train=false", "trainer.test_freq=-1",
+        OUTPUT_DIR=str(tmp_path), TASK_DIR=str(task), VERL_LOGGING_LEVEL="INFO",
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     resumed = metrics(run)
     assert 2 in resumed and "entropy_audit/tokens" in resumed[2]
-    assert "entropy_audit/tokens" not in metrics(out / "steer_exp")[2]
+    assert "entropy_audit/tokens" not in metrics(out / method)[2]
+    updates = pd.read_parquet(run / "audit/step_2_updates.parquet")
+    assert updates["influence"].notna().all() and len(updates) == 2
     first, ours, theirs = (
         AutoModelForCausalLM.from_pretrained(folder / "actor/huggingface").state_dict()
-        for folder in (run / "global_step_1", run / "global_step_2", out / "steer_exp/global_step_2")
+        for folder in (run / "global_step_1", run / "global_step_2", out / f"{method}/global_step_2")
     )
     assert all(theirs[name].equal(weight) for name, weight in ours.items())
     assert not any(first[name].equal(weight) for name, weight in ours.items() if weight.dim() == 2)

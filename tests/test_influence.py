@@ -253,6 +253,44 @@ def test_the_contributions_are_the_effects_of_single_tokens(model_folder):
     assert pearsonr(truth, found)[0] > 0.98
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_heads_influence_is_autograds_with_the_hidden_states_fixed(model_folder, packed):
+    engine, (first, second) = make_engine(model_folder, packed, lr=1e-5, weight_decay=0.5), mini_batches(packed=packed)
+    with engine.train_mode():
+        engine.train_batch(first.copy(), VANILLA)
+        measured = engine.measure_head_influence(second.copy(), VANILLA)
+        found = engine.token_statistics(second, with_hidden=True)
+        inputs, shares = engine.loss_inputs_of(second, VANILLA.keywords["config"], found["log_probs"])
+    head, valid = engine.module.get_output_embeddings().weight, inputs.response_mask
+    state = {name: value.full_tensor().double() for name, value in engine.optimizer.state[head].items() if value.dim()}
+    weight = head.detach().full_tensor().double().requires_grad_()
+    labels = second["responses"].to_padded_tensor(0)[valid]
+    log_probs = (found["hidden"][valid].double() @ weight.T).log_softmax(-1)
+    torch.testing.assert_close(log_probs.gather(-1, labels[:, None])[:, 0].float(), found["log_probs"][valid])
+    sampled = log_probs.gather(-1, labels[:, None])[:, 0]
+    entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
+    factors = (token_factors(inputs, ClipRatios(0.2, 0.28, 10.0)) * shares)[valid].double()
+    (entropy_gradient,) = torch.autograd.grad(entropy, weight, retain_graph=True)
+    (loss_gradient,) = torch.autograd.grad(-(factors * sampled).sum(), weight, retain_graph=True)
+    step = AdamStep(1e-5, 0.9, 0.999, 1e-8, 0.5, 2)
+    u = step.precondition(entropy_gradient, loss_gradient * engine.last_clip_factor, state["exp_avg_sq"])
+    slopes = [(torch.autograd.grad(one, weight, retain_graph=True)[0] * u).sum() for one in sampled]
+    expected = torch.stack(slopes) * factors * step.gradient_scale * engine.last_clip_factor
+    # Where both moments are almost 0 the direction is a quotient of roundings.
+    torch.testing.assert_close(
+        measured.contributions[valid].double(), expected, rtol=5e-3, atol=5e-3 * expected.abs().max()
+    )
+    known = -step.momentum_scale * (u * state["exp_avg"]).sum() - 1e-5 * 0.5 * (entropy_gradient * weight).sum()
+    assert measured.known == pytest.approx(float(known), rel=1e-2)
+    assert measured.entropy == pytest.approx(float(entropy), rel=1e-5)
+
+
+def test_a_run_may_be_controlled_by_the_heads_influence(model_folder):
+    engine, (batch, _) = make_engine(model_folder, lr=1e-6), mini_batches()
+    found, _ = update(engine, batch, actor_config(**CONTROL, influence_way="head"), target_entropy=5.3)
+    assert found["predicted_change"] != found["predicted_change_unweighted"] and found["actor/token_weights_std"] > 0
+
+
 def test_an_old_direction_serves_until_it_is_refreshed(model_folder):
     engine, (first, second) = make_engine(model_folder, lr=1e-5), mini_batches()
     loss = VANILLA
@@ -269,9 +307,9 @@ def test_an_old_direction_serves_until_it_is_refreshed(model_folder):
         assert engine.direction is not direction
 
 
-def controlled(model_folder, half=None, dynamic=False):
+def controlled(model_folder, half=None, dynamic=False, way="parameters"):
     """Contributions and metrics of two controlled updates."""
-    engine, config, found = make_engine(model_folder, lr=1e-5), actor_config(**CONTROL), []
+    engine, config, found = make_engine(model_folder, lr=1e-5), actor_config(**CONTROL, influence_way=way), []
     with engine.train_mode():
         for batch in mini_batches(dynamic, target_entropy=5.4):
             batch = batch if half is None else tu.chunk_tensordict(batch, 2)[half]
@@ -284,22 +322,23 @@ def controlled(model_folder, half=None, dynamic=False):
 def one_of_two_ranks(rank, model_folder, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    torch.save(controlled(model_folder, rank), f"{folder}/{rank}.pt")
+    torch.save([controlled(model_folder, rank, way=way) for way in ("parameters", "head")], f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 def test_two_ranks_and_other_micro_batches_find_the_same(model_folder, tmp_path):
     torch.multiprocessing.spawn(one_of_two_ranks, (str(model_folder), str(tmp_path)), nprocs=2)
     halves = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    alone, dynamic = controlled(model_folder), controlled(model_folder, dynamic=True)
-    for index, (contributions_alone, metrics) in enumerate(alone):
-        together = torch.cat([half[index][0] for half in halves])
-        size = contributions_alone.abs().max()
-        assert (together - contributions_alone).abs().max() <= (1e-3, 1e-4)[index] * size
-        # Adam's first step gives a gradient of nothing but rounding the size of all others.
-        assert (dynamic[index][0] - contributions_alone).abs().max() <= (0.05, 1e-3)[index] * size
-        for other in (halves[0][index][1], halves[1][index][1]):
-            assert other == pytest.approx(metrics, rel=1e-2, abs=1e-7)
+    for number, way in enumerate(("parameters", "head")):
+        alone, dynamic = controlled(model_folder, way=way), controlled(model_folder, dynamic=True, way=way)
+        for index, (contributions_alone, metrics) in enumerate(alone):
+            together = torch.cat([half[number][index][0] for half in halves])
+            size = contributions_alone.abs().max()
+            assert (together - contributions_alone).abs().max() <= (1e-3, 1e-4)[index] * size
+            # Adam's first step gives a gradient of nothing but rounding the size of all others.
+            assert (dynamic[index][0] - contributions_alone).abs().max() <= (0.05, 1e-3)[index] * size
+            for half in halves:
+                assert half[number][index][1] == pytest.approx(metrics, rel=1e-2, abs=1e-7)
 
 
 def test_the_controllers_state_is_part_of_the_checkpoint(model_folder, tmp_path):

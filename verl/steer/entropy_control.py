@@ -10,6 +10,7 @@ from verl.steer.options import option
 from verl.trainer.ppo.core_algos import CONTROL_MAPS, INFLUENCE
 
 CONTROLLERS = ("solve", "pi")
+WAYS = ("parameters", "head")
 
 
 @dataclass
@@ -17,6 +18,7 @@ class EntropyControlOptions:
     """Keys below `policy_loss` of the estimator `influence` and the maps `target` and `band`.
 
     Args:
+        influence_way: `parameters`, through all layers, or `head`, through the last layer alone and cheaper.
         influence_refresh: compute the direction of the influence at the first mini-batch of a training step and every
             so many mini-batches after it.
         target_gain: fraction of the distance to the target that one update covers.
@@ -27,6 +29,7 @@ class EntropyControlOptions:
             update is within plus or minus the band.
     """
 
+    influence_way: str = option("parameters", choices=WAYS)
     influence_refresh: int = option(1, at_least=1, integer=True)
     target_gain: float = option(0.5, above=0.0, at_most=1.0)
     target_controller: str = option("solve", choices=CONTROLLERS)

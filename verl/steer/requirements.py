@@ -164,7 +164,7 @@ def _check_entropy_control(config: DictConfig, policy_loss: Any) -> None:
         _check_influence(config, reason)
     one_pass = config.actor_rollout_ref.actor.fsdp_config.get("one_pass_reductions")
     needs: list[tuple[str, Any, tuple[Any, ...]]] = [("model.use_fused_kernels", _fused(config), (False,))]
-    if estimator == "exact":
+    if estimator == "exact" or policy_loss.influence_way == "head":
         needs.append(("actor.fsdp_config.one_pass_reductions", one_pass, (True,)))
     _refuse_others(needs, reason)
 

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-from verl.steer.engine.influence import Influence, InfluenceEngine
+from verl.steer.engine.head_influence import HeadInfluenceEngine
+from verl.steer.engine.influence import Influence
 from verl.steer.engine.normalizer import TokenWeightNormalizer, gather, write_state
 from verl.trainer.ppo.core_algos import (
     CONTROL_MAPS,
@@ -36,10 +37,12 @@ from verl.workers.utils.padding import response_to_nested
 STATE_FILE = "entropy_control.json"
 
 
-class EntropyControl(InfluenceEngine, TokenWeightNormalizer):
+class EntropyControl(HeadInfluenceEngine, TokenWeightNormalizer):
     """verl's engine, which weights the tokens of mini-batches whose policy loss requests it."""
 
     integral_of_errors = 0.0
+    #: Whether a mini-batch was controlled.
+    controlled = False
     #: Of the last controlled mini-batch, with the estimator `influence`.
     measured: Influence | None = None
 
@@ -53,13 +56,14 @@ class EntropyControl(InfluenceEngine, TokenWeightNormalizer):
         config: Any = getattr(loss_function, "keywords", {}).get("config")
         if not hasattr(config, "policy_loss") or not weighs_mini_batches(config.policy_loss):
             return super().train_batch(data, loss_function)
-        options = config.policy_loss
+        self.controlled, options = True, config.policy_loss
         mask = data["response_mask"]
         data["token_weights"] = torch.nested.nested_tensor_from_jagged(
             torch.ones_like(mask.values(), dtype=torch.float32), mask.offsets()
         )
         if options.entropy_change_estimator == "influence":
-            measured = self.measured = self.measure_influence(data, loss_function, options.influence_refresh)
+            measure = self.measure_head_influence if options.influence_way == "head" else self.measure_influence
+            measured = self.measured = measure(data, loss_function, options.influence_refresh)
         else:
             measured = self._local_estimates(data, config)
         gathered = gather(measured.contributions[measured.valid], self.get_data_parallel_group())
@@ -126,15 +130,17 @@ class EntropyControl(InfluenceEngine, TokenWeightNormalizer):
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         """Save the engine's state and the controller's."""
         super().save_checkpoint(local_path, *args, **kwargs)
-        if self.integral_of_errors:
-            write_state(Path(local_path, STATE_FILE), {"integral_of_errors": self.integral_of_errors})
+        state = {"integral_of_errors": self.integral_of_errors, "last_clip_factor": self.last_clip_factor}
+        if self.controlled:
+            write_state(Path(local_path, STATE_FILE), state)
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         """Load the controller's state, if the checkpoint has one, and the engine's."""
         # The engine may delete files once it has read them.
         file = Path(local_path or "", STATE_FILE)
         if file.is_file():
-            self.integral_of_errors = json.loads(file.read_text())["integral_of_errors"]
+            state = json.loads(file.read_text())
+            self.integral_of_errors, self.last_clip_factor = state["integral_of_errors"], state["last_clip_factor"]
         super().load_checkpoint(local_path, *args, **kwargs)
 
 

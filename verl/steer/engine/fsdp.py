@@ -54,7 +54,8 @@ class SteerFSDPEngineWithLMHead(EntropyAudit):
             logits_processor_func: of distillation, which verl's own code calls.
 
         Returns:
-            Nested tensors (batch, tokens of each sequence), float32.
+            Nested tensors (batch, tokens of each sequence), float32. If `_hidden_states` keeps them, also `hidden`,
+            (batch, tokens of each sequence, hidden size).
         """
 
         def flag(name: str, default: bool = False) -> bool:
@@ -86,7 +87,7 @@ class SteerFSDPEngineWithLMHead(EntropyAudit):
             if packed:
                 values = self._gather_and_unpad_packed(values, output_args["pad_size"])
             else:
-                values = values.flatten().index_select(0, index)
+                values = values.flatten(0, 1).index_select(0, index)
             return torch.nested.nested_tensor_from_jagged(values, offsets)
 
         outputs = {
@@ -94,6 +95,7 @@ class SteerFSDPEngineWithLMHead(EntropyAudit):
             "entropy": reductions.entropy,
             "sum_pi_squared": reductions.sum_pi_squared,
             "sum_pi_squared_log_pi": reductions.sum_pi_squared_log_pi,
+            "hidden": self.hidden.squeeze(0) if self.hidden is not None and packed else self.hidden,
         }
         return {name: nested(values) for name, values in outputs.items() if values is not None}
 

@@ -93,7 +93,7 @@ class InfluenceEngine(TokenStatistics):
             self.direction, present = self._find_direction(data, loss_function)
         self.mini_batches_since_scheduler_step += 1
         config = loss_function.keywords["config"]  # type: ignore[attr-defined]
-        steps = self._adam_steps()
+        steps = self.adam_steps()
         above, below = self._statistics_at(data, self.direction)
         if present is None:
             present = {name: (above[name] + below[name]) / 2 for name in above}
@@ -116,7 +116,7 @@ class InfluenceEngine(TokenStatistics):
         limit = self.optimizer_config.clip_grad
         entropy_gradients, _, outputs = self._gradients(data, _mean_entropy)
         loss_gradients, norm, _ = self._gradients(data, loss_function, limit)
-        steps = self._adam_steps()
+        steps = self.adam_steps()
         parts = [
             step.precondition(entropy, loss, second)
             for step, entropy, loss, second in zip(
@@ -125,10 +125,10 @@ class InfluenceEngine(TokenStatistics):
         ]
         decay_change = self._sum(
             -step.lr * step.decay * (gradient * _local(parameter)).sum()
-            for step, gradient, parameter in zip(steps, entropy_gradients, self._trained(), strict=True)
+            for step, gradient, parameter in zip(steps, entropy_gradients, self.trained(), strict=True)
         )
         slope = self._sum((gradient * part).sum() for gradient, part in zip(entropy_gradients, parts, strict=True))
-        longest = self._norm([_local(p) for p in self._trained()]) / max(self._norm(parts), TINY)
+        longest = self._norm([_local(p) for p in self.trained()]) / max(self._norm(parts), TINY)
         distance = min(ENTROPY_STEP / max(slope, TINY), LONGEST_STEP * longest)
         direction = Direction(parts, distance, min(1.0, limit / (norm + 1e-6)), decay_change)
         return direction, response_statistics(outputs, data)
@@ -142,15 +142,15 @@ class InfluenceEngine(TokenStatistics):
         self.optimizer_zero_grad()
         outputs = self.forward_backward_batch(copy, loss_function)["model_output"]
         if clip is not None:
-            norm = float(_whole(fsdp2_clip_grad_norm_(self._trained(), clip)))
-        gradients = [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in self._trained()]
+            norm = float(_whole(fsdp2_clip_grad_norm_(self.trained(), clip)))
+        gradients = [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in self.trained()]
         self.optimizer_zero_grad()
         return gradients, norm, outputs
 
     @torch.no_grad()
     def _statistics_at(self, data: TensorDict, direction: Direction) -> list[dict[str, Tensor]]:
         """The tokens' statistics with the parameters moved along the direction, forwards and backwards."""
-        parameters = [_local(p) for p in self._trained()]
+        parameters = [_local(p) for p in self.trained()]
         kept = [p.clone() for p in parameters]
         found = []
         for signed in (direction.distance, -direction.distance):
@@ -182,10 +182,11 @@ class InfluenceEngine(TokenStatistics):
             )
         return inputs, torch.autograd.grad(mean, losses)[0]
 
-    def _trained(self) -> list[torch.nn.Parameter]:
+    def trained(self) -> list[torch.nn.Parameter]:
+        """The trained parameters, in the order of the optimizer's groups."""
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    def _adam_steps(self) -> list[AdamStep]:
+    def adam_steps(self) -> list[AdamStep]:
         """The next step of each trained parameter."""
         decoupled = isinstance(self.optimizer, torch.optim.AdamW)
         counts = {float(state["step"]) for state in self.optimizer.state.values()} or {0.0}
@@ -197,7 +198,7 @@ class InfluenceEngine(TokenStatistics):
 
     def _moments(self, name: str) -> list[Tensor | None]:
         """This rank's part of a moment of each trained parameter; None before the first step."""
-        states = (self.optimizer.state.get(parameter) for parameter in self._trained())
+        states = (self.optimizer.state.get(parameter) for parameter in self.trained())
         return [_local(state[name]) if state else None for state in states]
 
     def _norm(self, parts: list[Tensor]) -> float:
@@ -206,7 +207,7 @@ class InfluenceEngine(TokenStatistics):
     def _sum(self, terms: Any) -> float:
         """Sum of scalars, each over this rank's part of a parameter, over all parts."""
         total = sum((term.double() for term in terms), torch.zeros((), dtype=torch.float64, device=get_device_id()))
-        parameter = self._trained()[0]
+        parameter = self.trained()[0]
         if isinstance(parameter, DTensor):
             for dimension, placement in enumerate(parameter.placements):
                 if placement.is_shard():

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
+import torch
 from tensordict import TensorDict
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
@@ -32,19 +33,38 @@ class TokenStatistics(FSDPEngineWithLMHead):
             # A forward pass leaves the root's parameters gathered for a backward pass, which does not follow here.
             self.module.reshard()
 
-    def token_statistics(self, data: TensorDict, with_squares: bool = False) -> dict[str, Tensor]:
+    @contextmanager
+    def _hidden_states(self) -> Iterator[None]:
+        """Keep the last layer's input in `hidden`, which `prepare_model_outputs` adds to the outputs."""
+
+        def keep(module: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            self.hidden = arguments[0]
+
+        handle = self.module.get_output_embeddings().register_forward_pre_hook(keep)
+        yield
+        handle.remove()
+        self.hidden = None
+
+    #: Hidden states that the last layer got in the present pass, if they were requested.
+    hidden: Tensor | None = None
+
+    def token_statistics(
+        self, data: TensorDict, with_squares: bool = False, with_hidden: bool = False
+    ) -> dict[str, Tensor]:
         """The current policy's statistics of the response tokens, each (batch, response_length).
 
         Args:
             data: a mini-batch of nested tensors.
             with_squares: whether to compute the sums over the vocabulary as well.
+            with_hidden: whether to return the last layer's input as well.
 
         Returns:
-            `log_probs` and `entropy` and, if requested, `sum_pi_squared` and `sum_pi_squared_log_pi`, on the CPU.
+            `log_probs` and `entropy` and, if requested, `sum_pi_squared` and `sum_pi_squared_log_pi`, and `hidden`,
+            (batch, response_length, hidden size), on the CPU.
         """
         copy = data.copy()
         tu.assign_non_tensor(copy, **FLAGS, calculate_entropy=True, calculate_sum_pi_squared=with_squares)
-        with self._inference():
+        with self._inference(), self._hidden_states() if with_hidden else nullcontext():
             outputs = self.infer_batch(copy)["model_output"]
         return response_statistics(outputs, data)
 
