@@ -53,11 +53,11 @@ class SteerOptions:
             core_algos.PPO_CLIPPED_ESTIMATORS work with `vanilla` only.
     """
 
-    token_weight_min: float | None = option(at_least=0.0)
-    token_weight_max: float | None = option(above=0.0)
+    token_weight_min: float = option(at_least=0.0)
+    token_weight_max: float = option(above=0.0)
     linear: bool = option(True, choices=(True, False))
     token_weight_map: str | None = option(choices=(*core_algos.TOKEN_WEIGHT_MAPS, *core_algos.CONTROL_MAPS))
-    token_weight_quantile: float | None = option(at_least=0.0, at_most=1.0)
+    token_weight_quantile: float = option(at_least=0.0, at_most=1.0)
     token_weight_normalizer: str = option("micro_batch", choices=core_algos.TOKEN_WEIGHT_NORMALIZERS)
     token_weight_ema_decay: float = option(0.9, at_least=0.0, at_most=1.0)
     entropy_change_estimator: str = option(

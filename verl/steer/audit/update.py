@@ -62,29 +62,26 @@ class EntropyAudit(EntropyControl):
         before = self.token_statistics(data, with_squares=True)
         if self.audited_step != request.step:
             self.audited_step, self.audited_tokens, self.audited_updates = request.step, [], []
-        measured, effects = None, None
+        measured: dict[str, Influence] = {}
+        effects = None
         controlled = weighs_mini_batches(config.policy_loss)
         if request.influence and not controlled:
-            measured = self.measure_influence(data, loss_function)
+            measured["influence"] = self.measure_influence(data, loss_function)
+            measured["influence_head"] = self.measure_head_influence(data, loss_function)
         if request.one_token and not self.audited_updates:
             update = partial(super().train_batch, loss_function=loss_function)
-            rank = self.get_data_parallel_rank()
-            effects = one_token_effects(self, data, update, request.one_token, rank)
+            effects = one_token_effects(self, data, update, request.one_token, self.get_data_parallel_rank())
         tu.assign_non_tensor(data, return_model_output=True)  # among the outputs are the loss's weights
         output = super().train_batch(data, loss_function)
         after = self.token_statistics(data)
         weights = output["model_output"].get("token_weights")
         if weights is not None:
             weights = weights.cpu().to_padded_tensor(0.0)
-        if controlled:
-            measured = self.measured
-        further = {}
-        if measured is not None:
-            further["influence"] = measured.contributions
-        if effects is not None:
-            further["one_token"] = effects
+        if controlled and self.measured is not None:
+            way = config.policy_loss.influence_way
+            measured["influence_head" if way == "head" else "influence"] = self.measured
         true_change = after["entropy"] - before["entropy"]
-        scores = self._audit(data, config, before, true_change, weights, request, further, measured)
+        scores = self._audit(data, config, before, true_change, weights, request, measured, effects)
         named: dict[str, Any] = {f"entropy_audit/{name}": score for name, score in scores.items()}
         output["metrics"] |= Metric.from_dict(named, AggregationType.MEAN)
         return output
@@ -97,8 +94,8 @@ class EntropyAudit(EntropyControl):
         true_change: Tensor,
         weights: Tensor | None,
         request: AuditRequest,
-        further: dict[str, Tensor],
-        measured: Influence | None,
+        measured: dict[str, Influence],
+        effects: Tensor | None,
     ) -> dict[str, float]:
         """Score the estimates of a mini-batch over all ranks, and save the update and some of this rank's tokens.
 
@@ -107,8 +104,8 @@ class EntropyAudit(EntropyControl):
             before: statistics before the update.
             true_change: of the entropy, (batch, response_length).
             weights: of the loss, 0 on tokens that are not valid; None: 1 on valid ones.
-            further: columns of the saved tokens.
-            measured: influence of the tokens, if it was measured.
+            measured: influence of the tokens, by the name of the way.
+            effects: of single tokens, if they were measured.
         """
         columns = (*COLUMNS, "entropy") if "entropy" in data else COLUMNS
         batch = data.select(*columns).cpu().to_padded_tensor()
@@ -137,7 +134,8 @@ class EntropyAudit(EntropyControl):
             **{f"omega_{name}": estimate for name, estimate in estimates.items()},
             "weight": valid.float() if weights is None else weights,
             "true_change": true_change,
-            **further,
+            **{name: influence.contributions for name, influence in measured.items()},
+            **({} if effects is None else {"one_token": effects}),
         }
         self._save_update(tokens, valid, estimates, measured, request)
         self._save(tokens, valid, request)
@@ -151,7 +149,7 @@ class EntropyAudit(EntropyControl):
         tokens: dict[str, Tensor],
         valid: Tensor,
         estimates: dict[str, Tensor],
-        measured: Influence | None,
+        measured: dict[str, Influence],
         request: AuditRequest,
     ) -> None:
         """Add a row for the update to those of the step, and write all of them: the mean entropy's true change, and
@@ -164,10 +162,10 @@ class EntropyAudit(EntropyControl):
             "true_change": self.mean_over_tokens(tokens["true_change"][valid]),
             **{name: self.mean_over_tokens((weights * values)[valid]) for name, values in estimates.items()},
         }
-        if measured is not None:
-            count = float(self.sum_over_ranks(valid.sum()))
-            tokens_part = count * self.mean_over_tokens((weights * measured.contributions)[valid])
-            row |= {"influence": measured.known + tokens_part, "influence_without_momentum": tokens_part}
+        count = float(self.sum_over_ranks(valid.sum()))
+        for name, influence in measured.items():
+            tokens_part = count * self.mean_over_tokens((weights * influence.contributions)[valid])
+            row |= {name: influence.known + tokens_part, f"{name}_without_momentum": tokens_part}
         self.audited_updates.append(row)
         if self.is_mp_src_rank_with_outputs() and self.get_data_parallel_rank() == 0:
             file = Path(request.folder, f"step_{request.step}_updates.parquet")

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from verl.steer.engine.influence import Influence, InfluenceEngine
+from verl.steer.engine.influence import Influence, InfluenceEngine, whole
 from verl.trainer.ppo.core_algos import clip_ratios
 from verl.trainer.ppo.entropy_influence import token_factors
 from verl.utils import tensordict_utils as tu
@@ -83,13 +82,13 @@ class HeadInfluenceEngine(InfluenceEngine):
             _temperatures(data, valid).to(device),
         )
         head = self.module.get_output_embeddings().weight
-        weight, index = _whole(head.detach()), [id(p) for p in self.trained()].index(id(head))
+        weight, index = whole(head.detach()), [id(p) for p in self.trained()].index(id(head))
         step, state = self.adam_steps()[index], self.optimizer.state.get(head, {})
         if self.head_direction is None or self.mini_batches_since_scheduler_step % refresh == 0:
             entropy_gradient, loss_gradient = self._head_gradients(
                 tokens, weight, int(self.sum_over_ranks(valid.sum()))
             )
-            second = _whole(state["exp_avg_sq"]) if state else None
+            second = whole(state["exp_avg_sq"]) if state else None
             u = step.precondition(entropy_gradient, loss_gradient * self.last_clip_factor, second)
             decay = -step.lr * step.decay * float((entropy_gradient * weight).sum())
             self.head_direction = HeadDirection(u, decay)
@@ -98,7 +97,7 @@ class HeadInfluenceEngine(InfluenceEngine):
         slopes = torch.cat([_slopes(chunk, weight, u) for chunk in tokens.chunks(len(weight))])
         contributions = torch.zeros(valid.shape)
         contributions[valid] = (slopes * tokens.factor * step.gradient_scale * self.last_clip_factor).cpu()
-        momentum = -step.momentum_scale * float((_whole(state["exp_avg"]) * u).sum()) if state else 0.0
+        momentum = -step.momentum_scale * float((whole(state["exp_avg"]) * u).sum()) if state else 0.0
         entropy = self.mean_over_tokens(found["entropy"][valid])
         return Influence(contributions, momentum + self.head_direction.decay_change, entropy, valid)
 
@@ -134,7 +133,3 @@ def _temperatures(data: TensorDict, valid: Tensor) -> Tensor:
     temperature: Any = tu.get(data, "temperature")
     rows = torch.as_tensor(temperature, dtype=torch.float32).cpu().expand(len(valid))
     return rows[:, None].expand(valid.shape)[valid]
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

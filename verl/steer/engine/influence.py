@@ -140,12 +140,12 @@ class InfluenceEngine(TokenStatistics):
         copy, norm = data.copy(), 0.0
         tu.assign_non_tensor(copy, calculate_entropy=True, return_model_output=clip is None)
         self.optimizer_zero_grad()
-        outputs = self.forward_backward_batch(copy, loss_function)["model_output"]
+        outputs: Any = self.forward_backward_batch(copy, loss_function)
         if clip is not None:
-            norm = float(_whole(fsdp2_clip_grad_norm_(self.trained(), clip)))
+            norm = float(whole(fsdp2_clip_grad_norm_(self.trained(), clip)))
         gradients = [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in self.trained()]
         self.optimizer_zero_grad()
-        return gradients, norm, outputs
+        return gradients, norm, outputs["model_output"]
 
     @torch.no_grad()
     def _statistics_at(self, data: TensorDict, direction: Direction) -> list[dict[str, Tensor]]:
@@ -228,10 +228,11 @@ class InfluenceEngine(TokenStatistics):
 
 def _local(tensor: Tensor) -> Tensor:
     """This rank's part of a parameter, gradient or moment."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter, gradient or moment of all ranks together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

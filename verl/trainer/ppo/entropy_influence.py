@@ -84,8 +84,9 @@ class AdamStep:
     @classmethod
     def from_group(cls, group: dict[str, Any], step: int, decoupled: bool) -> AdamStep:
         """From an entry of an optimizer's `param_groups`; `decoupled` tells AdamW from Adam."""
+        beta1, beta2 = group["betas"]
         decay = group["weight_decay"] if decoupled else 0.0
-        return cls(float(group["lr"]), *group["betas"], group["eps"], decay, step)
+        return cls(float(group["lr"]), beta1, beta2, group["eps"], decay, step)
 
     @property
     def gradient_scale(self) -> float:
