@@ -36,7 +36,7 @@ members() {
     maps) echo clip_higher steer_exp steer_linear steer_threshold ;;
     normalizers) echo clip_higher steer_exp steer_global steer_ema ;;
     lora) echo steer_exp steer_exp_lora ;;
-    prediction) echo prediction_{1e-6,5e-6,2e-5,1e-4,5e-4} ;;
+    prediction) echo prediction_{1e-6,5e-6,2e-5,1e-4,5e-4} single_tokens ;;
     control) echo grpo_1e-4 influence_{0.35,0.27,0.2,steps} {pi_released,pi_exact,adaptive}_0.27 ;;
     control_others) echo {pi_released,pi_exact,adaptive}_{0.35,0.2} ;;
     *) echo "study.sh: PARTS names $1; expected fidelity, methods, lambda_min, extreme, quadrants, maps, normalizers," \
@@ -57,6 +57,8 @@ definition() {
     positive_* | negative_*) echo "quadrant $loss.quadrant=${1%_*} $loss.quadrant_weight=${1##*_}" ;;
     prediction_*) echo "grpo $lr=${1#prediction_} trainer.entropy_audit.freq=1 trainer.entropy_audit.influence=true" \
       "trainer.total_training_steps=11 trainer.val_before_train=false" ;;
+    single_tokens) echo "grpo $lr=2e-5 trainer.entropy_audit.freq=6 trainer.entropy_audit.influence=true" \
+      "trainer.entropy_audit.one_token=200 trainer.total_training_steps=6 trainer.val_before_train=false" ;;
     grpo_1e-4) echo "grpo $lr=1e-4 $forty" ;;
     influence_steps) echo "influence_target $lr=1e-4 $target={1:0.35,21:0.2,41:0.3}" \
       "trainer.total_training_steps=60 trainer.test_freq=20" ;;

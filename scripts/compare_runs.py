@@ -100,6 +100,30 @@ def prediction_table(methods: dict[str, list[Run]]) -> Table:
     return result
 
 
+def single_token_table(methods: dict[str, list[Run]]) -> Table:
+    """A row per method and estimate: against the true effect of single tokens on the mean entropy.
+
+    `sign` is the percentage of tokens whose effect has the sign of the estimate.
+    """
+    result = Table("method", "estimate", title="estimates against the true effect of single tokens")
+    for heading in ("tokens", "Spearman", "Pearson", "sign"):
+        result.add_column(heading, justify="right")
+    for name, runs in methods.items():
+        audits = [
+            run.audit.dropna(subset="one_token") for run in runs if run.audit is not None and "one_token" in run.audit
+        ]
+        for estimate in (c for c in (audits[0] if audits else ()) if c.startswith(("influence", "omega_"))):
+            pairs = [(audit[estimate], audit["one_token"]) for audit in audits]
+            cells = [
+                [x.corr(y, "spearman") for x, y in pairs],
+                [x.corr(y) for x, y in pairs],
+                [100 * ((x > 0) == (y > 0))[x != 0].mean() for x, y in pairs],
+            ]
+            row = [mean_and_interval(values, decimals) for values, decimals in zip(cells, (3, 3, 0), strict=True)]
+            result.add_row(name, str(estimate).removeprefix("omega_"), str(sum(map(len, audits))), *row)
+    return result
+
+
 def held_table(methods: dict[str, list[Run]]) -> Table:
     """A row per method and target: how far the entropy was from it over the last `HELD_STEPS` steps.
 
@@ -153,7 +177,7 @@ def main() -> None:
             sys.exit("compare_runs: no entropy and no accuracy in the metrics; expected runs of verl's trainer")
         args.out.parent.mkdir(parents=True, exist_ok=True)
         drawing.figure.savefig(args.out, dpi=150)
-    tables = [table(methods), audit_table(methods), prediction_table(methods)]
+    tables = [table(methods), audit_table(methods), prediction_table(methods), single_token_table(methods)]
     if any(TARGET in run.metrics for runs in methods.values() for run in runs):
         tables.append(held_table(methods))
     show([one for one in tables if one.row_count], args.markdown)
