@@ -25,6 +25,9 @@ from verl.workers.utils.padding import no_padding_2_padding
 #: without any effect, such as the biases of attention's keys, can be by far the largest parts of u.
 ENTROPY_STEP = 1e-2
 
+#: The same where the model computes in bfloat16, which has no more than three digits.
+BF16_ENTROPY_STEP = 0.1
+
 #: Longest step, in units of the parameters' norm, where the entropy hardly depends on the parameters.
 LONGEST_STEP = 1e-2
 
@@ -129,7 +132,8 @@ class InfluenceEngine(TokenStatistics):
         )
         slope = self._sum((gradient * part).sum() for gradient, part in zip(entropy_gradients, parts, strict=True))
         longest = self._norm([_local(p) for p in self.trained()]) / max(self._norm(parts), TINY)
-        distance = min(ENTROPY_STEP / max(slope, TINY), LONGEST_STEP * longest)
+        step = ENTROPY_STEP if self._autocast_dtype == torch.float32 else BF16_ENTROPY_STEP
+        distance = min(step / max(slope, TINY), LONGEST_STEP * longest)
         direction = Direction(parts, distance, min(1.0, limit / (norm + 1e-6)), decay_change)
         return direction, response_statistics(outputs, data)
 
