@@ -15,9 +15,18 @@ AUDIT = "trainer.entropy_audit"
     [
         ("influence_target", [f"{ACTOR}.strategy=fsdp"], "actor.strategy=fsdp: expected fsdp2 with entropy_change_est"),
         ("influence_target", [f"{ACTOR}.strategy=megatron"], "actor.strategy=megatron: expected one of fsdp, fsdp2"),
-        ("influence_band", [f"{ACTOR}.optim.optimizer=SGD"], "actor.optim.optimizer=SGD: expected AdamW or Adam with"),
+        (
+            "influence_band",
+            [f"{ACTOR}.optim.optimizer=SGD"],
+            "actor.optim.optimizer=SGD: expected AdamW with entropy_change",
+        ),
         ("influence_band", [f"{ACTOR}.optim.optimizer_impl=bitsandbytes.optim"], "expected torch.optim with"),
         ("influence_band", [f"+{ACTOR}.optim.override_optimizer_config.amsgrad=true"], "amsgrad=True: expected false"),
+        (
+            "influence_band",
+            [f"{ACTOR}.fsdp_config.mixed_precision.param_dtype=fp16"],
+            "param_dtype=fp16: expected fp32 or",
+        ),
         ("influence_exp", [f"{ACTOR}.entropy_coeff=0.01"], "actor.entropy_coeff=0.01: expected 0 with entropy_change"),
         ("influence_exp", [f"{ACTOR}.use_kl_loss=true"], "actor.use_kl_loss=True: expected false with entropy_change"),
         ("pi_released", ["actor_rollout_ref.model.use_fused_kernels=true"], "model.use_fused_kernels=True: expected f"),

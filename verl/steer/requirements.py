@@ -170,19 +170,21 @@ def _check_entropy_control(config: DictConfig, policy_loss: Any) -> None:
 
 
 def _check_influence(config: DictConfig, reason: str) -> None:
-    """Check that an update is Adam's on the policy's loss alone, which the prediction by influence assumes.
+    """Check that an update is AdamW's on the policy's loss alone, which the prediction by influence assumes.
 
     Raises:
         ValueError: if the update has parts that the prediction lacks.
     """
     actor = config.actor_rollout_ref.actor
     override = actor.optim.get("override_optimizer_config") or {}
+    dtype = (actor.fsdp_config.get("mixed_precision") or {}).get("param_dtype", "bf16")
     _refuse_others(
         [
             ("actor.strategy", actor.strategy, ("fsdp2",)),
-            ("actor.optim.optimizer", actor.optim.optimizer, ("AdamW", "Adam")),
+            ("actor.optim.optimizer", actor.optim.optimizer, ("AdamW",)),
             ("actor.optim.optimizer_impl", actor.optim.optimizer_impl, ("torch.optim",)),
             ("actor.optim.override_optimizer_config.amsgrad", override.get("amsgrad", False), (False,)),
+            ("actor.fsdp_config.mixed_precision.param_dtype", dtype, ("fp32", "float32", "bf16", "bfloat16")),
             ("actor.entropy_coeff", actor.entropy_coeff, (0,)),
             ("actor.use_kl_loss", actor.use_kl_loss, (False,)),
         ],

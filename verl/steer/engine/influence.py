@@ -192,10 +192,9 @@ class InfluenceEngine(TokenStatistics):
 
     def adam_steps(self) -> list[AdamStep]:
         """The next step of each trained parameter."""
-        decoupled = isinstance(self.optimizer, torch.optim.AdamW)
         counts = {float(state["step"]) for state in self.optimizer.state.values()} or {0.0}
         return [
-            AdamStep.from_group(group, int(max(counts)) + 1, decoupled)
+            AdamStep.from_group(group, int(max(counts)) + 1)
             for group in self.optimizer.param_groups
             for _ in group["params"]
         ]

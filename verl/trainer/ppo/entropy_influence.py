@@ -66,11 +66,11 @@ def token_factors(inputs: LossInputs, clip: ClipRatios) -> PerToken:
 
 @dataclass(frozen=True)
 class AdamStep:
-    """The next step of `torch.optim.AdamW` or `Adam` on one group of parameters.
+    """The next step of `torch.optim.AdamW` on one group of parameters.
 
     Args:
         lr, beta1, beta2, eps: of the group.
-        decay: decoupled weight decay, AdamW's.
+        decay: decoupled weight decay.
         step: the step's number, from 1.
     """
 
@@ -82,11 +82,10 @@ class AdamStep:
     step: int
 
     @classmethod
-    def from_group(cls, group: dict[str, Any], step: int, decoupled: bool) -> AdamStep:
-        """From an entry of an optimizer's `param_groups`; `decoupled` tells AdamW from Adam."""
+    def from_group(cls, group: dict[str, Any], step: int) -> AdamStep:
+        """From an entry of an optimizer's `param_groups`."""
         beta1, beta2 = group["betas"]
-        decay = group["weight_decay"] if decoupled else 0.0
-        return cls(float(group["lr"]), beta1, beta2, group["eps"], decay, step)
+        return cls(float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], step)
 
     @property
     def gradient_scale(self) -> float:
