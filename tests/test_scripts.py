@@ -12,6 +12,7 @@ import time
 
 import pandas as pd
 import pytest
+from tabular_audit import tabular_audit
 from test_configuration import validated
 
 RUN = """
@@ -118,6 +119,36 @@ def test_comparison_takes_means_and_intervals_over_seeds(command, root, tmp_path
         ["steer", "1", "0.200", "0.600", "0.700", "1.000", "0.900", "0.800", "0.800", "100"],
     ]  # fmt: skip
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_comparison_scores_predictions_single_tokens_and_held_targets(command, root, tmp_path):
+    write_run(tmp_path / "grpo", [0.4] * 30, [0.1] * 30)
+    write_run(tmp_path / "held", [0.4] * 10 + [0.32] * 20, [0.1] * 30, weights=[0.9] * 30)
+    lines = [json.loads(line) for line in (tmp_path / "held/metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["data"]["actor/target_entropy"] = 0.3
+    (tmp_path / "held/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "grpo/audit").mkdir()
+    change = pd.Series([1.0, -2.0, 3.0])
+    updates = pd.DataFrame({"step": 1, "mini_batch": range(3), "entropy": 0.4, "true_change": change})
+    updates.assign(influence=2 * change, exact=[1.0, 1.0, 1.0]).to_parquet(
+        tmp_path / "grpo/audit/step_1_updates.parquet"
+    )
+    tokens = tabular_audit(steps=(1,), mini_batches=1, responses=1, length=6)
+    tokens["one_token"] = [1.0, -2.0, 3.0, 0.5, float("nan"), float("nan")]
+    tokens["influence"] = [2.0, -4.0, 5.0, -1.0, 7.0, 8.0]
+    tokens.to_parquet(tmp_path / "grpo/audit/step_1_rank_0.parquet")
+    result = command(
+        sys.executable, root / "scripts/compare_runs.py", tmp_path / "grpo", tmp_path / "held", "--out",
+        tmp_path / "p.png", COLUMNS="250",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
+    assert ["grpo", "influence", "3", "1.000", "0.500"] in rows
+    # Ranks 3, 1, 4, 2 against 3, 1, 4, 2 but for the signs of one token.
+    assert ["grpo", "influence", "4", "1.000", "0.973", "75"] in rows
+    assert ["grpo", "0.3", "0.1000", "33.3 %", "-"] in rows
+    assert ["held", "0.3", "0.0200", "6.7 %", "0.900"] in rows
 
 
 #: Stands for the interpreter in launchers: says that verl_steer is there, starts a watched command without watching it,
