@@ -12,14 +12,14 @@ from verl.workers.config import FSDPOptimizerConfig, HFModelConfig
 from verl.workers.engine.base import EngineRegistry
 
 
-def make_engine(model_folder, packed=False, **optimizer):
+def make_engine(model_folder, packed=False, dtype="fp32", **optimizer):
     model = HFModelConfig(
         path=str(model_folder),
         use_remove_padding=packed,
         enable_gradient_checkpointing=False,
         override_config={"attn_implementation": "packed_sdpa" if packed else "sdpa"},
     )
-    precision = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+    precision = {"param_dtype": dtype, "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
     engine = EngineRegistry.new(
         model_type="language_model",
         backend="fsdp2",

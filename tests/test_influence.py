@@ -15,6 +15,7 @@ from small_engine import MINI_BATCHES, make_engine, mini_batches
 from test_policy_loss import actor_config
 from verl.steer.audit.one_token import one_token_effects
 from verl.steer.audit.scores import AuditRequest
+from verl.steer.engine import influence
 from verl.steer.loss import ppo_loss
 from verl.trainer.ppo.core_algos import ClipRatios, LossInputs, compute_policy_loss_vanilla, weighs_mini_batches
 from verl.trainer.ppo.entropy_influence import (
@@ -234,6 +235,23 @@ def test_measuring_changes_neither_parameters_nor_the_optimizer(model_folder):
         for parameter, value, moment in zip(engine.module.parameters(), before, moments, strict=True):
             assert torch.equal(parameter.detach().full_tensor(), value)
             assert torch.equal(engine.optimizer.state[parameter]["exp_avg"].full_tensor(), moment)
+
+
+def test_bfloat16_takes_a_longer_step(model_folder, monkeypatch):
+    """Contributions against those of float32: about right with its own step, all rounding with a short one."""
+
+    def contributions_of(dtype):
+        engine, (first, second) = make_engine(model_folder, dtype=dtype, lr=1e-5), mini_batches()
+        with engine.train_mode():
+            engine.train_batch(first.copy(), VANILLA)
+            measured = engine.measure_influence(second.copy(), VANILLA)
+        return measured.contributions[measured.valid].double()
+
+    truth, own = contributions_of("fp32"), contributions_of("bf16")
+    monkeypatch.setattr(influence, "BF16_ENTROPY_STEP", 1e-3)
+    short = contributions_of("bf16")
+    errors = [float((found - truth).norm() / truth.norm()) for found in (own, short)]
+    assert errors[0] < 0.5 < 0.8 < errors[1] and pearsonr(truth, own)[0] > 0.9
 
 
 def plain_update(engine, loss, data):
