@@ -14,6 +14,7 @@ peak above what the model and its optimizer hold, in a step of one micro-batch, 
     steer, exact              the estimator `exact`, which asks for two more sums over the vocabulary
     influence                 weights by the tokens' influence on the entropy (docs/control.md)
     influence, refresh 4      the same, four mini-batches of a step with one direction
+    influence, head           the same through the last layer alone
     pi, released              a plain controller of the entropy on STEER's estimate
 """
 
@@ -62,6 +63,7 @@ WAYS = {
     "steer, exact": ("steer_exp", ["actor_rollout_ref.actor.policy_loss.entropy_change_estimator=exact"]),
     "influence": ("influence_target", []),
     "influence, refresh 4": ("influence_target", ["actor_rollout_ref.actor.policy_loss.influence_refresh=4"]),
+    "influence, head": ("influence_target", ["actor_rollout_ref.actor.policy_loss.influence_way=head"]),
     "pi, released": ("pi_released", []),
 }
 
