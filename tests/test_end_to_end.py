@@ -225,7 +225,9 @@ def test_audited_steps_and_their_report(trained, command, root, tmp_path):
     for step, data in steps.items():
         assert ("entropy_audit/exact/pearson" in data) == (step in (2, 4))
         assert step == 0 or 0 <= data["actor/quadrant/positive_likely/tokens"] <= 1
-    tokens = pd.concat(map(pd.read_parquet, (trained / "audit").glob("*.parquet")))
+    tokens = pd.concat(map(pd.read_parquet, (trained / "audit").glob("step_*_rank_*.parquet")))
+    updates = pd.concat(map(pd.read_parquet, (trained / "audit").glob("step_*_updates.parquet")))
+    assert set(updates["step"]) == {2, 4} and updates["true_change"].notna().all()
     assert set(tokens["step"]) == {2, 4} and tokens["weight"].between(0.8 - 1e-6, 1.2 + 1e-6).all()
     result = command(sys.executable, root / "scripts/report.py", trained, "--out", tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
