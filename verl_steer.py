@@ -40,6 +40,7 @@ REPLACED = {
     "verl.utils.tensordict_utils.chunk_tensordict": "the same for neighbouring rows",
     "verl.workers.engine.fsdp.transformer_impl.CPUOffloadPolicy": "a CPU has no pinned memory",
     "verl.trainer.ppo.v1.trainer_base.get_seqlen_balanced_partitions": "no search for a single partition",
+    "verl.trainer.ppo.metric_utils.bootstrap_metric": "the same resamples and results without a call for each of them",
     "verl.trainer.ppo.v1.trainer_base.LLMServerManager": "batched rollouts: servers without a load balancer",
     "verl.trainer.ppo.v1.trainer_base.TRAINER_REGISTRY": "verl.steer.worker: verl's trainers with this fork's workers",
     "verl.trainer.ppo.core_algos.ADV_ESTIMATOR_REGISTRY": "verl.steer.methods.registry: the batch's fields are bound",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make the laptop task: arithmetic problems, and a tiny Qwen2 model that solves some of them by sampling.
+"""Make a laptop task: problems, and a tiny Qwen2 model that solves some of them by sampling.
 
 The folder given by ``--out`` receives ``train.parquet``, ``test.parquet``, ``model/`` (a Hugging Face folder)
 and ``laptop_task.json`` (the settings that it was made with). A folder already made with the same settings is
@@ -22,20 +22,11 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.utils.logging import disable_progress_bar
-from verl.steer.tasks.arithmetic import (
-    DEFAULT_DIFFICULTY,
-    DIFFICULTIES,
-    SPLITS,
-    Problem,
-    compute_score,
-    make_problem,
-    make_rows,
-    split_of,
-    worked_solution,
-)
+from verl.steer.tasks import TASKS
+from verl.steer.tasks.rows import SPLITS, Problem, make_rows, split_of
 
 # Part of the stamp: raise it whenever the same settings give another result.
-VERSION = 2
+VERSION = 3
 STAMP = "laptop_task.json"
 
 PAD, END = "<|endoftext|>", "<|im_end|>"
@@ -56,14 +47,20 @@ MAX_NEW_TOKENS = 64
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    parser.add_argument("--task", choices=sorted(TASKS), default="arithmetic", help="a module of verl.steer.tasks")
     parser.add_argument("--seed", type=int, default=0, help="of the data, the model and its training")
-    parser.add_argument("--difficulty", type=int, choices=sorted(DIFFICULTIES), default=DEFAULT_DIFFICULTY)
+    parser.add_argument("--difficulty", type=int, help="a level of the task (its own default)")
     parser.add_argument("--train-size", type=int, default=4096, help="rows of train.parquet")
     parser.add_argument("--test-size", type=int, default=256, help="rows of test.parquet")
     parser.add_argument("--steps", type=int, default=600, help=f"pre-training steps of {BATCH_SIZE} solutions")
-    parser.add_argument("--slip", type=float, default=0.3, help="probability of a wrong step in those solutions")
+    parser.add_argument("--slip", type=float, default=0.3, help="noise of those solutions, see `noisy_solution`")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--hidden-size", type=int, default=128, help="of the model, a multiple of 64")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.difficulty is None:
+        args.difficulty = TASKS[args.task].DEFAULT_DIFFICULTY
+    return args
 
 
 def make_tokenizer() -> Qwen2Tokenizer:
@@ -81,15 +78,15 @@ def make_tokenizer() -> Qwen2Tokenizer:
     )
 
 
-def make_model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
+def make_model(tokenizer: Qwen2Tokenizer, layers: int = 2, hidden_size: int = 128) -> Qwen2ForCausalLM:
     """An untrained model; the head dimension of 32 is one that vLLM's CPU attention takes."""
     config = Qwen2Config(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=hidden_size,
+        intermediate_size=3 * hidden_size,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden_size // 32,
+        num_key_value_heads=hidden_size // 64,
         # The usual 0.02 is for wide models: at this width training takes about twice as many steps from it.
         initializer_range=0.06,
         max_position_embeddings=2048,
@@ -108,21 +105,19 @@ def prompt_ids(tokenizer: Qwen2Tokenizer, prompt: str) -> list[int]:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
-def training_problems(rng: random.Random, difficulty: int) -> Iterator[Problem]:
+def training_problems(task: Any, rng: random.Random, difficulty: int) -> Iterator[Problem]:
     while True:
-        problem = make_problem(rng, difficulty)
+        problem = task.make_problem(rng, difficulty)
         if split_of(problem.terms) == "train":
             yield problem
 
 
-def supervised_batch(
-    tokenizer: Qwen2Tokenizer, problems: list[Problem], rng: random.Random, slip: float
-) -> dict[str, Tensor]:
-    """Prompts with one worked solution each, padded on the right; only the solutions have labels."""
+def supervised_batch(tokenizer: Qwen2Tokenizer, pairs: list[tuple[str, str]]) -> dict[str, Tensor]:
+    """Prompts with one solution each, padded on the right; only the solutions have labels."""
     sequences, labels = [], []
-    for problem in problems:
-        prompt = prompt_ids(tokenizer, problem.prompt)
-        response = tokenizer.encode(worked_solution(problem.terms, rng, slip) + END)
+    for question, solution in pairs:
+        prompt = prompt_ids(tokenizer, question)
+        response = tokenizer.encode(solution + END)
         sequences.append(torch.tensor(prompt + response))
         labels.append(torch.tensor([-100] * len(prompt) + response))
     pad = torch.nn.utils.rnn.pad_sequence
@@ -133,13 +128,14 @@ def supervised_batch(
 
 
 def pretrain(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, args: argparse.Namespace) -> None:
-    rng = random.Random(f"{args.seed} pretrain")
-    problems = training_problems(rng, args.difficulty)
+    task, rng = TASKS[args.task], random.Random(f"{args.seed} pretrain")
+    problems = training_problems(task, rng, args.difficulty)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.98))
     schedule = OneCycleLR(optimizer, max_lr=PEAK_LR, total_steps=args.steps + 1, pct_start=0.1)
     for _ in (bar := tqdm(range(args.steps), desc="pre-training", disable=args.quiet or None)):
-        batch = supervised_batch(tokenizer, [next(problems) for _ in range(BATCH_SIZE)], rng, args.slip)
-        loss = model(**batch).loss
+        batch = [next(problems) for _ in range(BATCH_SIZE)]
+        pairs = [(problem.prompt, task.noisy_solution(problem, rng, args.slip)) for problem in batch]
+        loss = model(**supervised_batch(tokenizer, pairs)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -159,7 +155,8 @@ def sampled_accuracy(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, rows: l
         output = model.generate(**batch, do_sample=True, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
         responses = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for row, response in zip(chunk, responses, strict=True):
-            solved += bool(compute_score(response, row["reward_model"]["ground_truth"])["acc"])
+            grade = TASKS[row["data_source"]].compute_score(response, row["reward_model"]["ground_truth"])
+            solved += bool(grade["acc"])
     return solved / len(rows)
 
 
@@ -167,7 +164,7 @@ def build(folder: Path, args: argparse.Namespace, settings: dict[str, Any]) -> f
     """Make everything in a new folder, the stamp last; return the sampled accuracy."""
     folder.mkdir()
     rows = {
-        split: make_rows(split, size, args.seed, args.difficulty)
+        split: make_rows(TASKS[args.task], split, size, args.seed, args.difficulty)
         for split, size in zip(SPLITS, (args.train_size, args.test_size), strict=True)
     }
     for split in SPLITS:
@@ -176,7 +173,7 @@ def build(folder: Path, args: argparse.Namespace, settings: dict[str, Any]) -> f
     torch.set_num_threads(THREADS)
     torch.manual_seed(args.seed)
     tokenizer = make_tokenizer()
-    model = make_model(tokenizer)
+    model = make_model(tokenizer, args.layers, args.hidden_size)
     pretrain(model, tokenizer, args)
     model.eval()
     accuracy = sampled_accuracy(model, tokenizer, rows["test"])
@@ -199,7 +196,7 @@ def main() -> None:
     out = args.out.resolve()
     settings = {
         "version": VERSION,
-        **{name: getattr(args, name) for name in ("seed", "difficulty", "train_size", "test_size", "steps", "slip")},
+        **{name: value for name, value in vars(args).items() if name not in ("out", "quiet")},
     }
     stamp = json.loads((out / STAMP).read_text()) if (out / STAMP).exists() else None
     if stamp is None and out.exists() and any(out.iterdir()):

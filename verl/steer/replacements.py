@@ -8,6 +8,7 @@ from typing import Any
 
 from torch.distributed.fsdp import CPUOffloadPolicy
 from verl.steer.engine import jagged_rows
+from verl.steer.validation_metrics import bootstrap_metric
 from verl.utils.device import get_device_name
 from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 
@@ -28,6 +29,8 @@ def replace_in_trainer(batched: bool) -> None:
         batched: whether rollouts are generated in whole batches, by servers without a load balancer.
     """
     trainer_base: Any = import_module("verl.trainer.ppo.v1.trainer_base")
+    metric_utils: Any = import_module("verl.trainer.ppo.metric_utils")
+    metric_utils.bootstrap_metric = bootstrap_metric
     trainer_base.get_seqlen_balanced_partitions = balanced_partitions
     if batched:
         from verl.steer.rollout import vllm_batched

@@ -43,6 +43,7 @@ from verl.steer.rollout.lost_rollouts import LOST_IN_TRAINING, lost_rollouts, me
 from verl.steer.rollout.wait import ROLLOUT_TIMEOUT, RolloutWait
 from verl.steer.run_ending import naming_a_full_disk
 from verl.steer.step_record import RecordsSteps
+from verl.steer.validation_metrics import sampling_metrics
 from verl.steer.worker import SteerWorkers
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.trainer.ppo.utils import create_rl_dataset
@@ -348,7 +349,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         )
         if stored != asked:
             metrics = means_over_stored_samples(metrics, data_sources, sample_uids, reward_extra_infos_dict, asked)
-        return metrics | counts
+        return metrics | counts | sampling_metrics(data_sources, sample_uids, reward_extra_infos_dict)
 
     def _validate_one_file_after_another(self) -> dict[str, float]:
         """Evaluate; each file's responses are on disk before the next file begins, so a killed run keeps them."""

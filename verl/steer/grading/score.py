@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from verl.steer.grading import symbolic
 from verl.steer.grading.normalize import boxes, clean, normalize
-from verl.steer.tasks import arithmetic
+from verl.steer.tasks import TASKS
 from verl.utils.reward_score import default_compute_score
 
 TRAINING_SOURCES = {"math_dapo"}
@@ -87,9 +87,9 @@ def compute_score(
         if rule == "auto":
             rule = "eval" if is_benchmark else "train"
         return _grade(solution_str, str(ground_truth), rule, timeout)
-    if data_source == arithmetic.DATA_SOURCE:
+    if data_source in TASKS:
         # verl takes a batch's keys from its first row, so all of STEER's sources have the same keys.
-        return {**arithmetic.compute_score(solution_str, ground_truth), "timed_out": False}
+        return {**TASKS[data_source].compute_score(solution_str, ground_truth), "timed_out": False}
     return default_compute_score(data_source, solution_str, ground_truth, extra_info, **kwargs)
 
 

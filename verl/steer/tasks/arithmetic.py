@@ -8,15 +8,14 @@ The running total may start from any positive term, and take the others in any o
 zero; the two operands of a sum may come in either order. So a policy that solves the task has entropy to keep or lose.
 """
 
-import hashlib
 import random
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from verl.steer.tasks.rows import check_difficulty
 
 DATA_SOURCE = "arithmetic"
 ANSWER_MARKER = "#"
-SPLITS = ("train", "test")
 
-_MAX_FRUITLESS_DRAWS = 10_000  # consecutive draws without a new problem that show that none is left
 _TAIL_CHARACTERS = 64  # an answer has only a few characters
 
 
@@ -47,8 +46,7 @@ def make_problem(rng: random.Random, difficulty: int = DEFAULT_DIFFICULTY) -> Pr
     Raises:
         ValueError: `difficulty` is not one of `DIFFICULTIES`.
     """
-    if difficulty not in DIFFICULTIES:
-        raise ValueError(f"difficulty is {difficulty!r}, expected one of {sorted(DIFFICULTIES)}")
+    check_difficulty(difficulty, DIFFICULTIES)
     level = DIFFICULTIES[difficulty]
     while True:
         numbers = [rng.randint(1, level.largest) for _ in range(level.terms)]
@@ -86,40 +84,9 @@ def worked_solution(terms: tuple[int, ...], rng: random.Random, slip: float = 0.
     return f"{solution}{ANSWER_MARKER}{total}"
 
 
-def split_of(terms: tuple[int, ...]) -> str:
-    """The split of a problem, about one in ten `test`. No test problem is a rearranged training problem."""
-    digest = hashlib.sha256(repr(sorted(terms)).encode()).digest()
-    return "test" if digest[0] % 10 == 0 else "train"
-
-
-def make_rows(split: str, size: int, seed: int, difficulty: int = DEFAULT_DIFFICULTY) -> list[dict[str, Any]]:
-    """Rows of `size` different problems of a split, in verl's format.
-
-    Raises:
-        ValueError: unknown `split` or `difficulty`, or the split has fewer than `size` problems.
-    """
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}, expected one of {SPLITS}")
-    rng = random.Random(f"{seed} {split}")
-    answers: dict[str, str] = {}
-    fruitless = 0
-    while len(answers) < size:
-        problem = make_problem(rng, difficulty)
-        if problem.prompt not in answers and split_of(problem.terms) == split:
-            answers[problem.prompt] = problem.ground_truth
-            fruitless = 0
-        elif (fruitless := fruitless + 1) == _MAX_FRUITLESS_DRAWS:
-            raise ValueError(f"size is {size}, expected at most about {len(answers)} for {split=} and {difficulty=}")
-    return [
-        {
-            "data_source": DATA_SOURCE,
-            "prompt": [{"role": "user", "content": prompt}],
-            "ability": "math",
-            "reward_model": {"style": "rule", "ground_truth": answer},
-            "extra_info": {"index": index, "raw_problem": prompt, "split": split},
-        }
-        for index, (prompt, answer) in enumerate(answers.items())
-    ]
+def noisy_solution(problem: Problem, rng: random.Random, slip: float) -> str:
+    """One of the problem's solutions, each step of it wrong with probability `slip`."""
+    return worked_solution(problem.terms, rng, slip)
 
 
 def compute_score(solution_str: str, ground_truth: str) -> dict[str, float | bool | str]:

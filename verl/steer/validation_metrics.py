@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics of a validation with several samples of each problem: verl's own, faster, and pass@k and distinct answers."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from verl.trainer.ppo.metric_utils import calc_maj_val
+
+
+@cache
+def _resamples(samples: int, size: int, count: int, seed: int) -> NDArray[np.int64]:
+    """Indices of resamples, (count, size): those that verl draws."""
+    return np.random.RandomState(seed).choice(samples, size=(count, size), replace=True)
+
+
+def bootstrap_metric(
+    data: list[Any],
+    subset_size: int,
+    reduce_fns: list[Callable[..., Any]],
+    n_bootstrap: int = 1000,
+    seed: int = 42,
+) -> list[tuple[float, float]]:
+    """verl's `bootstrap_metric` with the same resamples and results, without a Python call for each of them.
+
+    Raises:
+        ValueError: a reduction is neither `np.max`, `np.min` nor verl's majority vote.
+    """
+    drawn = _resamples(len(data), subset_size, n_bootstrap, seed)
+    results = []
+    for reduce_fn in reduce_fns:
+        if reduce_fn is np.max or reduce_fn is np.min:
+            values = np.asarray(data, dtype=np.float64)[drawn]
+            reduced = values.max(axis=1) if reduce_fn is np.max else values.min(axis=1)
+        elif isinstance(reduce_fn, partial) and reduce_fn.func is calc_maj_val:
+            reduced = _majority_values(data, drawn, **reduce_fn.keywords)
+        else:
+            raise ValueError(f"reduce_fns has {reduce_fn}: expected np.max, np.min or verl's calc_maj_val")
+        results.append((float(reduced.mean()), float(reduced.std())))
+    return results
+
+
+def _majority_values(
+    data: list[dict[str, Any]], drawn: NDArray[np.int64], vote_key: str, val_key: str
+) -> NDArray[np.float64]:
+    """The value of the first of the most frequent votes in each resample, (count,)."""
+    codes = np.unique([str(one[vote_key]) for one in data], return_inverse=True)[1]
+    values = np.array([one[val_key] for one in data], dtype=np.float64)
+    votes, rows = codes[drawn], np.arange(len(drawn))
+    counts = np.zeros((len(drawn), codes.max() + 1), dtype=np.int64)
+    np.add.at(counts, (rows[:, None], votes), 1)
+    # `argmax` takes the first of equals, as verl's dictionary of votes does.
+    first = np.take_along_axis(counts, votes, axis=1).argmax(axis=1)
+    return values[drawn[rows, first]]
+
+
+def pass_at_k(right: NDArray[Any], samples: NDArray[Any], k: int) -> NDArray[np.float64]:
+    """Probability that one of k samples drawn without replacement is right (arXiv 2107.03374, equation 1).
+
+    Args:
+        right: number of right samples of each problem, (problems,).
+        samples: number of samples of each problem, each at least k, (problems,).
+        k: number of samples drawn.
+    """
+    wrong = (samples - right)[:, None] - np.arange(k)
+    return 1 - (wrong.clip(min=0) / (samples[:, None] - np.arange(k))).prod(axis=1)
+
+
+def sampling_metrics(
+    data_sources: Sequence[str], uids: Sequence[str], values: dict[str, Sequence[Any]]
+) -> dict[str, float]:
+    """pass@k and distinct right answers of a validation with several samples of each problem.
+
+    Args:
+        data_sources, uids: of each stored sample.
+        values: variable -> value of each stored sample; `acc` is whether it is right, `pred` its answer.
+
+    Returns:
+        For each data source with `acc`, and N the least number of samples of a problem, at least 2:
+        `val-aux/SOURCE/acc/pass@k` for the powers of two up to N, as a mean over problems. With `pred` also
+        `val-aux/SOURCE/distinct_right` and `.../distinct_share`: the number of different right answers of a problem as
+        a mean over problems, and that number divided by the number of right answers, both summed over problems.
+    """
+    answers: dict[str, dict[str, list[tuple[bool, Any]]]] = defaultdict(lambda: defaultdict(list))
+    preds = values.get("pred", [None] * len(uids))
+    for source, uid, acc, pred in zip(data_sources, uids, values.get("acc", []), preds, strict=False):
+        if acc is not None:
+            answers[source][uid].append((bool(acc), pred))
+    metrics = {}
+    for source, problems in answers.items():
+        right = np.array([sum(acc for acc, _ in samples) for samples in problems.values()])
+        samples = np.array([len(samples) for samples in problems.values()])
+        if samples.min() < 2:
+            continue
+        for k in (2**power for power in range(int(samples.min()).bit_length())):
+            metrics[f"val-aux/{source}/acc/pass@{k}"] = float(pass_at_k(right, samples, k).mean())
+        if "pred" in values:
+            distinct = [len({pred for acc, pred in samples if acc}) for samples in problems.values()]
+            metrics[f"val-aux/{source}/distinct_right"] = float(np.mean(distinct))
+            metrics[f"val-aux/{source}/distinct_share"] = sum(distinct) / max(1, int(right.sum()))
+    return metrics
