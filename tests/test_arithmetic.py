@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -13,18 +14,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from verl.steer.tasks import arithmetic, countdown, rows
 from verl.steer.tasks.arithmetic import (
     DEFAULT_DIFFICULTY,
     DIFFICULTIES,
     compute_score,
     make_problem,
-    make_rows,
-    split_of,
     worked_solution,
 )
+from verl.steer.tasks.rows import split_of
 
 PROGRAM = Path(__file__).parents[1] / "scripts" / "make_laptop_task.py"
 
+make_rows = partial(rows.make_rows, arithmetic)
 seeds = st.integers(0, 2**32)
 difficulties = st.sampled_from(sorted(DIFFICULTIES))
 
@@ -73,8 +75,8 @@ def test_default_difficulty_takes_20_to_40_tokens() -> None:
 @pytest.mark.parametrize("difficulty", sorted(DIFFICULTIES))
 def test_train_and_test_share_no_problem_in_any_order(difficulty: int) -> None:
     splits = [
-        {tuple(sorted(re.findall(r"[+-]?\d+", "+" + row["extra_info"]["raw_problem"]))) for row in rows}
-        for rows in (make_rows("train", 1500, 1, difficulty), make_rows("test", 150, 2, difficulty))
+        {tuple(sorted(re.findall(r"[+-]?\d+", "+" + row["extra_info"]["raw_problem"]))) for row in split}
+        for split in (make_rows("train", 1500, 1, difficulty), make_rows("test", 150, 2, difficulty))
     ]
     assert not splits[0] & splits[1]
 
@@ -86,11 +88,11 @@ def test_about_one_problem_in_ten_is_a_test_problem() -> None:
 
 
 def test_rows_follow_the_format_and_the_seed() -> None:
-    rows = make_rows("test", 20, 3)
-    assert rows == make_rows("test", 20, 3)
-    assert rows != make_rows("test", 20, 4)
-    assert len({row["extra_info"]["raw_problem"] for row in rows}) == 20
-    for index, row in enumerate(rows):
+    made = make_rows("test", 20, 3)
+    assert made == make_rows("test", 20, 3)
+    assert made != make_rows("test", 20, 4)
+    assert len({row["extra_info"]["raw_problem"] for row in made}) == 20
+    for index, row in enumerate(made):
         problem = row["extra_info"]["raw_problem"]
         assert row == {
             "data_source": "arithmetic",
@@ -186,6 +188,15 @@ def test_program_is_cached_deterministic_and_atomic(task: Path, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == [again]
     for name in ("train.parquet", "test.parquet", "laptop_task.json", "model/model.safetensors"):
         assert (again / name).read_bytes() == (task / name).read_bytes(), name
+
+
+def test_program_makes_another_task_with_a_larger_model(tmp_path: Path) -> None:
+    out = tmp_path / "task"
+    assert make_task(out, "--task", "countdown", "--layers", "3", "--hidden-size", "64").returncode == 0
+    raw = [info["raw_problem"] for info in pd.read_parquet(out / "test.parquet")["extra_info"]]
+    assert raw == [row["extra_info"]["raw_problem"] for row in rows.make_rows(countdown, "test", 6, 0)]
+    config = AutoModelForCausalLM.from_pretrained(out / "model").config
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (3, 64, 2)
 
 
 def test_program_keeps_a_folder_that_is_not_its_own(tmp_path: Path) -> None:

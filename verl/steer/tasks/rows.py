@@ -25,6 +25,7 @@ class Task(Protocol):
     """A module of this package with a task."""
 
     DATA_SOURCE: str
+    DEFAULT_DIFFICULTY: int
 
     def make_problem(self, rng: random.Random, difficulty: int) -> Problem: ...
 
@@ -41,14 +42,17 @@ def split_of(terms: tuple[int, ...]) -> str:
     return "test" if digest[0] % 10 == 0 else "train"
 
 
-def make_rows(task: Task, split: str, size: int, seed: int, difficulty: int) -> list[dict[str, Any]]:
-    """Rows of `size` different problems of a split, in verl's format.
+def make_rows(
+    task: Task, split: str, size: int, seed: int, difficulty: int | None = None
+) -> list[dict[str, Any]]:
+    """Rows of `size` different problems of a split, in verl's format; the difficulty is by default the task's own.
 
     Raises:
         ValueError: unknown `split` or `difficulty`, or the split has fewer than `size` problems.
     """
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}, expected one of {SPLITS}")
+    difficulty = task.DEFAULT_DIFFICULTY if difficulty is None else difficulty
     rng = random.Random(f"{seed} {split}")
     answers: dict[str, str] = {}
     fruitless = 0
