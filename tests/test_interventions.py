@@ -141,7 +141,7 @@ def test_high_entropy_tokens_by_hand():
 def test_high_entropy_tokens_are_the_share_rounded_up(count, share):
     """The loss is the mean over them, found by a plain sort; log-probs are -1, so that it is the mean of -A."""
     generator = torch.Generator().manual_seed(count)
-    advantages, entropys = torch.randn(2, 1, count, generator=generator)[:, :]
+    advantages, entropys = torch.randn(2, 1, count, generator=generator)
     log_prob, mask = torch.full((1, count), -1.0), torch.ones(1, count, dtype=torch.bool)
     loss, metrics = loss_of(
         "high_entropy_tokens", (advantages, entropys, log_prob, log_prob, mask), high_entropy_share=share
@@ -150,6 +150,27 @@ def test_high_entropy_tokens_are_the_share_rounded_up(count, share):
     chosen = sorted(zip(entropys[0].tolist(), advantages[0].tolist(), strict=True))[-number:]
     assert metrics["actor/high_entropy_share"] == pytest.approx(number / count)
     assert loss.item() == pytest.approx(-sum(advantage for _, advantage in chosen) / number, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_high_entropy_tokens_are_those_of_trl_which_averages_over_all(seed):
+    """TRL 1.16 keeps entropies of at least the 0.8-quantile, interpolated, and divides by the number of all tokens."""
+    advantages, entropys, old_log_prob, log_prob, mask = batch = random_batch(seed=seed)
+    loss, metrics = loss_of("high_entropy_tokens", batch)
+    in_order = sorted(entropys[mask].tolist())
+    place = 0.8 * (len(in_order) - 1)
+    below = int(place)
+    threshold = in_order[below] + (place - below) * (in_order[below + 1] - in_order[below])
+    total, kept = 0.0, 0
+    for entropy, advantage, log_ratio in zip(
+        entropys[mask].tolist(), advantages[mask].tolist(), (log_prob - old_log_prob)[mask].tolist(), strict=True
+    ):
+        ratio = math.exp(log_ratio)
+        if entropy >= threshold:
+            kept += 1
+            total -= min(ratio * advantage, min(max(ratio, 0.8), 1.28) * advantage)
+    assert metrics["actor/high_entropy_share"] == pytest.approx(kept / len(in_order))
+    assert loss.item() * kept / len(in_order) == pytest.approx(total / len(in_order), rel=1e-4, abs=1e-6)
 
 
 def test_high_entropy_tokens_are_ranked_by_the_policy_being_updated():
@@ -220,6 +241,22 @@ def test_the_adaptive_coefficient_by_hand(tmp_path):
     resumed.load(tmp_path)
     assert resumed.value == controller.value == 3.0
     assert [controller.step(0.5) for _ in range(9)] == [0.0] * 9 and controller.value == 0.0
+
+
+def test_the_adaptive_coefficient_is_that_of_trl_which_switches_it_a_step_later():
+    """TRL 1.16 changes it alike, but applies it where the previous step's entropy is at most the target."""
+    controller = AdaptiveEntropyCoefficient(target=0.2, increment=0.1, maximum=0.3)
+    coefficient, previous, differences = 0.0, math.inf, 0
+    for entropy in (0.3, 0.15, 0.1, 0.12, 0.05, 0.25, 0.3, 0.19, 0.18):
+        found = controller.step(entropy)
+        applied_by_trl = coefficient if previous <= 0.2 else 0.0
+        if (entropy <= 0.2) == (previous <= 0.2):
+            assert found == pytest.approx(applied_by_trl)
+        differences += found != pytest.approx(applied_by_trl)
+        coefficient = min(coefficient + 0.1, 0.3) if entropy <= 0.2 else max(coefficient - 0.1, 0.0)
+        previous = entropy
+        assert controller.value == pytest.approx(coefficient)
+    assert differences == 2  # at 0.25, the first above the target, and at 0.19, the first below it again
 
 
 # The losses' properties.
@@ -311,9 +348,9 @@ def advantages_of(name, rewards, mask, index, config=None, **fields):
 )
 @pytest.mark.parametrize("reward_of_wrong", [-1.0, 0.0])
 def test_positive_and_negative_reinforcement_by_hand(name, config, right, wrong, reward_of_wrong):
-    """Two tokens of the right answer and one of the wrong: 3 / 2 and -3 / 1, so that a mean over three is one over each.
+    """Two tokens of the right answer, one of the wrong: 3 / 2 and -3 / 1, so that a mean over three is one over each.
 
-    Both count in W-REINFORCE.
+    Both classes count in W-REINFORCE.
     """
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     found = advantages_of(name, [1.0, reward_of_wrong], mask, ["a", "a"], config)
@@ -544,7 +581,12 @@ def test_options_by_hand():
     for options in ADVANTAGE_OPTIONS:
         assert from_config(options, None) == from_config(options, {"positive_weight": None, "of_another": 1})
         defaults |= vars(from_config(options, None))
-    assert defaults == {"positive_weight": 0.1, "unlikeliness_beta": 0.25, "entropy_reward_share": 0.1}
+    assert defaults == {
+        "positive_weight": 0.1,
+        "unlikeliness_beta": 0.25,
+        "entropy_reward_share": 0.1,
+        "entropy_reward_by_class": True,
+    }
     for bad in (-0.1, 1.5, "much", True):
         with pytest.raises(ValueError, match="algorithm.unlikeliness_beta=.*: expected a number of at least 0 and at"):
             from_config(ADVANTAGE_OPTIONS[1], {"unlikeliness_beta": bad})
