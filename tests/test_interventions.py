@@ -120,17 +120,72 @@ def test_dynamic_clip_multiplies_rollout_weights_in():
 
 
 def test_high_entropy_tokens_by_hand():
-    """A fifth of ten tokens are the two of entropies 10 and 9; a token that is not valid is none of the ten."""
+    """A fifth of ten tokens are the two of entropies 10 and 9; a token that is not valid is none of the ten.
+
+    The loss is the mean over the two, so that each has 10 / 2 times the gradient of a mean over all ten.
+    """
     entropys = row(3.0, 10.0, 1.0, 8.0, 5.0, 7.0, 9.0, 2.0, 4.0, 6.0, 50.0)
     log_prob = torch.full((1, 11), -1.0)
     batch = (torch.ones(1, 11), entropys, log_prob, log_prob, entropys < 50)
     found = token_gradients("high_entropy_tokens", batch)
-    torch.testing.assert_close(found, ((entropys == 9) | (entropys == 10)).float())
+    torch.testing.assert_close(found, 5 * ((entropys == 9) | (entropys == 10)).float())
     loss, metrics = loss_of("high_entropy_tokens", batch)
-    assert loss.item() == pytest.approx(-0.2)  # averaged over all ten
+    assert loss.item() == pytest.approx(-1.0)
     assert metrics["actor/high_entropy_share"] == pytest.approx(0.2)
     assert metrics["actor/high_entropy_threshold"] == 9
     assert (token_gradients("high_entropy_tokens", batch, high_entropy_share=1.0) != 0).sum() == 10
+    _, metrics = loss_of("high_entropy_tokens", (*batch[:4], torch.zeros_like(batch[4])))
+    assert metrics["actor/high_entropy_share"] == metrics["actor/high_entropy_threshold"] == 0
+
+
+@pytest.mark.parametrize("share", [0.2, 0.28])
+@pytest.mark.parametrize("count", [1, 5, 25, 36, 199])
+def test_high_entropy_tokens_are_the_share_rounded_up(count, share):
+    """The loss is the mean over them, found by a plain sort; at a ratio of 1 it is the mean of -A.
+
+    0.28 * 25 is just above 7 in float64.
+    """
+    generator = torch.Generator().manual_seed(count)
+    advantages, entropys = torch.randn(2, 1, count, generator=generator)
+    log_prob, mask = torch.full((1, count), -1.0), torch.ones(1, count, dtype=torch.bool)
+    loss, metrics = loss_of(
+        "high_entropy_tokens", (advantages, entropys, log_prob, log_prob, mask), high_entropy_share=share
+    )
+    number = -(-count * round(100 * share) // 100)
+    chosen = sorted(zip(entropys[0].tolist(), advantages[0].tolist(), strict=True))[-number:]
+    assert metrics["actor/high_entropy_share"] == pytest.approx(number / count)
+    assert loss.item() == pytest.approx(-sum(advantage for _, advantage in chosen) / number, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_high_entropy_tokens_are_those_of_trl_which_averages_over_all(seed):
+    """TRL 1.16 keeps entropies of at least the 0.8-quantile, interpolated, and divides by the number of all tokens."""
+    advantages, entropys, old_log_prob, log_prob, mask = batch = random_batch(seed=seed)
+    loss, metrics = loss_of("high_entropy_tokens", batch)
+    in_order = sorted(entropys[mask].tolist())
+    place = 0.8 * (len(in_order) - 1)
+    below = int(place)
+    threshold = in_order[below] + (place - below) * (in_order[below + 1] - in_order[below])
+    total, kept = 0.0, 0
+    for entropy, advantage, log_ratio in zip(
+        entropys[mask].tolist(), advantages[mask].tolist(), (log_prob - old_log_prob)[mask].tolist(), strict=True
+    ):
+        ratio = math.exp(log_ratio)
+        if entropy >= threshold:
+            kept += 1
+            total -= min(ratio * advantage, min(max(ratio, 0.8), 1.28) * advantage)
+    assert metrics["actor/high_entropy_share"] == pytest.approx(kept / len(in_order))
+    assert loss.item() * kept / len(in_order) == pytest.approx(total / len(in_order), rel=1e-4, abs=1e-6)
+
+
+def test_high_entropy_tokens_are_ranked_by_the_policy_being_updated():
+    """The old policy's entropies are in the reverse order."""
+    log_prob, ones = torch.full((1, 10), -1.0), torch.ones(1, 10)
+    entropys = torch.arange(10.0)[None]
+    inputs = LossInputs(log_prob, log_prob.clone().requires_grad_(), ones, ones.bool(), 9 - entropys, entropys)
+    loss = POLICY_LOSSES["high_entropy_tokens"].compute(inputs, actor_config("high_entropy_tokens")).loss
+    (slope,) = torch.autograd.grad(loss, inputs.log_prob)
+    torch.testing.assert_close(slope, -0.5 * (entropys >= 8))
 
 
 @pytest.mark.parametrize("place, quadrant", list(enumerate(QUADRANTS)))
@@ -193,6 +248,22 @@ def test_the_adaptive_coefficient_by_hand(tmp_path):
     assert [controller.step(0.5) for _ in range(9)] == [0.0] * 9 and controller.value == 0.0
 
 
+def test_the_adaptive_coefficient_is_that_of_trl_which_switches_it_a_step_later():
+    """TRL 1.16 changes it alike, but applies it where the previous step's entropy is at most the target."""
+    controller = AdaptiveEntropyCoefficient(target=0.2, increment=0.1, maximum=0.3)
+    coefficient, previous, differences = 0.0, math.inf, 0
+    for entropy in (0.3, 0.15, 0.1, 0.12, 0.05, 0.25, 0.3, 0.19, 0.18):
+        found = controller.step(entropy)
+        applied_by_trl = coefficient if previous <= 0.2 else 0.0
+        if (entropy <= 0.2) == (previous <= 0.2):
+            assert found == pytest.approx(applied_by_trl)
+        differences += found != pytest.approx(applied_by_trl)
+        coefficient = min(coefficient + 0.1, 0.3) if entropy <= 0.2 else max(coefficient - 0.1, 0.0)
+        previous = entropy
+        assert controller.value == pytest.approx(coefficient)
+    assert differences == 2  # at 0.25, the first above the target, and at 0.19, the first below it again
+
+
 # The losses' properties.
 
 
@@ -239,10 +310,17 @@ def test_losses_never_wait_for_the_device(mode):
         loss.backward()
 
 
-@pytest.mark.parametrize("mode", ["entropy_shaped_advantage", "high_entropy_tokens", "quadrant"])
-def test_missing_entropys_are_named(mode):
+@pytest.mark.parametrize(
+    "mode, field",
+    [
+        ("entropy_shaped_advantage", "entropys"),
+        ("high_entropy_tokens", "current_entropys"),
+        ("quadrant", "entropys"),
+    ],
+)
+def test_missing_entropys_are_named(mode, field):
     advantages, _, old_log_prob, log_prob, mask = random_batch()
-    with pytest.raises(ValueError, match=f"entropys=None: loss_mode={mode} expects"):
+    with pytest.raises(ValueError, match=f"^{field}=None: loss_mode={mode} expects"):
         POLICY_LOSSES[mode].compute(LossInputs(old_log_prob, log_prob, advantages, mask), actor_config(mode))
 
 
@@ -267,35 +345,49 @@ def advantages_of(name, rewards, mask, index, config=None, **fields):
 @pytest.mark.parametrize(
     "name, config, right, wrong",
     [
-        ("psr", None, 1.0, 0.0),
-        ("nsr", None, 0.0, -1.0),
+        ("psr", None, 1.5, 0.0),
+        ("nsr", None, 0.0, -3.0),
         ("w_reinforce", None, 0.1, -1.0),
         ("w_reinforce", {"positive_weight": 0.5}, 0.5, -1.0),
     ],
 )
 @pytest.mark.parametrize("reward_of_wrong", [-1.0, 0.0])
 def test_positive_and_negative_reinforcement_by_hand(name, config, right, wrong, reward_of_wrong):
+    """Two tokens of the right answer, one of the wrong: 3 / 2 and -3 / 1, so that a mean over three is one over each.
+
+    Both classes count in W-REINFORCE.
+    """
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     found = advantages_of(name, [1.0, reward_of_wrong], mask, ["a", "a"], config)
     torch.testing.assert_close(found, torch.tensor([[right, right, 0.0], [wrong, 0.0, 0.0]]))
 
 
-def test_unlikeliness_by_hand():
-    """Log-probs -1, -3 and -2 of three right answers, -9 of a wrong one: ranks 0, 2, 1 of 4, beta 0.5.
+@pytest.mark.parametrize("name", ["psr", "nsr"])
+def test_a_mean_over_all_tokens_is_the_mean_over_one_class(name):
+    """Without an answer of the class all advantages are 0."""
+    mask = (torch.arange(5) < torch.tensor([[5], [2], [3], [1]])).int()
+    found = advantages_of(name, [1.0, 1.0, 0.0, 0.0], mask, ["a", "a", "b", "b"])
+    assert found.sum() / mask.sum() == pytest.approx(1.0 if name == "psr" else -1.0)
+    assert not advantages_of(name, [0.0 if name == "psr" else 1.0] * 4, mask, ["a", "a", "b", "b"]).any()
 
-    The rewards become 1 - 0.5 * 4/4 = 0.5, 1 - 0.5 * 2/4 = 0.75, 1 - 0.5 * 3/4 = 0.625 and -1.
+
+def test_unlikeliness_by_hand():
+    """Mean log-probs -2, -3 and -1 of three right answers, -4.5 of a wrong one: ranks 2, 1, 3 and 0 of 4, beta 0.5.
+
+    The rewards become 1 - 0.5 * 2/4 = 0.75, 1 - 0.5 * 1/4 = 0.875, 1 - 0.5 * 3/4 = 0.625 and -1. By the sum of the
+    log-probs, -4, -3 and -2, the first would be less likely than the second.
     """
-    log_prob = torch.tensor([[-0.5, -0.5], [-3.0, 5.0], [-1.0, -1.0], [-4.0, -5.0]])
+    log_prob = torch.tensor([[-1.5, -2.5], [-3.0, 5.0], [-1.0, -1.0], [-4.0, -5.0]])
     mask = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 1]])
     config = {"unlikeliness_beta": 0.5, "norm_adv_by_std_in_grpo": False}
     found = advantages_of("unlikeliness", [1.0, 1.0, 1.0, -1.0], mask, ["a"] * 4, config, old_log_probs=log_prob)
-    expected = torch.tensor([0.5, 0.75, 0.625, -1.0])
+    expected = torch.tensor([0.75, 0.875, 0.625, -1.0])
     expected = (expected - expected.mean())[:, None] * mask
     torch.testing.assert_close(found, expected)
 
 
 def test_unlikeliness_ranks_within_a_prompt_and_never_twice():
-    """Two prompts of two right answers each: the likelier gets 1 - 1/4 * 2/2, the other 1 - 1/4 * 1/2.
+    """Two prompts of two right answers each: the likelier gets 1 - 1/4 * 1/2, the other keeps 1.
 
     Of two that are equally likely the first counts as the likelier.
     """
@@ -312,8 +404,8 @@ def test_unlikeliness_does_not_count_padding():
     log_prob, mask = torch.tensor([[-1.0], [0.0], [-2.0]]), torch.tensor([[1], [0], [1]])
     config = {"norm_adv_by_std_in_grpo": False, "unlikeliness_beta": 0.5}
     found = advantages_of("unlikeliness", [1.0, 0.0, 1.0], mask, ["a"] * 3, config, old_log_probs=log_prob)
-    # 1 - 0.5 * 2/2 and 1 - 0.5 * 1/2, above the group's mean with the padding's 0, as in upstream's GRPO.
-    torch.testing.assert_close(found, torch.tensor([[0.5 - 1.25 / 3], [0.0], [0.75 - 1.25 / 3]]))
+    # 1 - 0.5 * 1/2 and 1, above the group's mean with the padding's 0, as in upstream's GRPO.
+    torch.testing.assert_close(found, torch.tensor([[0.75 - 1.75 / 3], [0.0], [1.0 - 1.75 / 3]]))
 
 
 #: Two right answers of two and one tokens, two wrong ones of two and one tokens.
@@ -346,8 +438,22 @@ def test_entropies_have_a_floor():
 
 
 def test_gtpo_by_hand():
-    """The rewards above minus their mean over the six tokens, 0, by their standard deviation over them."""
+    """The rewards above of the right answers minus their mean over three tokens, 1, by their standard deviation.
+
+    That is sqrt((0.1² + 0 + 0.1²) / 3); of the wrong answers the mean is -1, and 0.12 is in place of 0.1.
+    """
     found = advantages_of("gtpo", REWARDS, MASK, ["a"] * 4, {"entropy_reward_share": 0.2}, entropy=ENTROPYS)
+    end = math.sqrt(3 / 2)
+    # verl adds 1e-6 to the standard deviation, 0.08.
+    torch.testing.assert_close(
+        found, torch.tensor([[-end, 0.0], [end, 0.0], [-end, 0.0], [end, 0.0]]), rtol=2e-5, atol=2e-6
+    )
+
+
+def test_gtpo_of_both_classes_together_by_hand():
+    """The rewards above minus their mean over the six tokens, 0, by their standard deviation over them."""
+    config = {"entropy_reward_share": 0.2, "entropy_reward_by_class": False}
+    found = advantages_of("gtpo", REWARDS, MASK, ["a"] * 4, config, entropy=ENTROPYS)
     rewards = torch.tensor([[0.9, 1.0], [1.1, 0.0], [-1.12, -1.0], [-0.88, 0.0]])
     spread = math.sqrt((0.81 + 1 + 1.21 + 1.2544 + 1 + 0.7744) / 6)
     torch.testing.assert_close(found, rewards / spread)
@@ -355,11 +461,17 @@ def test_gtpo_by_hand():
 
 def test_grpo_s_by_hand():
     """Mean entropies 1.5, 3, 2.5, 4. Right: 0.8 + 0.4 * (1.5, 3) / 4.5; wrong: 0.8 + 0.4 * (4, 2.5) / 6.5 negated."""
-    config = {"entropy_reward_share": 0.2, "norm_adv_by_std_in_grpo": False}
-    found = advantages_of("grpo_s", REWARDS, MASK, ["a"] * 4, config, entropy=ENTROPYS)
     rewards = torch.tensor([0.9333333, 1.0666667, -1.0461538, -0.9538462])
-    torch.testing.assert_close(found, (rewards - rewards.mean())[:, None] * MASK)
-    normed = advantages_of("grpo_s", REWARDS, MASK, ["a"] * 4, {"entropy_reward_share": 0.2}, entropy=ENTROPYS)
+
+    def estimate(**config):
+        config = {"entropy_reward_share": 0.2, "norm_adv_by_std_in_grpo": False, **config}
+        return advantages_of("grpo_s", REWARDS, MASK, ["a"] * 4, config, entropy=ENTROPYS)
+
+    # The means of the two classes are 1 and -1.
+    torch.testing.assert_close(estimate(), (rewards - torch.tensor([1.0, 1.0, -1.0, -1.0]))[:, None] * MASK)
+    together = estimate(entropy_reward_by_class=False)
+    torch.testing.assert_close(together, (rewards - rewards.mean())[:, None] * MASK)
+    normed = estimate(entropy_reward_by_class=False, norm_adv_by_std_in_grpo=True)
     torch.testing.assert_close(normed, ((rewards - rewards.mean()) / rewards.std())[:, None] * MASK)
 
 
@@ -405,7 +517,9 @@ def test_estimators_do_not_depend_on_order_padding_or_other_prompts(name):
     torch.testing.assert_close(estimate(order), whole[order])
     torch.testing.assert_close(estimate(list(range(12)), extra=3)[:, :6], whole)
     one_prompt = list(range(0, 12, 3))
-    torch.testing.assert_close(estimate(one_prompt), whole[one_prompt])
+    # PSR and NSR count the tokens of a class in the whole batch.
+    if name not in ("psr", "nsr"):
+        torch.testing.assert_close(estimate(one_prompt), whole[one_prompt])
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
@@ -433,16 +547,16 @@ def test_a_kl_penalty_makes_no_answer_right_or_wrong(name):
 
 
 def test_unlikeliness_raises_the_penalised_rewards_of_right_answers():
-    """Scores 1, 1 and -1, penalties 1.5, 0 and -1.5; log-probs -1, -2 and -3, so that ranks are 0, 1, 2 of 3.
+    """Scores 1, 1 and -1, penalties 1.5, 0 and -1.5; log-probs -1, -2 and -3, so that ranks are 2, 1, 0 of 3.
 
-    With beta 0.3 the factors are 1 - 0.3 * 3/3 = 0.7, 1 - 0.3 * 2/3 = 0.8 and, of the wrong answer, 1.
+    With beta 0.3 the factors are 1 - 0.3 * 2/3 = 0.8, 1 - 0.3 * 1/3 = 0.9 and, of the wrong answer, 1.
     """
     log_prob, mask = torch.tensor([[-1.0], [-2.0], [-3.0]]), torch.ones(3, 1)
     config, scores = PENALISED | {"unlikeliness_beta": 0.3}, torch.tensor([[1.0], [1.0], [-1.0]])
     found = advantages_of(
         "unlikeliness", [-0.5, 1.0, 0.5], mask, ["a"] * 3, config, old_log_probs=log_prob, rm_scores=scores
     )
-    rewards = torch.tensor([[-0.35], [0.8], [0.5]])
+    rewards = torch.tensor([[-0.4], [0.9], [0.5]])
     torch.testing.assert_close(found, rewards - rewards.mean())
 
 
@@ -472,7 +586,12 @@ def test_options_by_hand():
     for options in ADVANTAGE_OPTIONS:
         assert from_config(options, None) == from_config(options, {"positive_weight": None, "of_another": 1})
         defaults |= vars(from_config(options, None))
-    assert defaults == {"positive_weight": 0.1, "unlikeliness_beta": 0.25, "entropy_reward_share": 0.1}
+    assert defaults == {
+        "positive_weight": 0.1,
+        "unlikeliness_beta": 0.25,
+        "entropy_reward_share": 0.1,
+        "entropy_reward_by_class": True,
+    }
     for bad in (-0.1, 1.5, "much", True):
         with pytest.raises(ValueError, match="algorithm.unlikeliness_beta=.*: expected a number of at least 0 and at"):
             from_config(ADVANTAGE_OPTIONS[1], {"unlikeliness_beta": bad})

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,9 +22,15 @@ STD_EPSILON = 1e-6
 
 @dataclass
 class EntropyRewardOptions:
-    """Key below `algorithm`: the fraction of the reward that is divided by entropy."""
+    """Keys below `algorithm`.
+
+    Args:
+        entropy_reward_share: the fraction of the reward that is divided by entropy.
+        entropy_reward_by_class: whether right and wrong answers are standardised apart, else together.
+    """
 
     entropy_reward_share: float = option(0.1, at_least=0.0, at_most=1.0)
+    entropy_reward_by_class: bool = option(True, choices=(True, False))
 
     def __post_init__(self) -> None:
         resolve_options(self, "algorithm")
@@ -32,14 +38,13 @@ class EntropyRewardOptions:
 
 @advantage_estimator("gtpo", "entropy")
 def compute_gtpo_advantage(inputs: AdvantageInputs) -> Tensor:
-    """GTPO (arXiv 2508.04349): token rewards by `entropy_weighted_rewards`, standardised over the prompt's tokens.
+    """GTPO (arXiv 2508.04349): token rewards by `entropy_weighted_rewards`, standardised over tokens of the prompt.
 
-    In this fork's reading of the paper, mean and standard deviation are over the tokens of right and wrong answers
-    together.
+    By `algorithm.entropy_reward_by_class` these are the tokens of the right or of the wrong answers, or all of them.
     """
     valid = inputs.response_mask.bool()
     rewards = entropy_weighted_rewards(inputs.entropy.float(), valid, inputs.right, inputs.index, inputs.config)
-    group = as_torch_index(inputs.index, device=rewards.device)
+    group = _standardised_together(inputs)
     groups, count = int(group.max()) + 1, valid.sum(-1)
 
     def mean_of_group(values: Tensor) -> Tensor:
@@ -56,14 +61,21 @@ def compute_gtpo_advantage(inputs: AdvantageInputs) -> Tensor:
 
 @advantage_estimator("grpo_s", "entropy")
 def compute_grpo_s_advantage(inputs: AdvantageInputs) -> Tensor:
-    """GRPO-S (arXiv 2508.04349): `entropy_weighted_rewards` of a response's mean entropy, standardised over the prompt.
+    """GRPO-S (arXiv 2508.04349): `entropy_weighted_rewards` of a response's mean entropy, standardised as in GTPO.
 
-    The advantage is the paper's; the ratio in the loss stays the token's (`policy_loss.loss_mode=gspo` has a
-    sequence's).
+    The configuration has the loss of a sequence's ratio, `policy_loss.loss_mode=gspo`.
     """
     count = inputs.response_mask.sum(-1, keepdim=True)
     entropys = (inputs.entropy.float() * inputs.response_mask).sum(-1, keepdim=True) / count.clamp_min(1)
-    return inputs.grpo(entropy_weighted_rewards(entropys, count > 0, inputs.right, inputs.index, inputs.config))
+    rewards = entropy_weighted_rewards(entropys, count > 0, inputs.right, inputs.index, inputs.config)
+    return replace(inputs, index=_standardised_together(inputs).tolist()).grpo(rewards)
+
+
+def _standardised_together(inputs: AdvantageInputs) -> Tensor:
+    """A number for each response, (batch,): the same for those whose rewards are standardised together."""
+    group = as_torch_index(inputs.index, device=inputs.response_mask.device)
+    by_class = from_config(EntropyRewardOptions, inputs.config).entropy_reward_by_class
+    return 2 * group + inputs.right.long() if by_class else group
 
 
 def entropy_weighted_rewards(

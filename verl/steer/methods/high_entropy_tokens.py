@@ -20,19 +20,27 @@ class HighEntropyOptions:
     high_entropy_share: float = option(0.2, above=0.0, at_most=1.0)
 
 
-@policy_loss("high_entropy_tokens", needs=("entropys",))
+@policy_loss("high_entropy_tokens", needs=("current_entropys",))
 def compute_policy_loss_high_entropy_tokens(inputs: LossInputs, config: Any) -> LossOutputs:
     """PPO's loss on the `high_entropy_share` of a micro-batch's tokens whose entropy is highest (arXiv 2506.01939).
 
-    The entropies are the old policy's. The other tokens have no gradient, but they count in the loss's average.
+    The entropies are those of the policy being updated, without gradient. Of n tokens the share times n, rounded up,
+    are chosen, and all that are equal to the last of them. As in the authors' code, `token-mean` is the mean over the
+    chosen tokens: their losses are multiplied by n / number of the chosen, so that the weights are 1 on average.
     """
-    entropys = inputs.require("entropys", "loss_mode=high_entropy_tokens expects the entropy of each response token")
+    entropys = inputs.require(
+        "current_entropys", "loss_mode=high_entropy_tokens expects the entropy of each response token"
+    )
     with torch.no_grad():
         entropys, valid = entropys.float(), inputs.response_mask.bool()
-        values = entropys.masked_fill(~valid, torch.nan).flatten()
-        threshold = torch.nanquantile(values, 1 - config.policy_loss.high_entropy_share, interpolation="higher")
+        count = valid.sum()
+        descending = torch.where(valid, entropys, -torch.inf).flatten().sort(descending=True).values
+        # In float64 and less a small number: share * n may lie just above the whole number that it stands for.
+        last = (count.double() * config.policy_loss.high_entropy_share - 1e-6).ceil().long().sub(1).clamp_min(0)
+        threshold = descending.index_select(0, last.view(1)).view(())
         chosen = (valid & (entropys >= threshold)).float()
-    outputs = reweighted_policy_loss("vanilla", chosen, inputs, config)
-    outputs.metrics["actor/high_entropy_share"] = masked_mean(chosen, inputs.response_mask)
-    outputs.metrics["actor/high_entropy_threshold"] = threshold.nan_to_num(0.0)
+        share = masked_mean(chosen, inputs.response_mask)
+    outputs = reweighted_policy_loss("vanilla", chosen / share.clamp_min(1 / chosen.numel()), inputs, config)
+    outputs.metrics["actor/high_entropy_share"] = share
+    outputs.metrics["actor/high_entropy_threshold"] = threshold.where(count > 0, 0.0)
     return outputs

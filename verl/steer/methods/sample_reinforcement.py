@@ -23,14 +23,14 @@ class ReinforceOptions:
 
 @advantage_estimator("psr")
 def compute_psr_advantage(inputs: AdvantageInputs) -> Tensor:
-    """Positive sample reinforcement (arXiv 2506.01347): 1 for right answers, 0 for wrong ones, without a baseline."""
-    return inputs.right.float().unsqueeze(-1) * inputs.response_mask
+    """Positive sample reinforcement (arXiv 2506.01347): right answers alone, `_one_class`, without a baseline."""
+    return _one_class(inputs, inputs.right)
 
 
 @advantage_estimator("nsr")
 def compute_nsr_advantage(inputs: AdvantageInputs) -> Tensor:
-    """Negative sample reinforcement (arXiv 2506.01347): 0 for right answers, -1 for wrong ones, without a baseline."""
-    return (inputs.right.float() - 1).unsqueeze(-1) * inputs.response_mask
+    """Negative sample reinforcement (arXiv 2506.01347): wrong answers alone, `_one_class` negated."""
+    return -_one_class(inputs, ~inputs.right)
 
 
 @advantage_estimator("w_reinforce")
@@ -38,3 +38,17 @@ def compute_w_reinforce_advantage(inputs: AdvantageInputs) -> Tensor:
     """Weighted REINFORCE (arXiv 2506.01347): `positive_weight` for right answers, -1 for wrong ones."""
     weight = from_config(ReinforceOptions, inputs.config).positive_weight
     return torch.where(inputs.right, weight, -1.0).unsqueeze(-1) * inputs.response_mask
+
+
+def _one_class(inputs: AdvantageInputs, belongs: Tensor) -> Tensor:
+    """Advantages that are 1 on average over all tokens of the batch, and 0 outside one class of answers.
+
+    The authors' code drops the other class, so that its loss is a mean over the tokens of one class. Here the other
+    class stays and has no gradient; the advantages of the class are number of tokens / number of its tokens.
+
+    Args:
+        inputs: the trainer's batch.
+        belongs: which answers are of the class, boolean (batch,).
+    """
+    tokens = inputs.response_mask * belongs.unsqueeze(-1)
+    return tokens * (inputs.response_mask.sum() / tokens.sum().clamp_min(1))
