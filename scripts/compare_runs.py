@@ -5,11 +5,11 @@
 
 Each argument is a run's folder with the files of verl's `file` logger (`metrics*.jsonl`), or one such file. Runs whose
 names differ only by a seed, such as `seed0/grpo` and `seed1/grpo`, are seeds of one method: the table gives their mean
-and its 95 % interval by Student's t, and the picture a band from the least to the greatest. A second table has the
-errors and correlations of each estimate with the true change of the entropy, for runs with an entropy audit
-(docs/entropy_audit.md). Two more have the predicted changes of whole updates, and how well a target of the entropy was
-held, for runs that predict changes or have a target (docs/control.md). `scripts/report.py` makes a page of everything
-that a run logged.
+and its 95 % interval by Student's t, and the picture a band from the least to the greatest. With `--baseline METHOD` a
+second table compares each method with that one, seed by seed. Further tables have the errors and correlations of each
+estimate with the true change of the entropy, for runs with an entropy audit (docs/entropy_audit.md), the predicted
+changes of whole updates, and how well a target of the entropy was held (docs/control.md). `scripts/report.py` makes a
+page of everything that a run logged.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from verl.steer.report import figures
+from verl.steer.report.paired import differences
 from verl.steer.report.run_metrics import (
     ENTROPY,
     TARGET,
@@ -33,6 +34,7 @@ from verl.steer.report.run_metrics import (
     group_seeds,
     mean_and_interval,
     read_run,
+    run_figures,
     summary,
 )
 
@@ -60,6 +62,19 @@ def table(methods: dict[str, list[Run]]) -> Table:
         result.add_column(heading, justify="right")
     for name, row in rows.iterrows():
         result.add_row(name, str(len(methods[name])), *row)
+    return result
+
+
+def paired_table(methods: dict[str, list[Run]], baseline: str) -> Table:
+    """A row per method and figure: its difference from the baseline's, seed by seed."""
+    result = Table("method", "figure", title=f"differences from {baseline}, paired by seed")
+    for heading in ("seeds", "difference", "effect size", "p", "p, Holm"):
+        result.add_column(heading, justify="right")
+    headings = dict.fromkeys(heading for runs in methods.values() for run in runs for heading in run_figures(run))
+    wanted = [name for name in headings if name in ("final", "last ten", "distinct right") or name.startswith("pass@")]
+    for (name, figure), found in differences(methods, baseline, wanted).items():
+        cells = (f"{found.effect:+.1f}", f"{found.p:.3f}", f"{found.p_holm:.3f}")
+        result.add_row(name, figure, str(len(found.values)), mean_and_interval(found.values, 3), *cells)
     return result
 
 
@@ -166,11 +181,14 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or its .jsonl file")
     parser.add_argument("--out", type=Path, required=True, help="the picture, .png or .svg")
     parser.add_argument("--markdown", type=Path, help="also write the table into this file")
+    parser.add_argument("--baseline", metavar="METHOD", help="the method that the others are compared with")
     args = parser.parse_args()
     try:
         methods = group_seeds(read_run(run) for run in args.runs)
     except ValueError as error:
         sys.exit(f"compare_runs: {error}")
+    if args.baseline and args.baseline not in methods:
+        sys.exit(f"compare_runs: --baseline {args.baseline}: expected one of {', '.join(methods)}")
     with matplotlib.rc_context(figures.STYLE):
         drawing = figures.training(methods)
         if drawing is None:
@@ -178,6 +196,8 @@ def main() -> None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         drawing.figure.savefig(args.out, dpi=150)
     tables = [table(methods), audit_table(methods), prediction_table(methods), single_token_table(methods)]
+    if args.baseline:
+        tables.insert(1, paired_table(methods, args.baseline))
     if any(TARGET in run.metrics for runs in methods.values() for run in runs):
         tables.append(held_table(methods))
     show([one for one in tables if one.row_count], args.markdown)

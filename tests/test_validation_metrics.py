@@ -15,7 +15,9 @@ from verl.trainer.ppo.metric_utils import calc_maj_val
 SETTINGS = {"n_bootstrap": 60, "seed": 42}
 
 
-@given(st.lists(st.one_of(st.booleans(), st.sampled_from([-1.0, 0.25, 1.0])), min_size=1, max_size=9), st.integers(1, 9))
+@given(
+    st.lists(st.one_of(st.booleans(), st.sampled_from([-1.0, 0.25, 1.0])), min_size=1, max_size=9), st.integers(1, 9)
+)
 def test_best_and_worst_are_verls_numbers(data, size):
     expected = metric_utils.bootstrap_metric(data, size, [np.max, np.min], **SETTINGS)
     assert bootstrap_metric(data, size, [np.max, np.min], **SETTINGS) == expected

@@ -31,11 +31,12 @@ _SEED = re.compile(r"^seed[-_=]?\d+[-_. ]?|[-_. ]?seed[-_=]?\d+", re.IGNORECASE)
 
 @dataclass
 class Run:
-    """One run: its name without the seed, its folder, and its metrics by step."""
+    """One run: its name without the seed, its folder, its metrics by step, and the seed in its path, empty without."""
 
     name: str
     folder: Path
     steps: dict[int, dict[str, Any]] = field(default_factory=dict)
+    seed: str = ""
 
     def series(self, metric: str) -> dict[int, float]:
         """Step -> value at the steps with a finite value (the logger writes NaN as null)."""
@@ -90,7 +91,7 @@ def read_run(path: Path) -> Run:
     if path.is_file():
         files, folder = [path], path.parent
         named = folder if path.stem.startswith("metrics") else path.with_suffix("")
-    run = Run(method_of(named), folder)
+    run = Run(method_of(named), folder, seed=seed_of(named))
     for file in files:
         records = list(_records(file))
         if records:
@@ -124,6 +125,15 @@ def method_of(path: Path) -> str:
     return path.name
 
 
+def seed_of(path: Path) -> str:
+    """The digits of a run's seed, as `method_of` finds it: `1` for `grpo_seed1`, `grpo/seed1` and `1/grpo`."""
+    for part in (path.name, path.parent.name):
+        found = re.search(r"seed[-_=]?(\d+)", part, re.IGNORECASE) or re.fullmatch(r"(\d+)", part)
+        if found:
+            return found[1]
+    return ""
+
+
 def group_seeds(runs: Iterable[Run]) -> dict[str, list[Run]]:
     """Runs by method in the given order: runs of the same name are seeds of one method."""
     groups: dict[str, list[Run]] = {}
@@ -149,17 +159,31 @@ def mean_and_interval(values: Iterable[float], decimals: int) -> str:
     return f"{mean} ± {student_t.ppf(0.975, len(found) - 1) * found.sem():.{decimals}f}"
 
 
+def sampling_heading(metric: str) -> str | None:
+    """The comparison's heading of a metric of `verl.steer.validation_metrics`, at 8 and more samples; else None."""
+    found = re.fullmatch(r"val-aux/[^/]+/(?:acc/(pass@\d+)|(distinct_right))", metric)
+    if found is None or found[1] in ("pass@1", "pass@2", "pass@4"):
+        return None
+    return found[1] or "distinct right"
+
+
 def run_figures(run: Run) -> dict[str, float]:
     """The comparison's figures of one run by heading; NaN if the run lacks the metric."""
     accuracy, entropy, weight = (
         pd.Series(series, dtype=float) for series in (run.accuracy, run.series(ENTROPY), run.series(WEIGHT))
     )
     speed = pd.DataFrame({name: run.series(name) for name in (TOKENS, SECONDS)}, dtype=float).dropna().mean()
+    sampling = {
+        heading: pd.Series(run.series(metric), dtype=float).iloc[-1:].mean()
+        for metric in run.metrics
+        if (heading := sampling_heading(metric))
+    }
     # Slices instead of single elements: the mean of an empty series is NaN.
     return {
         "accuracy before": accuracy.iloc[:1].mean(),
         "final": accuracy.iloc[-1:].mean(),
         "best": accuracy.max(),
+        **sampling,
         "entropy first": entropy.iloc[:1].mean(),
         "last ten": entropy.iloc[-10:].mean(),
         "least": entropy.min(),

@@ -42,9 +42,7 @@ def split_of(terms: tuple[int, ...]) -> str:
     return "test" if digest[0] % 10 == 0 else "train"
 
 
-def make_rows(
-    task: Task, split: str, size: int, seed: int, difficulty: int | None = None
-) -> list[dict[str, Any]]:
+def make_rows(task: Task, split: str, size: int, seed: int, difficulty: int | None = None) -> list[dict[str, Any]]:
     """Rows of `size` different problems of a split, in verl's format; the difficulty is by default the task's own.
 
     Raises:

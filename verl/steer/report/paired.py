@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods against a baseline, paired by seed: differences, effect sizes, and p-values corrected for many comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from scipy.stats import ttest_rel
+from verl.steer.report.run_metrics import Run, run_figures
+
+
+class Difference(NamedTuple):
+    """A method's figure minus the baseline's over the seeds that both have.
+
+    Args:
+        values: one for each seed.
+        effect: mean difference divided by the standard deviation of the differences (Cohen's d for pairs).
+        p: of the paired t-test, two-sided; `p_holm` is corrected over all methods and figures of a table.
+    """
+
+    values: list[float]
+    effect: float
+    p: float
+    p_holm: float
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction (Scandinavian Journal of Statistics 6, 1979, 65-70); NaN stays NaN and is not counted."""
+    p = np.asarray(p_values, dtype=float)
+    order = np.argsort(p)[: int(np.isfinite(p).sum())]
+    corrected = np.full(len(p), np.nan)
+    corrected[order] = np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)).clip(max=1)
+    return corrected.tolist()
+
+
+def differences(
+    methods: Mapping[str, Sequence[Run]], baseline: str, figures: Sequence[str]
+) -> dict[tuple[str, str], Difference]:
+    """(method, figure) -> difference from the baseline, for methods that share at least two seeds with it.
+
+    Args:
+        methods: runs by method; runs of one seed are paired.
+        baseline: one of the methods.
+        figures: headings of `run_figures`.
+    """
+    tables = {
+        name: pd.DataFrame({run.seed: run_figures(run) for run in runs}).T.reindex(columns=list(figures))
+        for name, runs in methods.items()
+    }
+    pairs = {}
+    for name in methods:
+        if name != baseline:
+            difference = (tables[name] - tables[baseline]).dropna(how="all")
+            for figure in figures:
+                values = difference[figure].dropna()
+                if len(values) > 1:
+                    pairs[name, figure] = values
+    p_values = [float(ttest_rel(values, np.zeros(len(values))).pvalue) for values in pairs.values()]
+    return {
+        key: Difference(values.tolist(), float(values.mean() / values.std()), p, corrected)
+        for (key, values), p, corrected in zip(pairs.items(), p_values, holm(p_values), strict=True)
+    }
