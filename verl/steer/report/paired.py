@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods against a baseline, paired by seed: differences, effect sizes, and p-values corrected for many comparisons."""
+"""Methods against a baseline, paired by seed: differences, effect sizes, and p-values corrected for their number."""
 
 from __future__ import annotations
 

@@ -86,8 +86,8 @@ def compute_score(solution_str: str, ground_truth: str) -> dict[str, float | boo
         ground_truth: the problem's prompt.
 
     Returns:
-        `score` +1.0 or -1.0, `acc` whether the steps are a solution, and `pred`, the steps with the operands of sums and
-        products in order: solutions that differ only there count as the same.
+        `score` +1.0 or -1.0, `acc` whether the steps are a solution, and `pred`, the steps with the operands of sums
+        and products in order: solutions that differ only there count as the same.
     """
     numbers, _, target = ground_truth.partition("=")
     left = [int(number) for number in numbers.split(",")]
