@@ -27,6 +27,7 @@ from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.core_algos import LossInputs, compute_policy_loss_vanilla, get_adv_estimator_fn
 
 LOSSES = ("adaptive_entropy", "entropy_shaped_advantage", "dynamic_clip", "high_entropy_tokens", "quadrant")
+LOSSES += ("archer", "bapo", "ce_gppo")
 ESTIMATORS = tuple(ESTIMATOR_FIELDS)
 
 
@@ -239,7 +240,7 @@ def test_losses_never_wait_for_the_device(mode):
         loss.backward()
 
 
-@pytest.mark.parametrize("mode", ["entropy_shaped_advantage", "high_entropy_tokens", "quadrant"])
+@pytest.mark.parametrize("mode", ["archer", "entropy_shaped_advantage", "high_entropy_tokens", "quadrant"])
 def test_missing_entropys_are_named(mode):
     advantages, _, old_log_prob, log_prob, mask = random_batch()
     with pytest.raises(ValueError, match=f"entropys=None: loss_mode={mode} expects"):
@@ -420,7 +421,7 @@ def test_estimators_survive_empty_and_certain_responses(name):
 PENALISED = {"use_kl_in_reward": True, "norm_adv_by_std_in_grpo": False}
 
 
-@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "unlikeliness"])
+@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name not in ("unlikeliness", "clip_b")])
 def test_a_kl_penalty_makes_no_answer_right_or_wrong(name):
     """Penalties of 1.5 and of -1.5, as an estimate of the KL divergence may be, turn the sign of every reward."""
     fields = {"entropy": ENTROPYS, "old_log_probs": -ENTROPYS}
@@ -472,7 +473,8 @@ def test_options_by_hand():
     for options in ADVANTAGE_OPTIONS:
         assert from_config(options, None) == from_config(options, {"positive_weight": None, "of_another": 1})
         defaults |= vars(from_config(options, None))
-    assert defaults == {"positive_weight": 0.1, "unlikeliness_beta": 0.25, "entropy_reward_share": 0.1}
+    expected = {"positive_weight": 0.1, "unlikeliness_beta": 0.25, "entropy_reward_share": 0.1, "clip_b_mu": 2.5}
+    assert defaults == expected
     for bad in (-0.1, 1.5, "much", True):
         with pytest.raises(ValueError, match="algorithm.unlikeliness_beta=.*: expected a number of at least 0 and at"):
             from_config(ADVANTAGE_OPTIONS[1], {"unlikeliness_beta": bad})
