@@ -13,6 +13,7 @@ from test_policy_loss import actor_config, gradient
 from test_token_weights import random_batch
 from verl.steer.config import PolicyLossConfig
 from verl.steer.methods.bapo import bapo_bounds, find_bounds
+from verl.steer.methods.registry import POLICY_LOSSES
 from verl.trainer.ppo.core_algos import LossInputs, compute_policy_loss_vanilla
 
 
@@ -116,7 +117,13 @@ def test_fixed_bounds_give_ppo():
         lambda x: compute_policy_loss_vanilla(old_log_prob, x, advantages, mask, "token-mean", config), log_prob
     )
     torch.testing.assert_close(gradient(loss, log_prob), expected)
-    assert config.clip_ratio_low == 0.2  # the configuration keeps its clip
+
+
+def test_the_configuration_keeps_its_clip():
+    advantages, _, old_log_prob, log_prob, mask = random_batch()
+    config = actor_config("bapo")
+    POLICY_LOSSES["bapo"].compute(LossInputs(old_log_prob, log_prob, advantages, mask), config)
+    assert (config.clip_ratio_low, config.clip_ratio_high) == (0.2, 0.28)
 
 
 def test_a_batch_without_advantages_has_the_first_bounds():

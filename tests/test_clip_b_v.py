@@ -145,6 +145,14 @@ def test_clip_v_clips_nothing(case):
     assert outputs.metrics["actor/clip_v_share"] == 0 and torch.equal(outputs.token_weights, mask.float())
 
 
+def test_the_score_of_bf16_inputs_is_computed_in_float32():
+    inputs = inputs_of(*random_inputs())
+    half = inputs.log_prob.bfloat16(), inputs.current_entropys.bfloat16()
+    found = discriminant_score(*half)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, discriminant_score(*(values.float() for values in half)))
+
+
 def test_clip_v_of_bf16_inputs_is_computed_in_float32():
     inputs = inputs_of(*random_inputs())
     names = [name for name in vars(inputs) if getattr(inputs, name) is not None and name != "response_mask"]

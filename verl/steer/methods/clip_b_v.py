@@ -63,9 +63,8 @@ def _mean_and_deviation(values: Tensor, mask: Tensor) -> tuple[Scalar, Scalar]:
 @advantage_estimator("clip_b", "old_log_probs", "entropy")
 def compute_clip_b_advantage(inputs: AdvantageInputs) -> Tensor:
     """GRPO; 0 for negative tokens whose score is `clip_b_mu` deviations below the mean of the whole batch's tokens."""
-    valid = inputs.response_mask.bool()
-    score = discriminant_score(inputs.old_log_probs, inputs.entropy).masked_fill(~valid, 0.0)
-    mean, deviation = _mean_and_deviation(score, valid)
+    score = discriminant_score(inputs.old_log_probs, inputs.entropy)
+    mean, deviation = _mean_and_deviation(score, inputs.response_mask)
     advantages = inputs.grpo(inputs.token_level_rewards)
     mu = from_config(ClipBOptions, inputs.config).clip_b_mu
     clipped = (advantages < 0) & (score < mean - mu * deviation) & (deviation >= LEAST_DEVIATION)
@@ -88,7 +87,7 @@ def clip_v_tokens(inputs: LossInputs, mu: float, max_share: float) -> TokenMask:
     )
     valid = inputs.response_mask.bool()
     expected = entropys * squares + squares_log
-    lack = (expected - discriminant_score(inputs.log_prob, entropys)).masked_fill(~valid, 0.0)
+    lack = expected - discriminant_score(inputs.log_prob, entropys)
     _, deviation = _mean_and_deviation(lack, valid)
     found = valid & (inputs.advantages < 0) & (lack > mu * deviation) & (deviation >= LEAST_DEVIATION)
     most = (valid.sum() * max_share).long().clamp_min(1)
