@@ -38,7 +38,7 @@ ENTROPY_STRATEGIES = ("fsdp", "fsdp2", "megatron", "veomni", "torchtitan", "auto
 #: Strategies of this fork's own engine, which has sums over the vocabulary and the range of a whole mini-batch.
 FSDP_STRATEGIES = ("fsdp", "fsdp2")
 
-#: verl's losses that read `actor.clip_ratio_c` but do not clip as PPO does, and the value that it must exceed.
+#: Losses that read `actor.clip_ratio_c` but do not clip as PPO does, and the value that it must exceed.
 CLIP_RATIO_C_ABOVE = {"archer": 1, "bapo": 1, "ce_gppo": 1, "dynamic_clip": 1, "dppo_tv": 0, "dppo_kl": 0}
 
 #: Keys below `trainer` that only this fork's trainer reads, with the values that switch them off.
