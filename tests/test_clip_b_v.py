@@ -2,18 +2,22 @@
 """Clip_B and Clip_V: the tokens that they clip, against loops over small vocabularies, and their properties."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_engine import make_engine, mini_batches
 from test_configuration import validated
 from test_interventions import advantages_of
 from test_policy_loss import NoHostSynchronisation, actor_config, gradient
+from verl.steer.loss import ppo_loss
 from verl.steer.methods.clip_b_v import clip_v_tokens, discriminant_score
 from verl.steer.methods.registry import POLICY_LOSSES
 from verl.trainer.ppo.core_algos import ClipRatios, LossInputs, compute_policy_loss_vanilla, exact_entropy_change
+from verl.utils import tensordict_utils as tu
 
 
 def states(shape=(4, 25), vocabulary=7, seed=0):
@@ -270,3 +274,15 @@ def test_what_a_run_lacks_is_named(name, override, message):
     manager = "actor_rollout_ref.rollout.agent.agent_loop_manager_class=null"
     with pytest.raises(ValueError, match=message):
         validated(name, override, manager)
+
+
+def test_an_engine_gives_clip_v_its_sums(one_rank, model_folder):
+    """Without a threshold the tokens clipped are the negative ones whose score is below its mean: a part of them."""
+    engine = make_engine(model_folder)
+    batch = mini_batches(calculate_sum_pi_squared=True)[0]
+    tu.assign_non_tensor(batch, calculate_entropy=True)
+    loss = partial(ppo_loss, config=actor_config("clip_v", clip_v_mu=0.0, clip_v_max_share=1.0))
+    with engine.train_mode():
+        metrics = engine.train_batch(batch, loss)["metrics"]
+    negative = (batch["advantages"].values() < 0)[batch["response_mask"].values() == 1].float().mean()
+    assert 0 < metrics["actor/clip_v_share"].aggregate() < negative
