@@ -27,6 +27,7 @@ from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.core_algos import LossInputs, compute_policy_loss_vanilla, get_adv_estimator_fn
 
 LOSSES = ("adaptive_entropy", "entropy_shaped_advantage", "dynamic_clip", "high_entropy_tokens", "quadrant")
+LOSSES += ("archer", "bapo", "ce_gppo")
 ESTIMATORS = tuple(ESTIMATOR_FIELDS)
 
 
@@ -313,6 +314,7 @@ def test_losses_never_wait_for_the_device(mode):
 @pytest.mark.parametrize(
     "mode, field",
     [
+        ("archer", "entropys"),
         ("entropy_shaped_advantage", "entropys"),
         ("high_entropy_tokens", "current_entropys"),
         ("quadrant", "entropys"),
@@ -534,7 +536,7 @@ def test_estimators_survive_empty_and_certain_responses(name):
 PENALISED = {"use_kl_in_reward": True, "norm_adv_by_std_in_grpo": False}
 
 
-@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "unlikeliness"])
+@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name not in ("unlikeliness", "clip_b")])
 def test_a_kl_penalty_makes_no_answer_right_or_wrong(name):
     """Penalties of 1.5 and of -1.5, as an estimate of the KL divergence may be, turn the sign of every reward."""
     fields = {"entropy": ENTROPYS, "old_log_probs": -ENTROPYS}
@@ -591,6 +593,7 @@ def test_options_by_hand():
         "unlikeliness_beta": 0.25,
         "entropy_reward_share": 0.1,
         "entropy_reward_by_class": True,
+        "clip_b_mu": 2.5,
     }
     for bad in (-0.1, 1.5, "much", True):
         with pytest.raises(ValueError, match="algorithm.unlikeliness_beta=.*: expected a number of at least 0 and at"):

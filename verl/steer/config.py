@@ -8,6 +8,10 @@ from dataclasses import dataclass
 
 from verl.steer.entropy_control import EntropyControlOptions, check_control
 from verl.steer.methods.adaptive_entropy import AdaptiveEntropyOptions
+from verl.steer.methods.archer import ArcherOptions
+from verl.steer.methods.bapo import BapoOptions, check_bapo
+from verl.steer.methods.ce_gppo import CeGppoOptions
+from verl.steer.methods.clip_b_v import ClipBOptions, ClipVOptions
 from verl.steer.methods.dynamic_clip import DynamicClipOptions
 from verl.steer.methods.entropy_shaped_advantage import EntropyShapedAdvantageOptions
 from verl.steer.methods.gtpo import EntropyRewardOptions
@@ -71,6 +75,10 @@ class PolicyLossConfig(
     SteerOptions,
     EntropyControlOptions,
     AdaptiveEntropyOptions,
+    ArcherOptions,
+    BapoOptions,
+    CeGppoOptions,
+    ClipVOptions,
     DynamicClipOptions,
     EntropyShapedAdvantageOptions,
     HighEntropyOptions,
@@ -95,6 +103,7 @@ class PolicyLossConfig(
         self._resolve_map()
         self._check_estimator()
         check_control(self)
+        check_bapo(self)
 
     def _resolve_map(self) -> None:
         mapping = self.token_weight_map or ("linear" if self.linear else "exponential")
@@ -163,4 +172,4 @@ class FSDPEngineConfig(verl_config.FSDPEngineConfig):
 
 
 #: The options of advantage estimators, keys below `algorithm`.
-ADVANTAGE_OPTIONS = (ReinforceOptions, UnlikelinessOptions, EntropyRewardOptions)
+ADVANTAGE_OPTIONS = (ReinforceOptions, UnlikelinessOptions, EntropyRewardOptions, ClipBOptions)

@@ -38,8 +38,8 @@ ENTROPY_STRATEGIES = ("fsdp", "fsdp2", "megatron", "veomni", "torchtitan", "auto
 #: Strategies of this fork's own engine, which has sums over the vocabulary and the range of a whole mini-batch.
 FSDP_STRATEGIES = ("fsdp", "fsdp2")
 
-#: verl's losses that read `actor.clip_ratio_c` but do not clip as PPO does, and the value that it must exceed.
-CLIP_RATIO_C_ABOVE = {"dynamic_clip": 1, "dppo_tv": 0, "dppo_kl": 0}
+#: Losses that read `actor.clip_ratio_c` but do not clip as PPO does, and the value that it must exceed.
+CLIP_RATIO_C_ABOVE = {"archer": 1, "bapo": 1, "ce_gppo": 1, "dynamic_clip": 1, "dppo_tv": 0, "dppo_kl": 0}
 
 #: Keys below `trainer` that only this fork's trainer reads, with the values that switch them off.
 TRAINER_KEYS = {
@@ -130,6 +130,12 @@ def _switch_on(config: DictConfig, needed: set[str]) -> None:
             actor.calculate_sum_pi_squared = actor.fsdp_config.one_pass_reductions = True
 
 
+def _sums_reader(policy_loss: Any) -> str:
+    """The option that reads sums over the vocabulary, where the loss does."""
+    exact = policy_loss.loss_mode == "entropy_control"
+    return "entropy_change_estimator=exact" if exact else f"loss_mode={policy_loss.loss_mode}"
+
+
 def _check_engine(config: DictConfig, policy_loss: Any, needed: set[str]) -> None:
     strategy = config.actor_rollout_ref.actor.strategy
     for field, strategies, reason in (
@@ -138,7 +144,7 @@ def _check_engine(config: DictConfig, policy_loss: Any, needed: set[str]) -> Non
             ENTROPY_STRATEGIES,
             f"loss_mode={policy_loss.loss_mode} needs the current policy's entropies, which others do not return",
         ),
-        ("sum_pi_squared", FSDP_STRATEGIES, "entropy_change_estimator=exact needs sums over the vocabulary"),
+        ("sum_pi_squared", FSDP_STRATEGIES, f"{_sums_reader(policy_loss)} needs sums over the vocabulary"),
         ("change_range", FSDP_STRATEGIES, f"token_weight_normalizer={policy_loss.token_weight_normalizer}"),
         ("token_weights", FSDP_STRATEGIES, f"token_weight_map={policy_loss.token_weight_map}"),
     ):
@@ -146,7 +152,7 @@ def _check_engine(config: DictConfig, policy_loss: Any, needed: set[str]) -> Non
             raise ValueError(f"actor.strategy={strategy}: expected one of {', '.join(strategies)}: {reason}")
     if "sum_pi_squared" in needed and config.actor_rollout_ref.model.use_fused_kernels:
         raise ValueError(
-            "model.use_fused_kernels=true: expected false with entropy_change_estimator=exact, which reads logits"
+            f"model.use_fused_kernels=true: expected false with {_sums_reader(policy_loss)}, which reads logits"
         )
 
 
@@ -241,7 +247,7 @@ def _check_trainer(config: DictConfig, policy_loss: Any, needed: set[str]) -> No
     needs_steer = (
         (has_coefficient, loss_mode),
         (bool(fields), adv_estimator + use_kl),
-        ("sum_pi_squared" in needed, "policy_loss.entropy_change_estimator=exact"),
+        ("sum_pi_squared" in needed, f"policy_loss.{_sums_reader(policy_loss)}"),
         ("token_weights" in needed, f"policy_loss.token_weight_map={policy_loss.token_weight_map}"),
         (is_batched(config), f"rollout.agent.agent_loop_manager_class={BATCHED_MANAGER} (null: verl's manager)"),
     )

@@ -6,6 +6,10 @@ Importing the package registers them all.
 
 from verl.steer.methods import (
     adaptive_entropy,
+    archer,
+    bapo,
+    ce_gppo,
+    clip_b_v,
     dynamic_clip,
     entropy_shaped_advantage,
     gtpo,
@@ -17,6 +21,10 @@ from verl.steer.methods import (
 
 __all__ = [
     "adaptive_entropy",
+    "archer",
+    "bapo",
+    "ce_gppo",
+    "clip_b_v",
     "dynamic_clip",
     "entropy_shaped_advantage",
     "gtpo",

@@ -154,12 +154,14 @@ class LossOutputs:
         metrics: scalars on the loss's device.
         token_weights: without gradient, 0 on tokens that are not valid; None if the loss has no weights.
         entropy_change: magnitude of the estimated entropy change, 0 on tokens that are not valid; None without STEER.
+        kl_weights: multiply the tokens' KL loss, if there is one; None: all count alike.
     """
 
     loss: Scalar
     metrics: dict[str, Any]
     token_weights: PerToken | None = None
     entropy_change: PerToken | None = None
+    kl_weights: PerToken | None = None
 
 
 @torch.no_grad()
