@@ -5,7 +5,9 @@
 #   bash run/study.sh
 #   PARTS="quadrants maps" SEEDS="1 2 3" bash run/study.sh trainer.total_training_steps=60
 #   bash run/study.sh --list      # print each run's name, configuration and overrides, and train nothing
-#   PARTS       fidelity     estimated against true changes of the entropy
+#   PARTS       collapse     on the countdown task: GRPO and an entropy bonus, the criteria of docs/task_choice.md
+#               field        on the countdown task: the methods of docs/interventions.md, STEER and the control
+#               fidelity     estimated against true changes of the entropy
 #               methods      GRPO, clip-higher, Clip-Cov, KL-Cov, an entropy bonus, STEER with either map
 #               lambda_min   the least token weight from 0.5 to 0.8
 #               extreme      almost no clipping, with and without STEER
@@ -28,6 +30,9 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # The runs that a part compares.
 members() {
   case $1 in
+    collapse) echo countdown_{grpo,bonus_0.003,bonus_0.01,bonus_0.03} ;;
+    field) echo countdown_{grpo,steer_exp,steer_linear,steer_rank,influence_target,clip_cov,kl_cov,bonus_0.01,adaptive} \
+      countdown_{high_entropy_tokens,positive_advantage,entropic,opefo,clip_b,clip_v,ce_gppo,bapo,nsr,unlikeliness} ;;
     fidelity) echo grpo_symmetric steer_exp steer_exp_extreme ;;
     methods) echo grpo_symmetric clip_higher clip_cov kl_cov entropy_bonus steer_exp steer_linear ;;
     lambda_min) echo clip_higher steer_exp_0.5 steer_exp_0.6 steer_exp_0.7 steer_exp ;;
@@ -39,8 +44,8 @@ members() {
     prediction) echo prediction_{1e-6,5e-6,2e-5,1e-4,5e-4} single_tokens ;;
     control) echo grpo_1e-4 influence_{0.35,0.27,0.2,steps} {pi_released,pi_exact,adaptive}_0.27 ;;
     control_others) echo {pi_released,pi_exact,adaptive}_{0.35,0.2} ;;
-    *) echo "study.sh: PARTS names $1; expected fidelity, methods, lambda_min, extreme, quadrants, maps, normalizers," \
-      "lora, prediction, control or control_others" >&2; return 1 ;;
+    *) echo "study.sh: PARTS names $1; expected collapse, field, fidelity, methods, lambda_min, extreme, quadrants," \
+      "maps, normalizers, lora, prediction, control or control_others" >&2; return 1 ;;
   esac
 }
 
@@ -50,6 +55,11 @@ definition() {
   local loss=$actor.policy_loss model=actor_rollout_ref.model lr=$actor.optim.lr
   local target=$loss.target_entropy forty="trainer.total_training_steps=40 trainer.test_freq=20"
   case $1 in
+    countdown_bonus_*) echo "entropy_bonus $actor.entropy_coeff=${1##*_}" ;;
+    countdown_influence_*) echo "influence_target $target=${1##*_}" ;;
+    countdown_adaptive) echo "adaptive_entropy $target=0.2 $loss.entropy_coeff_step=0.001 $loss.entropy_coeff_max=0.05" ;;
+    countdown_entropic) echo "entropic $target=0.2" ;;
+    countdown_*) echo "${1#countdown_}" ;;
     grpo_symmetric | steer_exp | steer_exp_extreme) echo "$1 $audit" ;;
     entropy_bonus) echo "$1 $actor.entropy_coeff=0.01" ;;
     grpo_extreme) echo "grpo $actor.clip_ratio_low=0.99 $actor.clip_ratio_high=5.0" ;;
@@ -84,17 +94,27 @@ if [ -z "${PYTHON:-}" ]; then
   bash "$root/run/setup.sh"
   export PYTHON=${STEER_VENV:-$root/.venv}/bin/python
 fi
-if [ -z "${TASK_DIR:-}" ]; then
-  export TASK_DIR=$OUTPUT_DIR/task
-  "$PYTHON" "$root/scripts/make_laptop_task.py" --out "$TASK_DIR" --test-size 1024
-fi
+# The folder of a task, made where the user names none.
+task_folder() {
+  if [ -n "${TASK_DIR:-}" ]; then
+    echo "$TASK_DIR"
+  elif [ "$1" = countdown ]; then
+    "$PYTHON" "$root/scripts/make_laptop_task.py" --task countdown --out "$OUTPUT_DIR/countdown" >&2
+    echo "$OUTPUT_DIR/countdown"
+  else
+    "$PYTHON" "$root/scripts/make_laptop_task.py" --out "$OUTPUT_DIR/task" --test-size 1024 >&2
+    echo "$OUTPUT_DIR/task"
+  fi
+}
 
 for seed in $seeds; do
   for name in $names; do
     read -ra words <<<"$(definition "$name")"
-    bash "$root/run/train_once.sh" "$OUTPUT_DIR/seed$seed/$name" "${words[0]}" task=arithmetic hardware=cpu \
-      +seed="$seed" \
-      trainer.total_training_steps=30 "${words[@]:1}" "$@"
+    task=arithmetic length=(trainer.total_training_steps=30)
+    case $name in countdown_*) task=countdown length=() ;; esac
+    folder=$(task_folder "$task")
+    TASK_DIR=$folder bash "$root/run/train_once.sh" "$OUTPUT_DIR/seed$seed/$name" "${words[0]}" task="$task" \
+      hardware=cpu +seed="$seed" "${length[@]}" "${words[@]:1}" "$@"
   done
 done
 
@@ -104,6 +124,9 @@ for part in $parts; do
     for name in $(members "$part"); do runs+=("$OUTPUT_DIR/seed$seed/$name"); done
   done
   echo "$part"
-  "$PYTHON" "$root/scripts/compare_runs.py" "${runs[@]}" --out "$OUTPUT_DIR/$part.png" --markdown "$OUTPUT_DIR/$part.md"
+  baseline=()
+  case $part in collapse | field) baseline=(--baseline countdown_grpo) ;; esac
+  "$PYTHON" "$root/scripts/compare_runs.py" "${runs[@]}" "${baseline[@]}" --out "$OUTPUT_DIR/$part.png" \
+    --markdown "$OUTPUT_DIR/$part.md"
   "$PYTHON" "$root/scripts/report.py" "${runs[@]}" --out "$OUTPUT_DIR/$part"
 done

@@ -37,6 +37,12 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
+#: Options whose defaults depend on the task. Countdown's are those of the study (docs/task_choice.md).
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "arithmetic": {"difficulty": 2, "test_size": 256, "steps": 600, "slip": 0.3},
+    "countdown": {"difficulty": 2, "test_size": 128, "steps": 1500, "slip": 0.5},
+}
+
 BATCH_SIZE = 64
 PEAK_LR = 3e-3
 # Results depend on the number of threads, and two that spin on a busy machine are many times slower than one.
@@ -49,18 +55,25 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     parser.add_argument("--task", choices=sorted(TASKS), default="arithmetic", help="a module of verl.steer.tasks")
     parser.add_argument("--seed", type=int, default=0, help="of the data, the model and its training")
-    parser.add_argument("--difficulty", type=int, help="a level of the task (its own default)")
+    # The defaults of these four depend on the task.
+    own = {"default": argparse.SUPPRESS}
+    parser.add_argument("--difficulty", type=int, help=f"a level of the task {by_task('difficulty')}", **own)
     parser.add_argument("--train-size", type=int, default=4096, help="rows of train.parquet")
-    parser.add_argument("--test-size", type=int, default=256, help="rows of test.parquet")
-    parser.add_argument("--steps", type=int, default=600, help=f"pre-training steps of {BATCH_SIZE} solutions")
-    parser.add_argument("--slip", type=float, default=0.3, help="noise of those solutions, see `noisy_solution`")
+    parser.add_argument("--test-size", type=int, **own, help=f"rows of test.parquet {by_task('test_size')}")
+    parser.add_argument(
+        "--steps", type=int, **own, help=f"pre-training steps of {BATCH_SIZE} solutions {by_task('steps')}"
+    )
+    parser.add_argument("--slip", type=float, **own, help=f"noise in these: `noisy_solution` {by_task('slip')}")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--hidden-size", type=int, default=128, help="of the model, a multiple of 64")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    args = parser.parse_args()
-    if args.difficulty is None:
-        args.difficulty = TASKS[args.task].DEFAULT_DIFFICULTY
-    return args
+    parser.set_defaults(**DEFAULTS[parser.parse_known_args()[0].task])
+    return parser.parse_args()
+
+
+def by_task(option: str) -> str:
+    """The defaults of an option, for its help."""
+    return f"({', '.join(f'{task}: {values[option]}' for task, values in DEFAULTS.items())})"
 
 
 def make_tokenizer() -> Qwen2Tokenizer:

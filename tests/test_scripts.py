@@ -267,13 +267,17 @@ def test_study_shares_runs_and_ends_with_a_table_a_picture_and_a_page_for_each_p
 
 
 def test_every_run_of_the_study_passes_the_checks(command, root):
-    parts = "fidelity methods lambda_min extreme quadrants maps normalizers lora"
+    parts = "collapse field fidelity methods lambda_min extreme quadrants maps normalizers lora"
     listed = command("bash", root / "run/study.sh", "--list", PARTS=parts)
     assert listed.returncode == 0 and listed.stderr == ""
     runs = dict(line.split(": ") for line in listed.stdout.splitlines())
     assert len(runs) == len(listed.stdout.splitlines()) == 25
-    small = ("task=arithmetic", "hardware=cpu")
-    configs = {name: validated(words.split()[0], *small, *words.split()[1:]) for name, words in runs.items()}
+    configs = {}
+    for name, words in runs.items():
+        task = "countdown" if name.startswith("countdown_") else "arithmetic"
+        config, *overrides = words.split()
+        configs[name] = validated(config, f"task={task}", "hardware=cpu", *overrides)
+    assert configs["countdown_bonus_0.03"][0].actor_rollout_ref.actor.entropy_coeff == 0.03
     assert configs["steer_exp_0.6"][1].token_weight_min == 0.6
     quadrant = configs["negative_likely_1.5"][1]
     assert (quadrant.quadrant, quadrant.quadrant_weight) == ("negative_likely", 1.5)
@@ -283,7 +287,7 @@ def test_every_run_of_the_study_passes_the_checks(command, root):
 
 def test_study_names_its_parts(command, root):
     refused = command("bash", root / "run/study.sh", PARTS="sizes maps")
-    assert refused.returncode == 1 and "PARTS names sizes; expected fidelity, " in refused.stderr
+    assert refused.returncode == 1 and "PARTS names sizes; expected collapse, " in refused.stderr
 
 
 def test_comparison_names_a_folder_without_metrics(program, tmp_path):

@@ -31,7 +31,7 @@ class Difficulty(NamedTuple):
 
 _LEVELS = ((3, 9, "+-"), (3, 9, "+-*"), (4, 9, "+-"), (4, 9, "+-*"), (5, 9, "+-*"))
 DIFFICULTIES = {number: Difficulty(*level) for number, level in enumerate(_LEVELS, start=1)}
-DEFAULT_DIFFICULTY = 4
+DEFAULT_DIFFICULTY = 2
 
 
 class Problem(NamedTuple):
