@@ -467,12 +467,15 @@ def test_estimators_name_what_the_trainer_must_give(name):
         advantages_of(name, [1.0], torch.ones(1, 2), ["a"])
 
 
+BAND = {"entropy_lower_start": 0.6, "entropy_lower_end": 0.4, "entropy_upper_start": 0.7, "entropy_upper_end": 0.5}
+
+
 def test_options_by_hand():
     defaults = {}
     for options in ADVANTAGE_OPTIONS:
         assert from_config(options, None) == from_config(options, {"positive_weight": None, "of_another": 1})
         defaults |= vars(from_config(options, None))
-    assert defaults == {"positive_weight": 0.1, "unlikeliness_beta": 0.25, "entropy_reward_share": 0.1}
+    assert defaults == {"positive_weight": 0.1, "unlikeliness_beta": 0.25, "entropy_reward_share": 0.1} | BAND
     for bad in (-0.1, 1.5, "much", True):
         with pytest.raises(ValueError, match="algorithm.unlikeliness_beta=.*: expected a number of at least 0 and at"):
             from_config(ADVANTAGE_OPTIONS[1], {"unlikeliness_beta": bad})
@@ -528,7 +531,7 @@ def trainer(monkeypatch):
             },
         }
     )
-    built.entropy_audit, built.global_steps = AuditOptions(), 1
+    built.entropy_audit, built.global_steps, built.total_training_steps = AuditOptions(), 1, 4
     built.seen = seen
     return built
 

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from verl.steer.entropy_control import EntropyControlOptions, check_control
 from verl.steer.methods.adaptive_entropy import AdaptiveEntropyOptions
 from verl.steer.methods.dynamic_clip import DynamicClipOptions
+from verl.steer.methods.entrocraft import EntrocraftOptions
+from verl.steer.methods.entropic import EntroPICOptions
 from verl.steer.methods.entropy_shaped_advantage import EntropyShapedAdvantageOptions
 from verl.steer.methods.gtpo import EntropyRewardOptions
 from verl.steer.methods.high_entropy_tokens import HighEntropyOptions
+from verl.steer.methods.positive_advantage import PositiveAdvantageOptions
 from verl.steer.methods.quadrant import QuadrantOptions
 from verl.steer.methods.registry import base_loss_of
 from verl.steer.methods.sample_reinforcement import ReinforceOptions
@@ -72,8 +75,10 @@ class PolicyLossConfig(
     EntropyControlOptions,
     AdaptiveEntropyOptions,
     DynamicClipOptions,
+    EntroPICOptions,
     EntropyShapedAdvantageOptions,
     HighEntropyOptions,
+    PositiveAdvantageOptions,
     QuadrantOptions,
     verl_config.PolicyLossConfig,
 ):
@@ -163,4 +168,4 @@ class FSDPEngineConfig(verl_config.FSDPEngineConfig):
 
 
 #: The options of advantage estimators, keys below `algorithm`.
-ADVANTAGE_OPTIONS = (ReinforceOptions, UnlikelinessOptions, EntropyRewardOptions)
+ADVANTAGE_OPTIONS = (ReinforceOptions, UnlikelinessOptions, EntropyRewardOptions, EntrocraftOptions)

@@ -130,6 +130,12 @@ def _switch_on(config: DictConfig, needed: set[str]) -> None:
             actor.calculate_sum_pi_squared = actor.fsdp_config.one_pass_reductions = True
 
 
+def _reader_of_sums(policy_loss: Any) -> str:
+    """The option that needs the sums over the vocabulary."""
+    steer = policy_loss.loss_mode == "entropy_control"
+    return "entropy_change_estimator=exact" if steer else f"loss_mode={policy_loss.loss_mode}"
+
+
 def _check_engine(config: DictConfig, policy_loss: Any, needed: set[str]) -> None:
     strategy = config.actor_rollout_ref.actor.strategy
     for field, strategies, reason in (
@@ -138,7 +144,7 @@ def _check_engine(config: DictConfig, policy_loss: Any, needed: set[str]) -> Non
             ENTROPY_STRATEGIES,
             f"loss_mode={policy_loss.loss_mode} needs the current policy's entropies, which others do not return",
         ),
-        ("sum_pi_squared", FSDP_STRATEGIES, "entropy_change_estimator=exact needs sums over the vocabulary"),
+        ("sum_pi_squared", FSDP_STRATEGIES, f"{_reader_of_sums(policy_loss)} needs sums over the vocabulary"),
         ("change_range", FSDP_STRATEGIES, f"token_weight_normalizer={policy_loss.token_weight_normalizer}"),
         ("token_weights", FSDP_STRATEGIES, f"token_weight_map={policy_loss.token_weight_map}"),
     ):
@@ -146,7 +152,7 @@ def _check_engine(config: DictConfig, policy_loss: Any, needed: set[str]) -> Non
             raise ValueError(f"actor.strategy={strategy}: expected one of {', '.join(strategies)}: {reason}")
     if "sum_pi_squared" in needed and config.actor_rollout_ref.model.use_fused_kernels:
         raise ValueError(
-            "model.use_fused_kernels=true: expected false with entropy_change_estimator=exact, which reads logits"
+            f"model.use_fused_kernels=true: expected false with {_reader_of_sums(policy_loss)}, which reads logits"
         )
 
 
@@ -241,7 +247,7 @@ def _check_trainer(config: DictConfig, policy_loss: Any, needed: set[str]) -> No
     needs_steer = (
         (has_coefficient, loss_mode),
         (bool(fields), adv_estimator + use_kl),
-        ("sum_pi_squared" in needed, "policy_loss.entropy_change_estimator=exact"),
+        ("sum_pi_squared" in needed, f"policy_loss.{_reader_of_sums(policy_loss)}"),
         ("token_weights" in needed, f"policy_loss.token_weight_map={policy_loss.token_weight_map}"),
         (is_batched(config), f"rollout.agent.agent_loop_manager_class={BATCHED_MANAGER} (null: verl's manager)"),
     )

@@ -35,7 +35,9 @@ from verl.steer.audit.step import audit_step
 from verl.steer.checkpoint_ledger import CheckpointLedger, metric_name, step_of
 from verl.steer.gc_heap import freeze_gc_heap
 from verl.steer.methods.adaptive_entropy import AdaptiveEntropyCoefficient
+from verl.steer.methods.entropic import EntroPICCoefficient
 from verl.steer.methods.registry import bind_estimator, estimator_fields
+from verl.steer.methods.step_state import StepState
 from verl.steer.options import at_step, from_config
 from verl.steer.report.metrics_files import next_file
 from verl.steer.rollout.checks import is_batched
@@ -60,6 +62,9 @@ POLL_INTERVAL = 0.05
 
 #: Columns of tensors that only the critic and the trainer read, not an update of the actor.
 UNREAD_BY_UPDATES = frozenset({"dummy_tensor", "log_probs", "returns", "rm_scores", "rollout_log_probs", "values"})
+
+#: The numbers that some losses read at each step.
+STEP_STATES: tuple[type[StepState], ...] = (AdaptiveEntropyCoefficient, EntroPICCoefficient)
 
 #: Columns of tensors that a pass for log-probs doesn't read either.
 UNREAD_BY_FORWARD_PASSES = UNREAD_BY_UPDATES | {
@@ -105,7 +110,8 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         self.folder = Path(config.trainer.default_local_dir).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         policy_loss = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
-        self.entropy_coefficient = AdaptiveEntropyCoefficient.from_options(policy_loss)
+        states = (cls.from_options(policy_loss) for cls in STEP_STATES)
+        self.entropy_coefficient = next(filter(None, states), None)
         reads_target = self.entropy_coefficient or policy_loss.token_weight_map == "target"
         self.target_entropy = policy_loss.target_entropy if reads_target else None
         self.entropy_audit = from_config(AuditOptions, config.trainer.get("entropy_audit"), "trainer.entropy_audit")
@@ -230,7 +236,11 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         if fields:
             data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(fields))
             padded = data.to_padded_tensor()
-            bind_estimator(self.config.algorithm.adv_estimator, {field: padded[field] for field in fields})
+            bind_estimator(
+                self.config.algorithm.adv_estimator,
+                {field: padded[field] for field in fields}
+                | {"progress": self.global_steps / self.total_training_steps},
+            )
         return super()._compute_advantage(batch, metrics)
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:

@@ -122,6 +122,7 @@ class AdvantageInputs:
         config: `algorithm` of the configuration, or None.
         old_log_probs, entropy: of the old policy, in nats, (batch, response_length).
         rm_scores: the reward function's scores, (batch, response_length); read if a penalty is taken.
+        progress: the training step over the number of the run's steps.
     """
 
     token_level_rewards: Tensor
@@ -131,6 +132,7 @@ class AdvantageInputs:
     old_log_probs: Any = None
     entropy: Any = None
     rm_scores: Any = None
+    progress: float = 0.0
 
     @property
     def right(self) -> Tensor:
