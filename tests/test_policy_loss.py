@@ -183,7 +183,15 @@ def test_the_losses_that_clip_as_ppo_does_are_known(loss_mode):
 
     def loss_of(x):
         inputs = LossInputs(
-            old_log_prob, x, advantages, mask, entropys, entropys, entropy_coeff=0.01, **squares(advantages)
+            old_log_prob,
+            x,
+            advantages,
+            mask,
+            entropys,
+            entropys,
+            entropy_coeff=0.01,
+            nucleus_entropys=entropys,
+            **squares(advantages),
         )
         if loss_mode in POLICY_LOSSES:
             return [POLICY_LOSSES[loss_mode].compute(inputs, config).loss]

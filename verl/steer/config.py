@@ -18,6 +18,7 @@ from verl.steer.methods.positive_advantage import PositiveAdvantageOptions
 from verl.steer.methods.quadrant import QuadrantOptions
 from verl.steer.methods.registry import base_loss_of
 from verl.steer.methods.sample_reinforcement import ReinforceOptions
+from verl.steer.methods.siren import SirenOptions
 from verl.steer.methods.unlikeliness import UnlikelinessOptions
 from verl.steer.options import Option, option, resolve_options
 from verl.trainer.ppo import core_algos
@@ -80,6 +81,7 @@ class PolicyLossConfig(
     HighEntropyOptions,
     PositiveAdvantageOptions,
     QuadrantOptions,
+    SirenOptions,
     verl_config.PolicyLossConfig,
 ):
     """`actor.policy_loss`: verl's options, STEER's and those of the other losses.

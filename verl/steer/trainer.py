@@ -37,6 +37,7 @@ from verl.steer.gc_heap import freeze_gc_heap
 from verl.steer.methods.adaptive_entropy import AdaptiveEntropyCoefficient
 from verl.steer.methods.entropic import EntroPICCoefficient
 from verl.steer.methods.registry import bind_estimator, estimator_fields
+from verl.steer.methods.siren import EntropyAnchor
 from verl.steer.methods.step_state import StepState
 from verl.steer.options import at_step, from_config
 from verl.steer.report.metrics_files import next_file
@@ -64,7 +65,7 @@ POLL_INTERVAL = 0.05
 UNREAD_BY_UPDATES = frozenset({"dummy_tensor", "log_probs", "returns", "rm_scores", "rollout_log_probs", "values"})
 
 #: The numbers that some losses read at each step.
-STEP_STATES: tuple[type[StepState], ...] = (AdaptiveEntropyCoefficient, EntroPICCoefficient)
+STEP_STATES: tuple[type[StepState], ...] = (AdaptiveEntropyCoefficient, EntroPICCoefficient, EntropyAnchor)
 
 #: Columns of tensors that a pass for log-probs doesn't read either.
 UNREAD_BY_FORWARD_PASSES = UNREAD_BY_UPDATES | {
@@ -112,7 +113,9 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         policy_loss = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
         states = (cls.from_options(policy_loss) for cls in STEP_STATES)
         self.entropy_coefficient = next(filter(None, states), None)
-        reads_target = self.entropy_coefficient or policy_loss.token_weight_map == "target"
+        reads_target = policy_loss.token_weight_map == "target"
+        if self.entropy_coefficient:
+            reads_target = self.entropy_coefficient.reads_target
         self.target_entropy = policy_loss.target_entropy if reads_target else None
         self.entropy_audit = from_config(AuditOptions, config.trainer.get("entropy_audit"), "trainer.entropy_audit")
         self.last_entropy: float | None = None
@@ -254,11 +257,13 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
             batch.extra_info["target_entropy"] = metrics["actor/target_entropy"] = target
             if self.entropy_coefficient:
                 self.entropy_coefficient.target = target
-        if self.entropy_coefficient:
-            coefficient = self.entropy_coefficient.step(metrics["actor/entropy"])
-            batch.extra_info["entropy_coeff"] = metrics["actor/entropy_coeff"] = coefficient
+        if state := self.entropy_coefficient:
+            batch.extra_info |= state.flags
+            if (value := state.step(metrics.get("actor/entropy"))) is not None:
+                batch.extra_info[state.field] = metrics[f"actor/{state.field}"] = value
         if not self.entropy_audit.due(self.global_steps):
-            return super()._update_actor(batch, metrics)
+            batch = super()._update_actor(batch, metrics)
+            return self._observed(batch, metrics)
         batch.extra_info["entropy_audit"] = self._audit_request(len(batch))
         batch = super()._update_actor(batch, metrics)
         # verl prefixes the workers' metrics with `actor/`.
@@ -266,6 +271,11 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
             metrics[name.removeprefix("actor/")] = metrics.pop(name)
         temperature = self.config.actor_rollout_ref.rollout.temperature
         metrics |= audit_step(batch, self.actor_rollout_wg, temperature)
+        return self._observed(batch, metrics)
+
+    def _observed(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        if self.entropy_coefficient:
+            self.entropy_coefficient.observe(metrics)
         return batch
 
     def _leave_out(self, batch: KVBatchMeta, unread: frozenset[str]) -> None:

@@ -16,6 +16,7 @@ from verl.steer.methods import (
     positive_advantage,
     quadrant,
     sample_reinforcement,
+    siren,
     unlikeliness,
 )
 
@@ -31,5 +32,6 @@ __all__ = [
     "positive_advantage",
     "quadrant",
     "sample_reinforcement",
+    "siren",
     "unlikeliness",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 #: File of the number in a checkpoint.
@@ -16,7 +17,10 @@ class StepState:
 
     #: Field of `LossInputs` that the trainer sends, and name of its metric.
     field = "entropy_coeff"
-    #: The entropy that the state steers by, in nats; the trainer sets it at each step.
+    #: Flags for the workers that the trainer sends with each update.
+    flags: Any = MappingProxyType({})
+    #: Whether the trainer sets `target`, an entropy in nats, at each step.
+    reads_target = True
     target: float
     value: Any
 
