@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from verl.steer.entropy_control import EntropyControlOptions, check_control
 from verl.steer.methods.adaptive_entropy import AdaptiveEntropyOptions
+from verl.steer.methods.aepo import AEPOOptions
 from verl.steer.methods.dynamic_clip import DynamicClipOptions
 from verl.steer.methods.entrocraft import EntrocraftOptions
 from verl.steer.methods.entropic import EntroPICOptions
@@ -170,4 +171,4 @@ class FSDPEngineConfig(verl_config.FSDPEngineConfig):
 
 
 #: The options of advantage estimators, keys below `algorithm`.
-ADVANTAGE_OPTIONS = (ReinforceOptions, UnlikelinessOptions, EntropyRewardOptions, EntrocraftOptions)
+ADVANTAGE_OPTIONS = (ReinforceOptions, UnlikelinessOptions, EntropyRewardOptions, EntrocraftOptions, AEPOOptions)

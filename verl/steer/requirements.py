@@ -241,6 +241,12 @@ def _check_trainer(config: DictConfig, policy_loss: Any, needed: set[str]) -> No
                 f"{key}: expected {expected} where the trainer computes no entropies of the old policy, as in bypass "
                 "mode"
             )
+    if config.algorithm.adv_estimator == "aepo" and not is_batched(config):
+        manager = config.actor_rollout_ref.rollout.agent.get("agent_loop_manager_class")
+        raise ValueError(
+            f"rollout.agent.agent_loop_manager_class={manager}: expected {BATCHED_MANAGER} with {adv_estimator}, whose "
+            "prompts have temperatures of their own"
+        )
     if has_coefficient and actor.loss_agg_mode not in MEANS:
         raise ValueError(
             f"actor.loss_agg_mode={actor.loss_agg_mode}: expected one of {', '.join(MEANS)} with {loss_mode}, which "

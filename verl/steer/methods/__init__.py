@@ -6,6 +6,7 @@ Importing the package registers them all.
 
 from verl.steer.methods import (
     adaptive_entropy,
+    aepo,
     dynamic_clip,
     entrocraft,
     entropic,
@@ -22,6 +23,7 @@ from verl.steer.methods import (
 
 __all__ = [
     "adaptive_entropy",
+    "aepo",
     "dynamic_clip",
     "entrocraft",
     "entropic",
