@@ -11,8 +11,8 @@ from test_interventions import loss_of, row, token_gradients
 from test_policy_loss import actor_config, gradient, micro_batch
 from test_token_weights import random_batch
 from verl.steer.loss import ppo_loss
-from verl.steer.methods.archer import above_response_quantile
 from verl.steer.methods.registry import POLICY_LOSSES
+from verl.steer.methods.response_quantile import above_response_quantile
 from verl.trainer.ppo.core_algos import LossInputs, compute_policy_loss_vanilla, kl_penalty
 from verl.workers.utils.padding import no_padding_2_padding
 

@@ -16,7 +16,8 @@ import torch
 from omegaconf import OmegaConf
 from verl.steer import trainer as trainer_steer
 from verl.steer.checkpoint_ledger import UNFINISHED, CheckpointLedger, step_of
-from verl.steer.methods.adaptive_entropy import COEFFICIENT_FILE, AdaptiveEntropyCoefficient
+from verl.steer.methods.adaptive_entropy import AdaptiveEntropyCoefficient
+from verl.steer.methods.step_state import COEFFICIENT_FILE
 from verl.steer.trainer import SteerTrainer, metrics_of_files
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer

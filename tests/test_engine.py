@@ -55,7 +55,7 @@ def outputs_and_gradient(one_pass, packed, temperature, dtype=torch.float32, **f
     generator = torch.Generator().manual_seed(2)
     total = sum(
         (found[name].values() * torch.randn(sum(LENGTHS), generator=generator)).sum()
-        for name in ("log_probs", "entropy")
+        for name in ("log_probs", "entropy", "nucleus_entropy")
         if name in found
     )
     total.backward()

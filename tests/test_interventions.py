@@ -536,7 +536,7 @@ def test_estimators_survive_empty_and_certain_responses(name):
 PENALISED = {"use_kl_in_reward": True, "norm_adv_by_std_in_grpo": False}
 
 
-@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name not in ("unlikeliness", "clip_b")])
+@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name not in ("aepo", "clip_b", "unlikeliness")])
 def test_a_kl_penalty_makes_no_answer_right_or_wrong(name):
     """Penalties of 1.5 and of -1.5, as an estimate of the KL divergence may be, turn the sign of every reward."""
     fields = {"entropy": ENTROPYS, "old_log_probs": -ENTROPYS}
@@ -583,18 +583,27 @@ def test_estimators_name_what_the_trainer_must_give(name):
         advantages_of(name, [1.0], torch.ones(1, 2), ["a"])
 
 
+BAND = {"entropy_lower_start": 0.6, "entropy_lower_end": 0.4, "entropy_upper_start": 0.7, "entropy_upper_end": 0.5}
+AEPO = {"aepo_entropy": 0.5, "aepo_temperature_high": 1.2, "aepo_temperature_low": 0.8, "aepo_share": 0.0625}
+
+
 def test_options_by_hand():
     defaults = {}
     for options in ADVANTAGE_OPTIONS:
         assert from_config(options, None) == from_config(options, {"positive_weight": None, "of_another": 1})
         defaults |= vars(from_config(options, None))
-    assert defaults == {
-        "positive_weight": 0.1,
-        "unlikeliness_beta": 0.25,
-        "entropy_reward_share": 0.1,
-        "entropy_reward_by_class": True,
-        "clip_b_mu": 2.5,
-    }
+    assert (
+        defaults
+        == {
+            "positive_weight": 0.1,
+            "unlikeliness_beta": 0.25,
+            "entropy_reward_share": 0.1,
+            "entropy_reward_by_class": True,
+            "clip_b_mu": 2.5,
+        }
+        | BAND
+        | AEPO
+    )
     for bad in (-0.1, 1.5, "much", True):
         with pytest.raises(ValueError, match="algorithm.unlikeliness_beta=.*: expected a number of at least 0 and at"):
             from_config(ADVANTAGE_OPTIONS[1], {"unlikeliness_beta": bad})
@@ -650,7 +659,7 @@ def trainer(monkeypatch):
             },
         }
     )
-    built.entropy_audit, built.global_steps = AuditOptions(), 1
+    built.entropy_audit, built.global_steps, built.total_training_steps = AuditOptions(), 1, 4
     built.seen = seen
     return built
 

@@ -182,8 +182,17 @@ def test_the_losses_that_clip_as_ppo_does_are_known(loss_mode):
     torch.manual_seed(0)  # clip_cov draws its tokens
 
     def loss_of(x):
-        sums = squares(advantages)
-        inputs = LossInputs(old_log_prob, x, advantages, mask, entropys, entropys, entropy_coeff=0.01, **sums)
+        inputs = LossInputs(
+            old_log_prob,
+            x,
+            advantages,
+            mask,
+            entropys,
+            entropys,
+            entropy_coeff=0.01,
+            nucleus_entropys=entropys,
+            **squares(advantages),
+        )
         if loss_mode in POLICY_LOSSES:
             return [POLICY_LOSSES[loss_mode].compute(inputs, config).loss]
         return get_policy_loss_fn(loss_mode)(old_log_prob, x, advantages, mask, config.loss_agg_mode, config)

@@ -8,17 +8,22 @@ from dataclasses import dataclass
 
 from verl.steer.entropy_control import EntropyControlOptions, check_control
 from verl.steer.methods.adaptive_entropy import AdaptiveEntropyOptions
+from verl.steer.methods.aepo import AEPOOptions
 from verl.steer.methods.archer import ArcherOptions
 from verl.steer.methods.bapo import BapoOptions, check_bapo
 from verl.steer.methods.ce_gppo import CeGppoOptions
 from verl.steer.methods.clip_b_v import ClipBOptions, ClipVOptions
 from verl.steer.methods.dynamic_clip import DynamicClipOptions
+from verl.steer.methods.entrocraft import EntrocraftOptions
+from verl.steer.methods.entropic import EntroPICOptions
 from verl.steer.methods.entropy_shaped_advantage import EntropyShapedAdvantageOptions
 from verl.steer.methods.gtpo import EntropyRewardOptions
 from verl.steer.methods.high_entropy_tokens import HighEntropyOptions
+from verl.steer.methods.positive_advantage import PositiveAdvantageOptions
 from verl.steer.methods.quadrant import QuadrantOptions
 from verl.steer.methods.registry import base_loss_of
 from verl.steer.methods.sample_reinforcement import ReinforceOptions
+from verl.steer.methods.siren import SirenOptions
 from verl.steer.methods.unlikeliness import UnlikelinessOptions
 from verl.steer.options import Option, option, resolve_options
 from verl.trainer.ppo import core_algos
@@ -80,9 +85,12 @@ class PolicyLossConfig(
     CeGppoOptions,
     ClipVOptions,
     DynamicClipOptions,
+    EntroPICOptions,
     EntropyShapedAdvantageOptions,
     HighEntropyOptions,
+    PositiveAdvantageOptions,
     QuadrantOptions,
+    SirenOptions,
     verl_config.PolicyLossConfig,
 ):
     """`actor.policy_loss`: verl's options, STEER's and those of the other losses.
@@ -172,4 +180,11 @@ class FSDPEngineConfig(verl_config.FSDPEngineConfig):
 
 
 #: The options of advantage estimators, keys below `algorithm`.
-ADVANTAGE_OPTIONS = (ReinforceOptions, UnlikelinessOptions, EntropyRewardOptions, ClipBOptions)
+ADVANTAGE_OPTIONS = (
+    ReinforceOptions,
+    UnlikelinessOptions,
+    EntropyRewardOptions,
+    ClipBOptions,
+    EntrocraftOptions,
+    AEPOOptions,
+)

@@ -30,6 +30,7 @@ MODEL_OUTPUTS = {
     "entropy": "current_entropys",
     "sum_pi_squared": "sum_pi_squared",
     "sum_pi_squared_log_pi": "sum_pi_squared_log_pi",
+    "nucleus_entropy": "nucleus_entropys",
 }
 
 #: Columns of the batch that are fields of `LossInputs`.
@@ -47,10 +48,10 @@ def loss_inputs(model_output: dict[str, Tensor], data: TensorDict) -> LossInputs
     """The inputs of a policy loss.
 
     Args:
-        model_output: nested tensors of the forward pass: `log_probs` and, if requested, `entropy`, `sum_pi_squared` and
-            `sum_pi_squared_log_pi`; each (batch, tokens of the sequence).
-        data: one micro-batch of nested tensors, with the non-tensor data `entropy_change_range` and `entropy_coeff` if
-            a loss reads them.
+        model_output: nested tensors of the forward pass: `log_probs` and, if requested, `entropy`, `sum_pi_squared`,
+            `sum_pi_squared_log_pi` and `nucleus_entropy`; each (batch, tokens of the sequence).
+        data: one micro-batch of nested tensors, with the non-tensor data `entropy_change_range`, `entropy_coeff` and
+            `entropy_anchor` if a loss reads them.
 
     Returns:
         Padded tensors, each (batch, response_length). Without the old policy's entropies, as in bypass mode, `entropys`
@@ -67,7 +68,8 @@ def loss_inputs(model_output: dict[str, Tensor], data: TensorDict) -> LossInputs
     if "entropys" not in fields and "current_entropys" in fields:
         fields["entropys"] = fields["current_entropys"].detach()
     fields["change_range"] = tu.get_non_tensor_data(data, "entropy_change_range", None)
-    fields["entropy_coeff"] = tu.get_non_tensor_data(data, "entropy_coeff", None)
+    for name in ("entropy_coeff", "entropy_anchor"):
+        fields[name] = tu.get_non_tensor_data(data, name, None)
     return LossInputs(**fields)
 
 

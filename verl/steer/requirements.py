@@ -128,12 +128,14 @@ def _switch_on(config: DictConfig, needed: set[str]) -> None:
         actor.calculate_entropy = actor.calculate_entropy or "current_entropys" in needed
         if "sum_pi_squared" in needed:
             actor.calculate_sum_pi_squared = actor.fsdp_config.one_pass_reductions = True
+        if "nucleus_entropys" in needed:
+            actor.fsdp_config.one_pass_reductions = True
 
 
-def _sums_reader(policy_loss: Any) -> str:
-    """The option that reads sums over the vocabulary, where the loss does."""
-    exact = policy_loss.loss_mode == "entropy_control"
-    return "entropy_change_estimator=exact" if exact else f"loss_mode={policy_loss.loss_mode}"
+def _reader_of_sums(policy_loss: Any) -> str:
+    """The option that needs the sums over the vocabulary."""
+    steer = policy_loss.loss_mode == "entropy_control"
+    return "entropy_change_estimator=exact" if steer else f"loss_mode={policy_loss.loss_mode}"
 
 
 def _check_engine(config: DictConfig, policy_loss: Any, needed: set[str]) -> None:
@@ -144,15 +146,16 @@ def _check_engine(config: DictConfig, policy_loss: Any, needed: set[str]) -> Non
             ENTROPY_STRATEGIES,
             f"loss_mode={policy_loss.loss_mode} needs the current policy's entropies, which others do not return",
         ),
-        ("sum_pi_squared", FSDP_STRATEGIES, f"{_sums_reader(policy_loss)} needs sums over the vocabulary"),
+        ("sum_pi_squared", FSDP_STRATEGIES, f"{_reader_of_sums(policy_loss)} needs sums over the vocabulary"),
+        ("nucleus_entropys", FSDP_STRATEGIES, f"loss_mode={policy_loss.loss_mode} needs a nucleus"),
         ("change_range", FSDP_STRATEGIES, f"token_weight_normalizer={policy_loss.token_weight_normalizer}"),
         ("token_weights", FSDP_STRATEGIES, f"token_weight_map={policy_loss.token_weight_map}"),
     ):
         if field in needed and strategy not in strategies:
             raise ValueError(f"actor.strategy={strategy}: expected one of {', '.join(strategies)}: {reason}")
-    if "sum_pi_squared" in needed and config.actor_rollout_ref.model.use_fused_kernels:
+    if {"sum_pi_squared", "nucleus_entropys"} & needed and config.actor_rollout_ref.model.use_fused_kernels:
         raise ValueError(
-            f"model.use_fused_kernels=true: expected false with {_sums_reader(policy_loss)}, which reads logits"
+            f"model.use_fused_kernels=true: expected false with {_reader_of_sums(policy_loss)}, which reads logits"
         )
 
 
@@ -238,6 +241,12 @@ def _check_trainer(config: DictConfig, policy_loss: Any, needed: set[str]) -> No
                 f"{key}: expected {expected} where the trainer computes no entropies of the old policy, as in bypass "
                 "mode"
             )
+    if config.algorithm.adv_estimator == "aepo" and not is_batched(config):
+        manager = config.actor_rollout_ref.rollout.agent.get("agent_loop_manager_class")
+        raise ValueError(
+            f"rollout.agent.agent_loop_manager_class={manager}: expected {BATCHED_MANAGER} with {adv_estimator}, whose "
+            "prompts have temperatures of their own"
+        )
     if has_coefficient and actor.loss_agg_mode not in MEANS:
         raise ValueError(
             f"actor.loss_agg_mode={actor.loss_agg_mode}: expected one of {', '.join(MEANS)} with {loss_mode}, which "
@@ -247,7 +256,8 @@ def _check_trainer(config: DictConfig, policy_loss: Any, needed: set[str]) -> No
     needs_steer = (
         (has_coefficient, loss_mode),
         (bool(fields), adv_estimator + use_kl),
-        ("sum_pi_squared" in needed, f"policy_loss.{_sums_reader(policy_loss)}"),
+        ("sum_pi_squared" in needed, f"policy_loss.{_reader_of_sums(policy_loss)}"),
+        ("nucleus_entropys" in needed, loss_mode),
         ("token_weights" in needed, f"policy_loss.token_weight_map={policy_loss.token_weight_map}"),
         (is_batched(config), f"rollout.agent.agent_loop_manager_class={BATCHED_MANAGER} (null: verl's manager)"),
     )

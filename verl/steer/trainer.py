@@ -24,6 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 import transfer_queue as tq
 from omegaconf import DictConfig, open_dict
 from tensordict import TensorDict
@@ -35,10 +36,14 @@ from verl.steer.audit.step import audit_step
 from verl.steer.checkpoint_ledger import CheckpointLedger, metric_name, step_of
 from verl.steer.gc_heap import freeze_gc_heap
 from verl.steer.methods.adaptive_entropy import AdaptiveEntropyCoefficient
-from verl.steer.methods.registry import bind_estimator, estimator_fields
+from verl.steer.methods.aepo import AEPOOptions
+from verl.steer.methods.entropic import EntroPICCoefficient
+from verl.steer.methods.registry import ESTIMATOR_FIELDS, bind_estimator, estimator_fields
+from verl.steer.methods.siren import EntropyAnchor
+from verl.steer.methods.step_state import StepState
 from verl.steer.options import at_step, from_config
 from verl.steer.report.metrics_files import next_file
-from verl.steer.rollout.checks import is_batched
+from verl.steer.rollout.checks import TEMPERATURE, is_batched
 from verl.steer.rollout.lost_rollouts import LOST_IN_TRAINING, lost_rollouts, means_over_stored_samples, stored_samples
 from verl.steer.rollout.wait import ROLLOUT_TIMEOUT, RolloutWait
 from verl.steer.run_ending import naming_a_full_disk
@@ -61,6 +66,9 @@ POLL_INTERVAL = 0.05
 
 #: Columns of tensors that only the critic and the trainer read, not an update of the actor.
 UNREAD_BY_UPDATES = frozenset({"dummy_tensor", "log_probs", "returns", "rm_scores", "rollout_log_probs", "values"})
+
+#: The numbers that some losses read at each step.
+STEP_STATES: tuple[type[StepState], ...] = (AdaptiveEntropyCoefficient, EntroPICCoefficient, EntropyAnchor)
 
 #: Columns of tensors that a pass for log-probs doesn't read either.
 UNREAD_BY_FORWARD_PASSES = UNREAD_BY_UPDATES | {
@@ -106,11 +114,15 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         self.folder = Path(config.trainer.default_local_dir).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         policy_loss = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
-        self.entropy_coefficient = AdaptiveEntropyCoefficient.from_options(policy_loss)
-        reads_target = self.entropy_coefficient or policy_loss.token_weight_map == "target"
+        states = (cls.from_options(policy_loss) for cls in STEP_STATES)
+        self.entropy_coefficient = next(filter(None, states), None)
+        reads_target = policy_loss.token_weight_map == "target"
+        if self.entropy_coefficient:
+            reads_target = self.entropy_coefficient.reads_target
         self.target_entropy = policy_loss.target_entropy if reads_target else None
         self.entropy_audit = from_config(AuditOptions, config.trainer.get("entropy_audit"), "trainer.entropy_audit")
         self.last_entropy: float | None = None
+        self.tempered: dict[str, float] = {}
         self.batched = is_batched(config)
 
     def fit(self, agent_loop_manager: AgentLoopManager) -> None:
@@ -151,7 +163,17 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         uids, usual = list(batch["uid"]), self.config.actor_rollout_ref.rollout.n
         counts = list(batch["__rollout_n__"]) if "__rollout_n__" in batch else [usual] * len(uids)
         self.rollouts_asked |= dict(zip(uids, map(int, counts), strict=True))
+        if self.config.algorithm.adv_estimator == "aepo":
+            self._temper(batch, uids)
         return super()._submit_batch_to_rollout(batch)
+
+    def _temper(self, batch: TensorDict, uids: list[str]) -> None:
+        """Have the first prompts of a batch sampled at AEPO's temperature."""
+        options = from_config(AEPOOptions, self.config.algorithm)
+        count, temperature = options.tempered(self.last_entropy, len(uids))
+        others = [self.config.actor_rollout_ref.rollout.temperature] * (len(uids) - count)
+        batch[TEMPERATURE] = torch.tensor([temperature] * count + others)
+        self.tempered |= dict.fromkeys(uids[:count], temperature)
 
     def _balance_batch(self, batch: KVBatchMeta, metrics: dict, *args: Any, **kwargs: Any) -> KVBatchMeta:
         """Count the missing rollouts of a batch before verl fills it up."""
@@ -227,11 +249,18 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
 
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Bind the fields of the batch that an estimator of this fork reads, then compute the advantages."""
-        fields = estimator_fields(self.config.algorithm)
-        if fields:
-            data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(fields))
-            padded = data.to_padded_tensor()
-            bind_estimator(self.config.algorithm.adv_estimator, {field: padded[field] for field in fields})
+        name, fields = self.config.algorithm.adv_estimator, estimator_fields(self.config.algorithm)
+        if name in ESTIMATOR_FIELDS:
+            bound: dict[str, Any] = {"progress": self.global_steps / self.total_training_steps}
+            if fields:
+                data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(fields))
+                padded = data.to_padded_tensor()
+                bound |= {field: padded[field] for field in fields}
+            if name == "aepo":
+                bound["tempered"], self.tempered = self.tempered, {}
+                metrics["training/tempered_prompts"] = len(bound["tempered"])
+                metrics["training/temperature"] = max(bound["tempered"].values(), default=0.0)
+            bind_estimator(name, bound)
         return super()._compute_advantage(batch, metrics)
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
@@ -245,11 +274,13 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
             batch.extra_info["target_entropy"] = metrics["actor/target_entropy"] = target
             if self.entropy_coefficient:
                 self.entropy_coefficient.target = target
-        if self.entropy_coefficient:
-            coefficient = self.entropy_coefficient.step(metrics["actor/entropy"])
-            batch.extra_info["entropy_coeff"] = metrics["actor/entropy_coeff"] = coefficient
+        if state := self.entropy_coefficient:
+            batch.extra_info |= state.flags
+            if (value := state.step(metrics.get("actor/entropy"))) is not None:
+                batch.extra_info[state.field] = metrics[f"actor/{state.field}"] = value
         if not self.entropy_audit.due(self.global_steps):
-            return super()._update_actor(batch, metrics)
+            batch = super()._update_actor(batch, metrics)
+            return self._observed(batch, metrics)
         batch.extra_info["entropy_audit"] = self._audit_request(len(batch))
         batch = super()._update_actor(batch, metrics)
         # verl prefixes the workers' metrics with `actor/`.
@@ -257,6 +288,11 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
             metrics[name.removeprefix("actor/")] = metrics.pop(name)
         temperature = self.config.actor_rollout_ref.rollout.temperature
         metrics |= audit_step(batch, self.actor_rollout_wg, temperature)
+        return self._observed(batch, metrics)
+
+    def _observed(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        if self.entropy_coefficient:
+            self.entropy_coefficient.observe(metrics)
         return batch
 
     def _leave_out(self, batch: KVBatchMeta, unread: frozenset[str]) -> None:

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from verl.steer.audit.update import EntropyAudit
 from verl.steer.config import FSDPEngineConfig
 from verl.steer.cpu import packed_attention  # noqa: F401 - registers packed_sdpa
+from verl.steer.engine.nucleus import nucleus_entropy
 from verl.steer.engine.vocab_reductions import vocab_reductions
 from verl.steer.gc_heap import freeze_gc_heap
 from verl.utils import tensordict_utils as tu
@@ -46,6 +47,8 @@ class SteerFSDPEngineWithLMHead(EntropyAudit):
     ) -> dict[str, Tensor]:
         """verl's outputs, and with `calculate_sum_pi_squared` also `sum_pi_squared_log_pi`, Σπ² ln π in nats.
 
+        With the number `nucleus_p` also `nucleus_entropy`, of the nucleus with this probability.
+
         Args:
             output: the model's output with `logits`, (1, packed tokens, vocabulary) where padding is removed, else
                 (batch, longest, vocabulary).
@@ -74,13 +77,16 @@ class SteerFSDPEngineWithLMHead(EntropyAudit):
             index = _packed_index(offsets, len(labels), longest)
             labels = labels.new_zeros(batch * longest).index_copy_(0, index, labels).view(batch, longest)
             temperature = output_args["temperature"].unsqueeze(-1)
+        if output_args.get("temperature_is_one", False):
+            temperature = None
+        nucleus_p = tu.get_non_tensor_data(data=micro_batch, key="nucleus_p", default=None)
         reductions = vocab_reductions(
             logits,
             labels,
-            None if output_args.get("temperature_is_one", False) else temperature,
+            temperature,
             with_entropy=flag("calculate_entropy"),
             with_squares=flag("calculate_sum_pi_squared"),
-            inplace_backward=True,
+            inplace_backward=nucleus_p is None,  # else the nucleus's backward pass reads the logits too
         )
 
         def nested(values: Tensor) -> Tensor:
@@ -95,6 +101,7 @@ class SteerFSDPEngineWithLMHead(EntropyAudit):
             "entropy": reductions.entropy,
             "sum_pi_squared": reductions.sum_pi_squared,
             "sum_pi_squared_log_pi": reductions.sum_pi_squared_log_pi,
+            "nucleus_entropy": None if nucleus_p is None else nucleus_entropy(logits, nucleus_p, temperature),
             "hidden": self.hidden.squeeze(0) if self.hidden is not None and packed else self.hidden,
         }
         return {name: nested(values) for name, values in outputs.items() if values is not None}

@@ -3,17 +3,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from verl.steer.methods.registry import policy_loss
+from verl.steer.methods.step_state import StepState
 from verl.steer.options import option
 from verl.trainer.ppo.core_algos import LossInputs, LossOutputs, agg_loss, reweighted_policy_loss
-
-#: File of the coefficient in a checkpoint.
-COEFFICIENT_FILE = "entropy_coeff.json"
 
 
 @dataclass
@@ -44,7 +40,7 @@ def compute_policy_loss_adaptive_entropy(inputs: LossInputs, config: Any) -> Los
 
 
 @dataclass
-class AdaptiveEntropyCoefficient:
+class AdaptiveEntropyCoefficient(StepState):
     """The coefficient: it rises while the entropy is below the target, and falls while the entropy is above it.
 
     Args:
@@ -72,13 +68,3 @@ class AdaptiveEntropyCoefficient:
         change = self.increment if entropy < self.target else -self.increment
         self.value = min(max(self.value + change, 0.0), self.maximum)
         return coefficient
-
-    def save(self, folder: Path) -> None:
-        """Write the coefficient into a checkpoint's folder."""
-        (folder / COEFFICIENT_FILE).write_text(json.dumps(self.value))
-
-    def load(self, folder: Path) -> None:
-        """Read the coefficient from a checkpoint's folder, if its file exists."""
-        file = folder / COEFFICIENT_FILE
-        if file.is_file():
-            self.value = json.loads(file.read_text())

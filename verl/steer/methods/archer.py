@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from verl.steer.methods.registry import policy_loss
+from verl.steer.methods.response_quantile import above_response_quantile
 from verl.steer.methods.tensor_clip import tensor_clip_policy_loss
 from verl.steer.options import option
-from verl.trainer.ppo.core_algos import LossInputs, LossOutputs, PerToken, TokenMask
+from verl.trainer.ppo.core_algos import LossInputs, LossOutputs
 from verl.utils.torch_functional import masked_mean
 
 
@@ -29,18 +30,6 @@ class ArcherOptions:
     archer_clip_knowledge: float = option(0.2, above=0.0)
     archer_clip_reasoning: float = option(0.5, above=0.0)
     archer_kl_reasoning: float = option(0.0, at_least=0.0)
-
-
-@torch.no_grad()
-def above_response_quantile(values: PerToken, response_mask: PerToken | TokenMask, quantile: float) -> TokenMask:
-    """Valid tokens whose value exceeds the quantile of their response's valid tokens.
-
-    Between two neighbouring values no token lies, so it does not matter how the quantile is interpolated.
-    """
-    valid = response_mask.bool()
-    ordered = values.masked_fill(~valid, torch.inf).sort(-1).values
-    index = ((valid.sum(-1, keepdim=True) - 1).clamp_min(0) * quantile).long()
-    return valid & (values > ordered.gather(-1, index))
 
 
 @policy_loss("archer", needs=("entropys",), clips_as_ppo=False)

@@ -9,7 +9,7 @@ makes `policy_loss.loss_mode=my_loss` a loss that gets its `LossInputs` from `ve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +122,8 @@ class AdvantageInputs:
         config: `algorithm` of the configuration, or None.
         old_log_probs, entropy: of the old policy, in nats, (batch, response_length).
         rm_scores: the reward function's scores, (batch, response_length); read if a penalty is taken.
+        progress: the training step over the number of the run's steps.
+        tempered: the prompts whose answers have another temperature.
     """
 
     token_level_rewards: Tensor
@@ -131,6 +133,8 @@ class AdvantageInputs:
     old_log_probs: Any = None
     entropy: Any = None
     rm_scores: Any = None
+    progress: float = 0.0
+    tempered: Collection[Any] = ()
 
     @property
     def right(self) -> Tensor:

@@ -35,7 +35,7 @@ from torch.nn.utils.rnn import pad_sequence
 from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, AgentLoopWorker, DictConfigWrap, ToolListWrap
 from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.protocol import DataProto
-from verl.steer.rollout.checks import AGENT_LOOP, ONLY_SINGLE_TURN
+from verl.steer.rollout.checks import AGENT_LOOP, ONLY_SINGLE_TURN, TEMPERATURE
 from verl.steer.rollout.wait import RolloutsFailed, error_text
 from verl.trainer.ppo.v1.agent_loop_tq import apply_greedy_sampling_params
 from verl.utils.profiler import simple_timer
@@ -181,6 +181,8 @@ class BatchedAgentLoopManager(AgentLoopWorker):
         options = self.rollout_config
         n = int(prompt.pop("__rollout_n__", options.val_kwargs.n if validate else options.n))
         sampling_params = self._sampling_params(validate, prompt.pop("__do_sample__", True))
+        if TEMPERATURE in prompt:
+            sampling_params["temperature"] = float(prompt.pop(TEMPERATURE))
         group = [Rollout(prompt, session_id, dict(sampling_params)) for session_id in range(n)]
         if options.full_determinism:
             for rollout in group:

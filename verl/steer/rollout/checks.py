@@ -11,6 +11,9 @@ from verl.trainer.distillation import is_distillation_enabled
 
 BATCHED_MANAGER = "verl.steer.rollout.batched_manager.BatchedAgentLoopManager"
 
+#: Column of a batch of prompts with a temperature for each, which only the batched manager reads.
+TEMPERATURE = "__temperature__"
+
 #: The agent loop that the batched manager serves.
 AGENT_LOOP = "single_turn_agent"
 

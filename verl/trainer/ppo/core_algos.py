@@ -118,6 +118,8 @@ class LossInputs:
         change_range: range of a whole mini-batch's estimates, for the normalizers other than `micro_batch`.
         entropy_coeff: this step's coefficient of an adaptive entropy bonus.
         token_weights: found for the whole mini-batch, in place of STEER's own.
+        nucleus_entropys: entropy of the current policy's most probable actions, in nats, with gradient.
+        entropy_anchor: entropy that a regulariser holds, in nats.
     """
 
     old_log_prob: PerToken
@@ -132,6 +134,8 @@ class LossInputs:
     change_range: EntropyChangeRange | None = None
     entropy_coeff: float | None = None
     token_weights: PerToken | None = None
+    nucleus_entropys: PerToken | None = None
+    entropy_anchor: float | None = None
 
     def require(self, name: str, reason: str) -> Any:
         """The field `name`.

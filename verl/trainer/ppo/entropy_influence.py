@@ -179,6 +179,11 @@ class ProportionalIntegral:
     integral: float
     total: float = 0.0
 
+    def strength(self, error: float) -> float:
+        """What the controller asks for after one more error, target minus mean entropy in nats."""
+        self.total += error
+        return self.proportional * error + self.integral * self.total
+
     def multiplier(self, contributions: Tokens, error: float) -> Scalar:
         """The multiplier of `bounded_weights`: weights rise with the contribution if the entropy is too low.
 
@@ -186,7 +191,6 @@ class ProportionalIntegral:
             contributions: signed, of any scale; their root mean square is the unit.
             error: target minus mean entropy, in nats.
         """
-        self.total += error
-        strength = self.proportional * error + self.integral * self.total
+        strength = self.strength(error)
         size = contributions.double().square().mean().sqrt()
         return torch.where(size > 0, -strength / size, 0.0)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`adv_estimator=aepo`: which prompts are tempered, and the advantages of their answers, by hand."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tensordict import TensorDict
+from tensordict.tensorclass import NonTensorStack
+from test_batched_rollouts import PROMPTS, ROLLOUTS, prompts, run  # noqa: F401 - a fixture
+from test_configuration import MANAGER, validated
+from test_interventions import advantages_of, registered_estimators  # noqa: F401 - a fixture
+from verl.steer import trainer as trainer_steer
+from verl.steer.methods.aepo import AEPOOptions
+from verl.steer.rollout.checks import TEMPERATURE
+from verl.steer.trainer import SteerTrainer
+from verl.trainer.ppo.core_algos import get_adv_estimator_fn
+
+OPTIONS = AEPOOptions(aepo_entropy=0.5, aepo_temperature_high=1.5, aepo_temperature_low=0.6, aepo_share=0.25)
+
+
+@pytest.mark.parametrize(
+    "entropy, prompts_of_batch, expected",
+    [
+        (None, 8, (2, 1.5)),
+        (0.4, 8, (2, 1.5)),
+        (0.5, 8, (2, 1.5)),
+        (0.6, 8, (1, 0.6)),
+        (0.4, 6, (2, 1.5)),
+        (0.6, 6, (1, 0.6)),
+        (0.4, 1, (0, 1.5)),
+    ],
+)
+def test_tempered_prompts_by_hand(entropy, prompts_of_batch, expected):
+    """A quarter of the prompts, or an eighth above the entropy 0.5, rounded up."""
+    assert OPTIONS.tempered(entropy, prompts_of_batch) == expected
+
+
+def test_advantages_by_hand():
+    """Prompt b is tempered: its right answers have 1, its wrong one 0; c is too, and all its answers are right."""
+    rewards = [1.0, -1.0, 1.0, 1.0, -1.0, 1.0, 1.0]
+    mask = torch.tensor([[1, 1], [1, 0], [1, 1], [1, 0], [1, 1], [1, 1], [1, 0]])
+    config = {"norm_adv_by_std_in_grpo": False}
+    found = advantages_of("aepo", rewards, mask, list("aabbbcc"), config, tempered=("b", "c"))
+    expected = torch.tensor([1.0, -1.0, 1.0, 1.0, 0.0, 0.0, 0.0])
+    torch.testing.assert_close(found, expected[:, None] * mask)
+    plain = advantages_of("aepo", rewards, mask, list("aabbbcc"), config)
+    torch.testing.assert_close(plain[2:5, 0], torch.tensor([2 / 3, 2 / 3, -4 / 3]))
+
+
+def test_from_submission_to_advantages(monkeypatch):
+    """The first prompts of a batch get their temperature, their answers the advantages of REINFORCE, once."""
+    trainer, submitted, advantages = SteerTrainer.__new__(SteerTrainer), [], []
+    trainer.config = OmegaConf.create(
+        {
+            "algorithm": {"adv_estimator": "aepo", "aepo_share": 0.5, "norm_adv_by_std_in_grpo": False},
+            "actor_rollout_ref": {"rollout": {"n": 2, "temperature": 0.9}},
+        }
+    )
+    trainer.rollouts_asked, trainer.tempered, trainer.last_entropy = {}, {}, 0.7
+    trainer.global_steps = trainer.total_training_steps = 1
+
+    def compute(self, batch, metrics):
+        advantages.append(
+            get_adv_estimator_fn("aepo")(
+                token_level_rewards=torch.tensor([[1.0], [-1.0]] * 4),
+                response_mask=torch.ones(8, 1),
+                index=np.repeat(np.array([f"uid{i}" for i in range(4)], dtype=object), 2),
+                config=self.config.algorithm,
+            )[0][:, 0].tolist()
+        )
+        return batch
+
+    upstream = trainer_steer.PPOTrainerSync
+    monkeypatch.setattr(upstream, "_submit_batch_to_rollout", lambda self, batch: submitted.append(batch) or len(batch))
+    monkeypatch.setattr(upstream, "_compute_advantage", compute)
+    batch = TensorDict({"uid": NonTensorStack(*(f"uid{i}" for i in range(4)))}, batch_size=4)
+    trainer._submit_batch_to_rollout(batch)
+    torch.testing.assert_close(submitted[0][TEMPERATURE], torch.tensor([0.8, 0.9, 0.9, 0.9]))
+    metrics = {}
+    for _ in range(2):
+        trainer._compute_advantage(SimpleNamespace(keys=[], partition_id="train"), metrics)
+    assert advantages == [[1.0, 0.0] + [1.0, -1.0] * 3, [1.0, -1.0] * 4]
+    assert metrics == {"training/tempered_prompts": 0, "training/temperature": 0.0}
+
+
+def test_the_batched_manager_samples_at_the_temperature(run):  # noqa: F811
+    temperatures = torch.linspace(0.5, 1.5, PROMPTS)
+    queue, manager = run(batch=prompts(**{TEMPERATURE: temperatures}))
+    found = [params["temperature"] for params in manager.llm_client.params]
+    assert found == pytest.approx(temperatures.repeat_interleave(ROLLOUTS).tolist())
+    assert all(TEMPERATURE not in row for row in queue.rows.values())
+    _, manager = run()
+    assert len({params["temperature"] for params in manager.llm_client.params}) == 1
+
+
+def test_another_manager_is_refused():
+    with pytest.raises(
+        ValueError, match="agent_loop_manager_class=None: expected .*BatchedAgentLoopManager with algori"
+    ):
+        validated("aepo", f"{MANAGER}=null")

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entropy of the nucleus of a policy: of its most probable actions alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from verl.steer.engine.vocab_reductions import CHUNK_LOGITS
+
+
+def nucleus_entropy(logits: Tensor, top_p: float, temperature: float | Tensor | None = None) -> Tensor:
+    """Entropy of the distribution over the nucleus, renormalised.
+
+    The nucleus is the smallest set of most probable actions whose probabilities add up to at least `top_p`, and the
+    actions as probable as the least probable of them. It carries no gradient. The logits are read in chunks, and again
+    in the backward pass, so that the extra memory is a few chunks and the gradient.
+
+    Args:
+        logits: (..., vocabulary).
+        top_p: above 0.
+        temperature: a number or one per token, broadcast to the logits' shape without their last dimension; None is 1.
+
+    Returns:
+        Nats, float32, of that shape, with a gradient to the logits.
+    """
+    shape = logits.shape[:-1]
+    flat = logits.flatten(0, -2)
+    scale = torch.as_tensor(
+        1.0 if temperature is None else temperature, dtype=torch.float32, device=logits.device
+    ).clamp_min(1e-8)
+    scale = scale.expand(shape).reshape(-1, 1)
+    rows = max(1, CHUNK_LOGITS // logits.shape[-1])
+    chunks = zip(flat.split(rows), scale.split(rows), strict=True)
+    return torch.cat(
+        [checkpoint(_nucleus_entropy, *chunk, top_p, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
+    ).view(shape)
+
+
+def _nucleus_entropy(logits: Tensor, temperature: Tensor, top_p: float) -> Tensor:
+    """Of one chunk, (tokens, vocabulary)."""
+    scaled = logits.float() / temperature
+    with torch.no_grad():
+        log_pi = scaled.log_softmax(-1)
+        ordered = log_pi.sort(-1, descending=True).values
+        before = ordered.exp().cumsum(-1).roll(1, -1)
+        before[:, 0] = 0.0
+        last = (before < top_p).sum(-1, keepdim=True) - 1
+        outside = (log_pi < ordered.gather(-1, last)) | log_pi.isneginf()
+    log_q = scaled.masked_fill(outside, -torch.inf).log_softmax(-1)
+    # 0 * -inf is no number.
+    return -(log_q.exp() * log_q.masked_fill(outside, 0.0)).sum(-1)

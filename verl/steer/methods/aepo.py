@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`algorithm.adv_estimator=aepo`: REINFORCE on answers sampled at another temperature (AEPO, arXiv 2510.08141)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from verl.steer.methods.registry import AdvantageInputs, advantage_estimator
+from verl.steer.options import option, resolve_options
+
+#: GRPO's advantage from which on a tempered answer counts, as in the authors' code.
+LEAST_ADVANTAGE = 0.05
+
+
+@dataclass
+class AEPOOptions:
+    """Keys below `algorithm`; entropy and temperatures are those of the authors' code.
+
+    Args:
+        aepo_entropy: the entropy to hold, in nats.
+        aepo_temperature_high, aepo_temperature_low: of the tempered prompts up to that entropy, and above it.
+        aepo_share: fraction of the prompts that is tempered, half of it above that entropy.
+    """
+
+    aepo_entropy: float = option(0.5, above=0.0)
+    aepo_temperature_high: float = option(1.2, above=0.0)
+    aepo_temperature_low: float = option(0.8, above=0.0)
+    aepo_share: float = option(0.0625, above=0.0, at_most=1.0)
+
+    def __post_init__(self) -> None:
+        resolve_options(self, "algorithm")
+
+    def tempered(self, entropy: float | None, prompts: int) -> tuple[int, float]:
+        """How many of the prompts are tempered, rounded up, and their temperature.
+
+        Args:
+            entropy: the policy's, in nats; None: not known yet, and taken for low.
+            prompts: in the batch. A single one, which replaces a failed one, is not tempered.
+        """
+        too_high = entropy is not None and entropy > self.aepo_entropy
+        share = self.aepo_share / 2 if too_high else self.aepo_share
+        count = math.ceil(share * prompts) if prompts > 1 else 0
+        return count, self.aepo_temperature_low if too_high else self.aepo_temperature_high
+
+
+@advantage_estimator("aepo")
+def compute_aepo_advantage(inputs: AdvantageInputs) -> Tensor:
+    """AEPO (arXiv 2510.08141): GRPO's advantages, and 1 for the right answers to tempered prompts, 0 for the others.
+
+    An answer counts as right if GRPO's advantage is above `LEAST_ADVANTAGE`: none does if all answers are right.
+    """
+    advantages = inputs.grpo(inputs.token_level_rewards)
+    tempered = torch.from_numpy(np.isin(np.asarray(inputs.index, dtype=str), list(inputs.tempered)))
+    return torch.where(tempered[:, None].to(advantages.device), (advantages > LEAST_ADVANTAGE).float(), advantages)

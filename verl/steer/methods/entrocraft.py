@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`algorithm.adv_estimator=entrocraft`: one class of answers rejected where the entropy leaves a band (2604.26326)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from verl.steer.methods.registry import AdvantageInputs, advantage_estimator
+from verl.steer.methods.sample_reinforcement import compute_nsr_advantage, compute_psr_advantage
+from verl.steer.options import from_config, option, resolve_options
+from verl.utils.torch_functional import masked_mean
+
+
+@dataclass
+class EntrocraftOptions:
+    """Keys below `algorithm`: the band of the entropy in nats, at the run's first step and at its last one."""
+
+    entropy_lower_start: float = option(0.6, at_least=0.0)
+    entropy_lower_end: float = option(0.4, at_least=0.0)
+    entropy_upper_start: float = option(0.7, at_least=0.0)
+    entropy_upper_end: float = option(0.5, at_least=0.0)
+
+    def __post_init__(self) -> None:
+        resolve_options(self, "algorithm")
+        for at in ("start", "end"):
+            lower, upper = getattr(self, f"entropy_lower_{at}"), getattr(self, f"entropy_upper_{at}")
+            if lower > upper:
+                raise ValueError(f"algorithm.entropy_lower_{at}={lower}: expected at most entropy_upper_{at}={upper}")
+
+    def band(self, progress: float) -> tuple[float, float]:
+        """Lower and upper end of the band after this fraction of the run's steps."""
+        return (
+            self.entropy_lower_start + (self.entropy_lower_end - self.entropy_lower_start) * progress,
+            self.entropy_upper_start + (self.entropy_upper_end - self.entropy_upper_start) * progress,
+        )
+
+
+@advantage_estimator("entrocraft", "entropy")
+def compute_entrocraft_advantage(inputs: AdvantageInputs) -> Tensor:
+    """Entrocraft (arXiv 2604.26326): GRPO's advantages while the old policy's mean entropy is in the band.
+
+    Below it right answers, which lower the entropy, are rejected, and above it wrong ones. The accepted answers then
+    have an advantage of -1 or 1, without a baseline, as in NSR and PSR. A rejected answer has an advantage of 0.
+    """
+    lower, upper = from_config(EntrocraftOptions, inputs.config).band(inputs.progress)
+    entropy = masked_mean(inputs.entropy.float(), inputs.response_mask)
+    if entropy < lower:
+        return compute_nsr_advantage(inputs)
+    if entropy > upper:
+        return compute_psr_advantage(inputs)
+    return inputs.grpo(inputs.token_level_rewards)
