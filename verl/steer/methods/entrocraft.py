@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 from verl.steer.methods.registry import AdvantageInputs, advantage_estimator
-from verl.steer.methods.sample_reinforcement import compute_nsr_advantage, compute_psr_advantage
 from verl.steer.options import from_config, option, resolve_options
 from verl.utils.torch_functional import masked_mean
 
@@ -41,12 +40,12 @@ def compute_entrocraft_advantage(inputs: AdvantageInputs) -> Tensor:
     """Entrocraft (arXiv 2604.26326): GRPO's advantages while the old policy's mean entropy is in the band.
 
     Below it right answers, which lower the entropy, are rejected, and above it wrong ones. The accepted answers then
-    have an advantage of -1 or 1, without a baseline, as in NSR and PSR. A rejected answer has an advantage of 0.
+    have an advantage of -1 or 1, without a baseline. A rejected answer has an advantage of 0.
     """
     lower, upper = from_config(EntrocraftOptions, inputs.config).band(inputs.progress)
     entropy = masked_mean(inputs.entropy.float(), inputs.response_mask)
     if entropy < lower:
-        return compute_nsr_advantage(inputs)
+        return (inputs.right.float() - 1).unsqueeze(-1) * inputs.response_mask
     if entropy > upper:
-        return compute_psr_advantage(inputs)
+        return inputs.right.float().unsqueeze(-1) * inputs.response_mask
     return inputs.grpo(inputs.token_level_rewards)
