@@ -1,90 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Driver, GPUs and their memory."""
+"""Driver, GPUs, their memory, and the attention that training uses."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
-from typing import NamedTuple
+from importlib import import_module
 
 import psutil
 import torch
 from omegaconf import DictConfig
 from verl.steer.preflight.rows import GIB
-
-#: Memory in use on an idle GPU, GiB: the driver's own is well below.
-IDLE = 1.0
+from verl.steer.requirements import FLASH_ATTENTION
 
 
-class GPU(NamedTuple):
-    """One line of nvidia-smi; memory in GiB."""
+def gpus() -> list[tuple[str, str, int, int]]:
+    """Name, driver, and MiB of memory and of memory in use, of the GPUs of CUDA_VISIBLE_DEVICES, else of all.
 
-    name: str
-    driver: str
-    total: float
-    used: float
-
-
-def gpus() -> list[GPU]:
-    """The GPUs that CUDA_VISIBLE_DEVICES names, else all; without touching them, since that takes memory on each.
-
-    Raises:
-        ValueError: if nvidia-smi is missing or fails.
+    By nvidia-smi: torch would take memory on each.
     """
     if shutil.which("nvidia-smi") is None:
-        raise ValueError("nvidia-smi: not found: install NVIDIA's driver, or use --cpu on a machine without GPUs")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        raise ValueError("nvidia-smi not found: install NVIDIA's driver, or give --cpu on a machine without GPUs")
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.used", "--format=csv,noheader,nounits"]
-    found = subprocess.run([*query, *([f"--id={visible}"] if visible else [])], capture_output=True, text=True)
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        query.append(f"--id={visible}")
+    found = subprocess.run(query, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if found.returncode:
-        raise ValueError(f"nvidia-smi: {(found.stdout + found.stderr).strip()}: repair the driver")
-    lines = [[cell.strip() for cell in line.split(",")] for line in found.stdout.splitlines()]
-    return [GPU(name, driver, float(total) / 1024, float(used) / 1024) for name, driver, total, used in lines]
-
-
-def on_cpu(config: DictConfig) -> bool:
-    """Whether the run is one of `hardware=cpu`."""
-    return config.trainer.device == "cpu"
+        raise ValueError(f"nvidia-smi: {found.stdout.strip()}: repair the driver")
+    lines = (line.split(", ") for line in found.stdout.splitlines())
+    return [(name, driver, int(total), int(used)) for name, driver, total, used in lines]
 
 
 def device_memory(config: DictConfig) -> float:
-    """Bytes of the smallest GPU; on a CPU the machine's free memory for each rank."""
-    if on_cpu(config):
+    """Bytes of the smallest GPU; on a CPU the machine's free memory, for each rank."""
+    if config.trainer.device == "cpu":
         return psutil.virtual_memory().available / config.trainer.n_gpus_per_node
-    return min(gpu.total for gpu in gpus()) * GIB
-
-
-def check_driver(config: DictConfig) -> str:
-    """The driver, and whether torch can use it."""
-    if on_cpu(config):
-        return f"not needed: the platform is the CPU; torch {torch.__version__}"
-    driver = gpus()[0].driver
-    if not torch.cuda.is_available():
-        raise ValueError(
-            f"driver {driver}: torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it: install a newer "
-            "driver, or make the environment by `bash run/setup.sh gpu`"
-        )
-    return f"{driver}, torch {torch.__version__}, CUDA {torch.version.cuda}"
+    return float(min(total for _, _, total, _ in gpus()) * 2**20)
 
 
 def check_gpus(config: DictConfig) -> str:
-    """Whether the node has the GPUs that the run takes of it."""
+    """Driver, number of GPUs, and whether their memory is free."""
     wanted = config.trainer.n_gpus_per_node
-    if on_cpu(config):
-        return f"{wanted} logical, on {os.cpu_count()} cores"
-    found = gpus()
+    if config.trainer.device == "cpu":
+        free = psutil.virtual_memory().available / GIB
+        return f"the platform is the CPU: {wanted} logical, {os.cpu_count()} cores, {free:.1f} GiB of memory free"
+    found, problems = gpus(), []
+    (name, driver, total, _), cuda = found[0], torch.version.cuda
+    if not torch.cuda.is_available():
+        problems.append(f"torch's CUDA {cuda} cannot use driver {driver}: install a newer one, or run/setup.sh gpu")
     if len(found) < wanted:
-        raise ValueError(f"{len(found)} of {wanted}: set trainer.n_gpus_per_node={len(found)}, or CUDA_VISIBLE_DEVICES")
-    return f"{len(found)}, {wanted} needed: {', '.join(sorted({gpu.name for gpu in found}))}"
+        problems.append(f"{len(found)} of {wanted} GPUs: set trainer.n_gpus_per_node={len(found)}")
+    if busy := [str(index) for index, (*_, used) in enumerate(found) if used > 1024]:
+        problems.append(f"memory in use on GPU {', '.join(busy)}: end the processes that nvidia-smi lists")
+    if problems:
+        raise ValueError("; ".join(problems))
+    return f"{len(found)} of {name}, {total / 1024:.1f} GiB each; driver {driver}, CUDA {cuda}"
 
 
-def check_free_memory(config: DictConfig) -> str:
-    """Whether other processes leave the GPUs' memory free; on a CPU the machine's free memory."""
-    if on_cpu(config):
-        memory = psutil.virtual_memory()
-        return f"{memory.available / GIB:.1f} GiB of {memory.total / GIB:.1f} GiB free"
-    found = gpus()
-    if busy := [f"{index} ({gpu.used:.1f} GiB)" for index, gpu in enumerate(found) if gpu.used > IDLE]:
-        raise ValueError(f"in use on GPU {', '.join(busy)}: end the processes that nvidia-smi lists")
-    return f"{min(gpu.total for gpu in found):.1f} GiB each, at most {max(gpu.used for gpu in found):.1f} GiB in use"
+def check_attention(config: DictConfig) -> str:
+    """Whether flash-attn works if the configuration names it; the comparison of log-probs covers all attentions."""
+    name = config.actor_rollout_ref.model.override_config.get("attn_implementation", FLASH_ATTENTION)
+    if name != FLASH_ATTENTION:
+        return f"{name}, in place of flash-attn"
+    try:
+        return f"flash-attn {import_module('flash_attn').__version__}"
+    except ImportError as error:
+        raise ValueError(f"flash-attn: {error}: uninstall it, and torch's attention takes its place") from error

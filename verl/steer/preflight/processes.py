@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks in processes of their own, whose output goes to a log file and whose rows come back in files."""
+"""Checks in processes of their own: their output goes to a log file, their rows come back in a file for each rank."""
 
 from __future__ import annotations
 
@@ -7,63 +7,50 @@ import json
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from verl.steer.preflight.rows import Row
 
-#: File of the tokens that vLLM sampled: `prompt`, `response`, and the response's `log_probs` in nats.
+#: File of what vLLM sampled: the tokens of `prompt` and of each of `responses`, and their `log_probs` in nats.
 TOKENS = "tokens.json"
+
+#: Folder of the checkpoint that the ranks write, beside those of the run.
+CHECKPOINT = "preflight_checkpoint"
 
 
 def write_row(folder: Path, group: str, rank: int, row: Row) -> None:
-    """Append a process's row to its file."""
-    with (folder / f"{group}_rank_{rank}.jsonl").open("a") as file:
+    """Append a row to the file of a rank."""
+    with (folder / f"{group}_{rank}.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
 
 
-def read_rows(folder: Path, group: str, names: tuple[str, ...], ranks: int, ending: str) -> Iterator[Row]:
-    """One row for each name: rank 0's, unless a rank's check failed or is missing.
-
-    Args:
-        folder: with the rows' files and the log.
-        group: name of the processes.
-        names: of the checks.
-        ranks: number of processes.
-        ending: how the processes ended, for the ranks whose rows are missing.
-    """
-    files = [folder / f"{group}_rank_{rank}.jsonl" for rank in range(ranks)]
-    lines = [file.read_text().splitlines() if file.exists() else [] for file in files]
-    found = [{row.name: row for row in (Row(*json.loads(line)) for line in of_rank)} for of_rank in lines]
-    for name in names:
-        missing = Row(name, False, f"{ending}: see {folder / group}.log")
-        rows = [of_rank.get(name, missing) for of_rank in found]
-        # A check that failed explains better than one that another rank then waited for in vain.
-        failed = [(rank, row) for rank, row in enumerate(rows) if not row.passed]
-        failed.sort(key=lambda ranked: ranked[1] is missing)
-        yield rows[0] if not failed else Row(name, False, f"rank {failed[0][0]}: {failed[0][1].detail}")
+def read_row(files: list[Path], name: str, ending: str) -> Row:
+    """Rank 0's row of a check, or that of the first rank where it failed, before one where it did not end."""
+    ranked = []
+    for rank, file in enumerate(files):
+        rows = [Row(*json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
+        row = next((row for row in rows if row.name == name), Row(name, False, ending))
+        ranked.append((row.passed, row.detail == ending, rank, row.detail))
+    passed, _, rank, detail = min(ranked)
+    return Row(name, passed, detail if passed else f"rank {rank}: {detail}")
 
 
 def run_group(
-    folder: Path, group: str, names: tuple[str, ...], ranks: int, command: list[str], seconds: float, **environment: str
+    folder: Path, group: str, names: tuple[str, ...], ranks: int, command: list[str], seconds: float, **variables: str
 ) -> list[Row]:
-    """Run a command for so many seconds at most, end all that it started, and read the rows that it wrote."""
-    for file in folder.glob(f"{group}_rank_*.jsonl"):
-        file.unlink()
-    start = time.monotonic()
-    with (folder / f"{group}.log").open("w") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **environment}, start_new_session=True
-        )
+    """The rows that a command's processes wrote; after so many seconds it is ended, with all that it started."""
+    files = [folder / f"{group}_{rank}.jsonl" for rank in range(ranks)]
+    for file in files:
+        file.unlink(missing_ok=True)
+    log, environment = folder / f"{group}.log", {**os.environ, **variables}
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
         try:
-            process.wait(max(seconds, 0))
-            ending = f"ended with status {process.returncode}"
+            ending = f"ended with status {process.wait(max(seconds, 1))}"
         except subprocess.TimeoutExpired:
-            ending = f"not finished after {time.monotonic() - start:.0f} s"
+            ending = f"not done after {seconds:.0f} s"
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    return list(read_rows(folder, group, names, ranks, ending))
+    return [read_row(files, name, f"{ending}: see {log}") for name in names]
