@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from omegaconf import OmegaConf
 from small_engine import make_engine, mini_batches
 from test_configuration import resolved
-from transformers import Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config
 from verl.steer import requirements
 from verl.steer.loss import ppo_loss
 from verl.steer.preflight import dataset, disk, machine, main, memory, processes, ranks
@@ -367,3 +368,24 @@ def test_wrong_kernels_are_noticed(rank, monkeypatch, name, factor):
     monkeypatch.setattr(ranks, "vocab_reductions", wrong)
     row = run_check("kernels", rank.kernels)
     assert row.passed == (factor == 1.0) and ("one_pass_reductions=false" in row.detail) != row.passed
+
+
+def test_the_engine_of_a_rank(data_of, model_folder, tmp_path, one_rank, monkeypatch):
+    """Log-probs of packed responses are those of each alone, and weights that are not read back are noticed."""
+    config = data_of(rows_of("1+2"))
+    check_and_complete(config)
+    OmegaConf.save(config, tmp_path / "config.yaml", resolve=True)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    rank = ranks.Rank(tmp_path)
+    prompt, responses = [5, 6], [[7, 8, 9], [10]]
+    model, expected = AutoModelForCausalLM.from_pretrained(model_folder), []
+    for response in responses:
+        log_pi = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+        expected += [log_pi[1 + index, token].item() for index, token in enumerate(response)]
+    torch.testing.assert_close(rank.engine_log_probs(prompt, responses), torch.tensor(expected))
+    row = run_check("checkpoint", rank.checkpoint)
+    assert row.passed and row.detail.endswith(f"and read back, in {tmp_path / 'out/run'}")
+    monkeypatch.setattr(rank.engine, "load_checkpoint", lambda place: None)
+    row = run_check("checkpoint", rank.checkpoint)
+    assert not row.passed and "read other weights than were written" in row.detail

@@ -15,9 +15,14 @@ SAMPLE = 1000
 
 
 def files_of(config: DictConfig, key: str) -> list[Path]:
-    """The files of `data.train_files` or `data.val_files`."""
-    files = config.data[key] or []
-    return [Path(str(file)) for file in ([files] if isinstance(files, str) else files)]
+    """The files of `data.train_files` or `data.val_files`; a ValueError names one that is missing."""
+    named = config.data[key] or []
+    files = [Path(str(file)) for file in ([named] if isinstance(named, str) else named)]
+    if missing := [str(file) for file in files if not file.is_file()]:
+        raise ValueError(
+            f"data.{key}: no file {', '.join(missing)}: make it as datasets/README.md says, or set DATA_DIR"
+        )
+    return files
 
 
 def check_files(config: DictConfig, key: str) -> str:
@@ -28,8 +33,6 @@ def check_files(config: DictConfig, key: str) -> str:
 
 
 def _check_file(file: Path, key: str, data: DictConfig, tokenizer: Any) -> str:
-    if not file.is_file():
-        raise ValueError(f"data.{key}: no file {file}: make it as datasets/README.md says, or set DATA_DIR")
     names = pq.read_schema(file).names
     if missing := [name for name in (data.prompt_key, "data_source", "reward_model") if name not in names]:
         raise ValueError(f"data.{key}: {file}: no column {', '.join(missing)}: add it as the README describes")

@@ -14,7 +14,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, OmegaConf
 from verl.steer import main as entry_point  # noqa: F401 - puts verl's configurations on Hydra's path
-from verl.steer.preflight import dataset, disk, machine, memory
+from verl.steer.preflight import dataset, disk, machine, memory, ranks
 from verl.steer.preflight.processes import CHECKPOINT, TOKENS, run_group
 from verl.steer.preflight.rows import Row, report, run_check
 from verl.steer.requirements import check_and_complete
@@ -46,8 +46,6 @@ CHECKS: dict[str, Callable[[DictConfig], str]] = {
 
 def checks_in_processes(config: DictConfig, folder: Path, end: float) -> list[Row]:
     """vLLM, then the ranks, which compare their log-probs with vLLM's."""
-    from verl.steer.preflight import ranks
-
     (folder / TOKENS).unlink(missing_ok=True)
     OmegaConf.save(config, folder / "config.yaml", resolve=True)
     variables = OmegaConf.select(config, "ray_kwargs.ray_init.runtime_env.env_vars") or {}
