@@ -389,3 +389,9 @@ def test_the_engine_of_a_rank(data_of, model_folder, tmp_path, one_rank, monkeyp
     monkeypatch.setattr(rank.engine, "load_checkpoint", lambda place: None)
     row = run_check("checkpoint", rank.checkpoint)
     assert not row.passed and "read other weights than were written" in row.detail
+
+
+def test_help(command, root):
+    result = command("bash", root / "run/preflight.sh", "-h", cwd="/")
+    assert result.returncode == 0 and result.stdout.startswith("Checks this machine for a run")
+    assert "bash run/preflight.sh [--cpu] [Hydra overrides" in result.stdout and "set -euo" not in result.stdout
