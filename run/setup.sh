@@ -42,11 +42,14 @@ if [ "$kind" = cpu ]; then
   install --editable '.[cpu,dev]' --constraint run/constraints.txt \
     --override <(printf '%s; sys_platform == "never"\n' torchvision torchaudio torchcodec)
 else
-  # flash-attn compiles against the torch that is there.
   say "fetching torch, CUDA build"
   install torch==2.11.0 setuptools wheel packaging ninja
-  say "fetching verl, vLLM, Ray, transformers and what they need, and compiling flash-attn"
-  install --editable '.[gpu,dev]' --no-build-isolation-package flash-attn
+  say "fetching verl, vLLM, Ray, transformers and what they need"
+  install --editable '.[gpu,dev]'
+  # It compiles against the torch that is there, which fails where nvcc is missing or of another CUDA version.
+  say "installing flash-attn, perhaps compiling it"
+  install --editable '.[gpu,dev,flash-attn]' --no-build-isolation-package flash-attn >"$venv/flash-attn.log" 2>&1 ||
+    say "flash-attn cannot be built here ($venv/flash-attn.log): runs use torch's attention (packed_sdpa) in its place"
 fi
 "$venv/bin/python" -m verl_steer --check
 say "$venv is ready: $(du -sh "$venv" | cut -f1)"

@@ -138,5 +138,11 @@ def test_reward_function_of_the_readme():
 def test_readme_has_its_commands():
     """The checks above find something."""
     text = (ROOT / "README.md").read_text()
-    for name in ("bash run/quickstart.sh", "bash run/test.sh", "python scripts/report.py", "python -m verl.steer.main"):
+    for name in (
+        "bash run/quickstart.sh",
+        "bash run/test.sh",
+        "bash run/preflight.sh --cpu",
+        "python scripts/report.py",
+        "python -m verl.steer.main",
+    ):
         assert name in text

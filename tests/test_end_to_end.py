@@ -58,6 +58,21 @@ def quickstart(tmp_path_factory, command, root, task):
     return out, result.stdout, lambda: command("bash", root / "run/quickstart.sh", *overrides, **environment)
 
 
+def test_preflight_of_the_laptop_task(tmp_path, command, root, task):
+    """The README's command, from another folder; it leaves nothing where the run's checkpoints go."""
+    environment = {"OUTPUT_DIR": str(tmp_path), "TASK_DIR": str(task), "PREFLIGHT_SECONDS": "1100", "COLUMNS": "200"}
+    result = command("bash", root / "run/preflight.sh", "--cpu", "trainer.save_freq=10", cwd="/", **environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.endswith("\nready\n")
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
+    names = "configuration GPUs attention memory training_data validation_data disk vLLM collectives kernels log-probs"
+    assert [name.replace(" ", "_") for name, *_ in rows] == [*names.split(), "checkpoint"]
+    details = {name: detail for name, result, detail in rows if result == "ok"}
+    assert details["attention"].startswith("packed_sdpa") and details["collectives"] == "gloo, ranks: 1"
+    assert details["disk"].startswith("4 checkpoints") and "on 16 tokens" in details["log-probs"]
+    assert not list((tmp_path / "grpo").iterdir())
+
+
 def metrics(run: Path) -> dict[int, dict[str, float]]:
     """Step -> metrics, from all files of a run."""
     records = [json.loads(line) for file in run.glob("metrics*.jsonl") for line in file.read_text().splitlines()]

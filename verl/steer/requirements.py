@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,11 @@ from verl.trainer.distillation import is_distillation_enabled
 from verl.trainer.ppo.core_algos import INFLUENCE, get_policy_loss_fn, weighs_mini_batches
 from verl.trainer.ppo.utils import need_critic
 from verl.utils.config import omega_conf_to_dataclass
+
+logger = logging.getLogger(__name__)
+
+#: verl's default attention.
+FLASH_ATTENTION = "flash_attention_2"
 
 #: Engines that return the current policy's entropies from the update's forward pass.
 ENTROPY_STRATEGIES = ("fsdp", "fsdp2", "megatron", "veomni", "torchtitan", "automodel")
@@ -57,14 +64,15 @@ def check_and_complete(config: DictConfig) -> None:
     """Check a run's configuration, and switch on the keys that its policy loss needs.
 
     Args:
-        config: the resolved configuration. `actor.calculate_entropy`, `actor.calculate_sum_pi_squared` and
-            `actor.fsdp_config.one_pass_reductions` are set.
+        config: the resolved configuration. `actor.calculate_entropy`, `actor.calculate_sum_pi_squared`,
+            `actor.fsdp_config.one_pass_reductions` and, without flash-attn, the attention are set.
 
     Raises:
         ValueError: if a value is out of range, or the loss or the advantage estimator needs something that this run
             does not compute.
     """
     _check_platform(config)
+    _check_attention(config)
     _check_log_prob_micro_batches(config)
     check_rollouts(config)
     try:
@@ -91,6 +99,30 @@ def _check_platform(config: DictConfig) -> None:
         raise ValueError(
             f"trainer.device={config.trainer.device}: verl's platform here is {platform}; expected {remedy}"
         )
+
+
+def _check_attention(config: DictConfig) -> None:
+    """Choose torch's attention where flash-attn, which verl takes by default, is not installed.
+
+    Raises:
+        ValueError: if the configuration needs flash-attn.
+    """
+    model, ranks = config.actor_rollout_ref.model, config.actor_rollout_ref.actor.ulysses_sequence_parallel_size
+    named = model.override_config.get("attn_implementation")
+    if config.actor_rollout_ref.actor.strategy not in FSDP_STRATEGIES or find_spec("flash_attn"):
+        return
+    if named == FLASH_ATTENTION or ranks > 1:
+        key, value, expected = "model.override_config.attn_implementation", named, "packed_sdpa, torch's attention,"
+        if ranks > 1:
+            key, value, expected = "actor.ulysses_sequence_parallel_size", ranks, "1"
+        raise ValueError(f"{key}={value}: expected {expected} where flash-attn is not installed")
+    if named is None:
+        chosen = "packed_sdpa" if model.use_remove_padding else "sdpa"
+        logger.warning(
+            "flash-attn is not installed: attn_implementation=%s, torch's attention, takes its place", chosen
+        )
+        with open_dict(model):
+            model.override_config["attn_implementation"] = chosen
 
 
 def _check_log_prob_micro_batches(config: DictConfig) -> None:

@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Checks this machine for a run, within five minutes and before any training: driver, GPUs, attention, collectives,
+# vLLM, kernels, log-probs, a checkpoint, data, disk and memory. Ends with a table and one line, and exits with 1 unless
+# the line says ready.
+#   bash run/preflight.sh [--cpu] [Hydra overrides, those of the run]
+#   MODEL_PATH=models/Qwen2.5-Math-7B bash run/preflight.sh method=steer_exp hardware=gpu8
+#   --cpu       the laptop task with hardware=cpu; the task is made where TASK_DIR is not set
+#   OUTPUT_DIR  logs go to preflight/ below it (outputs in the repository)
+#   PREFLIGHT_SECONDS  time for all checks (290)
+# MODEL_PATH, DATA_DIR and PYTHON as in launch.sh.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
+  sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+  exit
+fi
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # as launch.sh explains
+export DATA_DIR=${DATA_DIR:-$root/data} OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs}
+if [ -z "${PYTHON:-}" ]; then
+  PYTHON=${STEER_VENV:-$root/.venv}/bin/python
+  [ -x "$PYTHON" ] || PYTHON=python3
+fi
+"$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("verl_steer") is None)' ||
+  { echo "preflight.sh: $PYTHON has no verl_steer: run \`bash run/setup.sh\` or set PYTHON" >&2; exit 1; }
+"$PYTHON" -m verl_steer --check
+
+overrides=()
+if [ "${1:-}" = --cpu ]; then
+  shift
+  overrides=(task=arithmetic hardware=cpu)
+  if [ -z "${TASK_DIR:-}" ]; then
+    export TASK_DIR=$root/outputs/laptop_task
+    "$PYTHON" "$root/scripts/make_laptop_task.py" --out "$TASK_DIR"
+  fi
+fi
+exec "$PYTHON" -m verl.steer.preflight.main hydra.run.dir="$OUTPUT_DIR/preflight" ${overrides[@]+"${overrides[@]}"} "$@"

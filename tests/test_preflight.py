@@ -1,0 +1,397 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checks before training: estimates by hand, what a failed check leads to, and its one line."""
+
+import sys
+from functools import partial
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+from omegaconf import OmegaConf
+from small_engine import make_engine, mini_batches
+from test_configuration import resolved
+from transformers import AutoModelForCausalLM, Qwen2Config
+from verl.steer import requirements
+from verl.steer.loss import ppo_loss
+from verl.steer.preflight import dataset, disk, machine, main, memory, processes, ranks
+from verl.steer.preflight.rows import GIB, Row, report, run_check
+from verl.steer.requirements import check_and_complete
+from verl.workers.config import FSDPActorConfig
+
+ACTOR = "actor_rollout_ref.actor"
+
+
+def parameters_of(vocabulary, hidden, layers, heads, key_heads, feed_forward):
+    """Parameters of a Qwen2 whose output layer is not tied to its embedding, counted by hand."""
+    key = hidden // heads * key_heads
+    queries, keys_and_values, output = hidden * hidden + hidden, 2 * (hidden * key + key), hidden * hidden
+    layer = queries + keys_and_values + output + 3 * hidden * feed_forward + 2 * hidden
+    return 2 * vocabulary * hidden + layers * layer + hidden
+
+
+@pytest.fixture
+def configured(tmp_path):
+    """A configuration whose model has these dimensions."""
+
+    def build(shape, *overrides):
+        vocabulary, hidden, layers, heads, key_heads, feed_forward = shape
+        Qwen2Config(
+            vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=key_heads, intermediate_size=feed_forward, tie_word_embeddings=False,
+            architectures=["Qwen2ForCausalLM"],
+        ).save_pretrained(tmp_path / "model")  # fmt: skip
+        return resolved("grpo", *overrides, f"actor_rollout_ref.model.path={tmp_path / 'model'}")
+
+    return build
+
+
+SMALL, QWEN_7B = (100, 8, 2, 2, 1, 16), (152_064, 3584, 28, 28, 4, 18_944)
+
+
+def test_parameters_are_counted(configured):
+    assert memory.model_of(configured(SMALL))[0] == parameters_of(*SMALL) == 2 * 800 + 2 * 608 + 8
+    # the number that the model's page gives as 7.61 B
+    assert memory.model_of(configured(QWEN_7B))[0] == parameters_of(*QWEN_7B) == 7_615_616_512
+
+
+def test_memory_of_a_small_model_on_a_cpu(configured):
+    """Two ranks in float32, no checkpointing; vLLM, which never sleeps there, has the weights and one GiB.
+
+    For a token a layer saves 4 norms' tensors of 8, queries, keys and values, rotated queries and keys, and attention's
+    output (3 * 8 + 3 * 4), 4 tensors of 16, all of 4 bytes, and two copies of 8 of 4 bytes. Micro-batches have 128 * 80
+    and 32 * 80 tokens of 32 + 48. The embeddings, 1600 numbers, outweigh a layer's 612.
+    """
+    config = configured(SMALL, "hardware=cpu", "task=arithmetic", "trainer.n_gpus_per_node=2")
+    parameters, layer = 2824, 612
+    saved, shard, vllm = 4 * (32 + 36 + 64) + 64, 4 * parameters / 2, 4 * parameters + GIB
+    gathered, reduced, logits = 4 * (1600 + 2 * layer), 8 * 1600, 400
+    assert memory.phases(*memory.model_of(config), config, 8 * GIB) == {
+        "generation": 3 * GIB + vllm + 3 * shard,
+        "log-probs": 3 * GIB + vllm + 3 * shard + gathered + 128 * 80 * (saved + logits),
+        "update": 3 * GIB + vllm + 4 * shard + gathered + reduced + 32 * 80 * (2 * saved + logits),
+    }
+
+
+def test_memory_of_qwen_7b_on_8_gpus(configured):
+    """Micro-batches of 8 * (1024 + 3072) tokens in bfloat16, with checkpointing; vLLM sleeps while the model trains."""
+    config, tokens = configured(QWEN_7B), 8 * 4096
+    parameters, embeddings = 7_615_616_512, 2 * 152_064 * 3584
+    layer = (parameters - embeddings) / 28
+    saved = 2 * (4 * 3584 + 3 * 3584 + 3 * 512 + 4 * 18_944) + 8 * 3584
+    shard, gathered, reduced = 4 * parameters / 8, 2 * (embeddings + 2 * layer), 6 * embeddings
+    expected = {
+        "generation": 3 * GIB + 0.6 * 80 * GIB + 3 * shard,
+        "log-probs": 3 * GIB + 3 * shard + gathered + tokens * (saved + 2 * 152_064),
+        "update": 3 * GIB + 4 * shard + gathered + reduced + tokens * (saved + 2 * 3584 * 28 + 2 * 152_064),
+    }
+    assert memory.phases(*memory.model_of(config), config, 80 * GIB) == pytest.approx(expected, rel=1e-12)
+    assert 45 * GIB < expected["update"] < 55 * GIB
+
+
+def test_memory_depends_on_what_is_offloaded(configured):
+    """On one GPU parameters and moments wait elsewhere, until the update; with offload_policy they stay there."""
+
+    def needed(*overrides):
+        config = configured(QWEN_7B, "hardware=gpu1", *overrides)
+        return memory.phases(*memory.model_of(config), config, 80 * GIB)
+
+    usual, offloaded = needed(), needed(f"{ACTOR}.fsdp_config.offload_policy=true")
+    assert usual["generation"] == 3 * GIB + 0.4 * 80 * GIB
+    assert usual["update"] - offloaded["update"] == pytest.approx(16 * 7_615_616_512)
+    separate = needed(f"{ACTOR}.fsdp_config.one_pass_reductions=false")
+    assert separate["update"] - usual["update"] == pytest.approx(7 * 4 * 4096 * 2 * 152_064)
+
+
+def test_too_little_memory_names_the_remedy(configured, monkeypatch):
+    config = configured(QWEN_7B, "hardware=gpu1")
+    monkeypatch.setattr(memory, "device_memory", lambda config: 80 * GIB)
+    row = run_check("memory", memory.check_memory, config)
+    assert not row.passed and "lower actor.ppo_micro_batch_size_per_gpu" in row.detail
+    assert "gpu_memory_utilization" not in row.detail
+    assert run_check("memory", memory.check_memory, configured(QWEN_7B)).passed
+
+
+@pytest.mark.parametrize(
+    "overrides, steps, expected",
+    [
+        ([], 25, 1),  # save_after=80 is beyond the end, so the last step alone
+        (["trainer.save_after=0"], 25, 3),  # 10, 20 and the last
+        (["trainer.save_after=15"], 25, 2),
+        (["trainer.save_after=0", "trainer.max_actor_ckpt_to_keep=1"], 25, 2),  # the next is written beside it
+        (["trainer.save_freq=-1"], 25, 0),
+        (["trainer.val_only=true"], 25, 0),
+        (["trainer.save_best_only=true", "trainer.test_freq=5", "trainer.save_after=10"], 25, 4),  # 10, 15, 20, 25
+        (["trainer.save_best_only=true", "trainer.delete_old_best_checkpoint=true"], 100, 2),
+        (["trainer.best_metric_key=a", "trainer.save_after=20", "trainer.max_actor_ckpt_to_keep=1"], 25, 2 + 6),
+    ],
+)
+def test_most_checkpoints_on_disk(overrides, steps, expected):
+    assert disk.most_checkpoints(resolved("grpo", *overrides).trainer, steps) == expected
+
+
+@pytest.fixture
+def data_of(configured, tmp_path, model_folder):
+    """A configuration of the laptop task with a training file of these rows, and the tiny model."""
+
+    def build(rows, *overrides):
+        pd.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
+        return resolved(
+            "grpo", "hardware=cpu", "task=arithmetic", f"data.train_files={tmp_path / 'train.parquet'}",
+            f"actor_rollout_ref.model.path={model_folder}", f"trainer.default_local_dir={tmp_path / 'out/run'}",
+            *overrides,
+        )  # fmt: skip
+
+    return build
+
+
+def rows_of(*prompts, **more):
+    messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    return {"prompt": messages, "data_source": ["x"] * len(prompts), "reward_model": [{"a": "b"}] * len(prompts)} | more
+
+
+def test_disk_counts_what_the_run_still_writes(data_of, tmp_path, monkeypatch):
+    """64 rows are 4 steps of 16 in each of 2 epochs: 8 checkpoints of 4 numbers of 4 bytes for each parameter."""
+    config = data_of(rows_of(*["1+2"] * 70), "trainer.total_epochs=2", "trainer.save_freq=1")
+    parameters = memory.model_of(config)[0]
+    free = 8 * 16 * parameters
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda place: SimpleNamespace(free=free if place == tmp_path else 0))
+    assert disk.check_disk(config).startswith("8 checkpoints")
+    free -= 1
+    row = run_check("disk", disk.check_disk, config)
+    assert not row.passed and "set trainer.max_actor_ckpt_to_keep=2" in row.detail and str(tmp_path) in row.detail
+    for step in range(1, 3):
+        (tmp_path / f"out/run/global_step_{step}").mkdir(parents=True)
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
+    assert disk.check_disk(config).startswith("6 checkpoints")
+
+
+def test_checkpoints_are_as_large_as_estimated(model_folder, tmp_path, one_rank):
+    """After an update, which makes the moments; pickles and the tokenizer add little."""
+    engine = make_engine(model_folder, packed=True)
+    engine.checkpoint_manager.checkpoint_save_contents = ["model", "optimizer", "extra", "hf_model"]
+    actor = FSDPActorConfig(rollout_n=1, ppo_micro_batch_size_per_gpu=2)
+    with engine.train_mode():
+        engine.train_batch(mini_batches(packed=True)[0], partial(ppo_loss, config=actor))
+    engine.save_checkpoint(str(tmp_path / "actor"))
+    size = sum(
+        file.stat().st_size for file in (tmp_path / "actor").rglob("*") if file.suffix in (".pt", ".safetensors")
+    )
+    parameters = sum(parameter.numel() for parameter in engine.module.parameters())
+    assert 1.0 < size / (parameters * 4 * sum(disk.NUMBERS.values())) < 1.1
+
+
+@pytest.mark.parametrize("missing", ["prompt", "data_source", "reward_model"])
+def test_a_missing_column_is_named(data_of, missing):
+    rows = rows_of("1+2")
+    del rows[missing]
+    config = data_of(rows)
+    row = run_check("training data", dataset.check_files, config, "train_files")
+    assert not row.passed and f"no column {missing}:" in row.detail and "train.parquet" in row.detail
+
+
+def test_lengths_of_prompts(data_of):
+    """The chat template of the tiny model adds three tokens to a token for each character."""
+    config = data_of(rows_of("1+2", "1+2+3", *["1+2+3+4"] * 5))
+    assert dataset.check_files(config, "train_files") == "train.parquet: 7 rows, prompts of 6 to 10 tokens (limit 32)"
+    for limit, filtered, passes in ((9, True, True), (9, False, False), (5, True, False), (10, False, True)):
+        config = data_of(
+            rows_of("1+2", "1+2+3+4"), f"data.max_prompt_length={limit}", f"data.filter_overlong_prompts={filtered}"
+        )
+        row = run_check("training data", dataset.check_files, config, "train_files")
+        assert row.passed == passes and ("raise data.max_prompt_length" in row.detail) != passes
+
+
+def test_a_missing_file_is_named(tmp_path, model_folder):
+    config = resolved("grpo", f"data.val_files={tmp_path}/none.parquet", f"actor_rollout_ref.model.path={model_folder}")
+    row = run_check("validation data", dataset.check_files, config, "val_files")
+    assert row.detail.startswith(f"data.val_files: no file {tmp_path}/none.parquet: make it")
+
+
+NVIDIA_SMI = """#!/bin/sh
+echo "NVIDIA H100 80GB HBM3, 580.1, 81559, 4"
+echo "NVIDIA H100 80GB HBM3, 580.1, 81000, $USED"
+"""
+
+
+@pytest.mark.parametrize(
+    "wanted, used, cuda, problems",
+    [
+        (2, 4, True, []),
+        (1, 4, True, []),
+        (8, 4, True, ["2 of 8 GPUs: set trainer.n_gpus_per_node=2"]),
+        (8, 5000, False, ["cannot use driver 580.1", "2 of 8 GPUs", "memory in use on GPU 1"]),
+    ],
+)
+def test_gpus(wanted, used, cuda, problems, tmp_path, monkeypatch):
+    (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setenv("USED", str(used))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    config = resolved("grpo", f"trainer.n_gpus_per_node={wanted}")
+    row = run_check("GPUs", machine.check_gpus, config)
+    assert row.passed == (not problems) and all(problem in row.detail for problem in problems)
+    assert machine.device_memory(config) == 81000 * 2**20
+
+
+def test_a_machine_without_a_driver_is_told_about_cpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    row = run_check("GPUs", machine.check_gpus, resolved("grpo"))
+    assert not row.passed and "--cpu" in row.detail
+
+
+def completed(monkeypatch, installed, *overrides):
+    """A GPU's configuration after the checks, on whatever platform this is."""
+    monkeypatch.setattr(requirements, "get_platform", lambda: SimpleNamespace(device_name="cuda"))
+    monkeypatch.setattr(requirements, "find_spec", lambda name: installed or None)
+    config = resolved("grpo", *overrides)
+    check_and_complete(config)
+    return config.actor_rollout_ref.model.override_config.get("attn_implementation")
+
+
+def test_torchs_attention_takes_the_place_of_flash_attn(monkeypatch, caplog):
+    name = "+actor_rollout_ref.model.override_config.attn_implementation"
+    assert completed(monkeypatch, True) is None and not caplog.records
+    assert completed(monkeypatch, False) == "packed_sdpa" and "flash-attn is not installed" in caplog.text
+    assert completed(monkeypatch, False, "actor_rollout_ref.model.use_remove_padding=false") == "sdpa"
+    assert completed(monkeypatch, False, f"{name}=eager") == "eager"
+    with pytest.raises(ValueError, match="attn_implementation=flash_attention_2: expected packed_sdpa"):
+        completed(monkeypatch, False, f"{name}=flash_attention_2")
+    with pytest.raises(ValueError, match="ulysses_sequence_parallel_size=2: expected 1 where flash-attn"):
+        completed(monkeypatch, False, f"{ACTOR}.ulysses_sequence_parallel_size=2")
+    assert completed(monkeypatch, True, f"{ACTOR}.ulysses_sequence_parallel_size=2") is None
+
+
+def test_a_broken_flash_attn_is_reported(monkeypatch):
+    config = resolved("grpo")
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(__version__="2.8.3"))
+    assert machine.check_attention(config) == "flash-attn 2.8.3"
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    row = run_check("attention", machine.check_attention, config)
+    assert not row.passed and "uninstall it" in row.detail
+
+
+def fail(error):
+    raise error
+
+
+def test_one_failed_check_hides_no_other_and_ends_in_one_line(capsys):
+    checks = {
+        "first": lambda: "fine",
+        "second": lambda: fail(ValueError("a key=1: set it to 2\nand more")),
+        "third": lambda: fail(RuntimeError()),
+        "fourth": lambda: "fine too",
+    }
+    rows = [run_check(name, check) for name, check in checks.items()]
+    assert [row.passed for row in rows] == [True, False, False, True]
+    assert report(rows) == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == "not ready: second: a key=1: set it to 2 (1 more in the table)"
+    assert [name for name in checks if any(name in line for line in printed[:-1])] == list(checks)
+    assert report(rows[:2]) == 1 and capsys.readouterr().out.endswith("not ready: second: a key=1: set it to 2\n")
+    assert report(rows[::3]) == 0 and capsys.readouterr().out.endswith("\nready\n")
+
+
+def test_the_exit_status_is_that_of_the_checks(monkeypatch, tmp_path):
+    monkeypatch.setenv("OUTPUT_DIR", str(tmp_path))
+    monkeypatch.setattr(main, "checks_in_processes", lambda *arguments: [])
+    for check, status in ((lambda config: "fine", 0), (lambda config: fail(ValueError("bad")), 1)):
+        monkeypatch.setattr(main, "CHECKS", {"only": check})
+        with pytest.raises(SystemExit) as stop:
+            main.main.__wrapped__(resolved("grpo"))
+        assert stop.value.code == status
+
+
+def test_rows_of_several_ranks(tmp_path):
+    """A failure explains more than a rank that waited for it in vain, and missing rows tell how the process ended."""
+    script = (
+        "import sys, pathlib; from verl.steer.preflight.processes import write_row, Row\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "for rank in range(3): write_row(folder, 'ranks', rank, Row('both', True, f'fine {rank}'))\n"
+        "write_row(folder, 'ranks', 2, Row('sum', False, 'no link'))\n"
+        "print('a line', flush=True); sys.exit(3)\n"
+    )
+    (tmp_path / "ranks_1.jsonl").write_text('["sum", true, "of an earlier call"]\n')
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    rows = processes.run_group(tmp_path, "ranks", ("both", "sum", "last"), 3, command, 600, SOME="1")
+    log = tmp_path / "ranks.log"
+    assert rows == [
+        Row("both", True, "fine 0"),
+        Row("sum", False, "rank 2: no link"),
+        Row("last", False, f"rank 0: ended with status 3: see {log}"),
+    ]
+    assert "a line" in log.read_text()
+
+
+def test_a_process_out_of_time_is_ended_with_its_children(tmp_path):
+    script = f"sleep 600 & echo $! > {tmp_path}/child; wait"
+    (row,) = processes.run_group(tmp_path, "vllm", ("vLLM",), 1, ["bash", "-c", script], 2)
+    assert not row.passed and "not done after 2 s" in row.detail
+    state = f"/proc/{(tmp_path / 'child').read_text().strip()}/status"
+    while True:  # the kernel takes a moment
+        try:
+            with open(state) as file:
+                if "State:\tZ" in file.read():
+                    break
+        except (FileNotFoundError, ProcessLookupError):
+            break
+
+
+@pytest.fixture
+def rank(tmp_path, model_folder, monkeypatch):
+    """A rank without an engine."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    (tmp_path / "config.yaml").write_text("actor_rollout_ref: {}\n")
+    (tmp_path / "tokens.json").write_text('{"prompt": [1], "responses": [[2, 3], [4]], "log_probs": [[-1, -2], [-3]]}')
+    return ranks.Rank(tmp_path)
+
+
+def test_log_probs_of_other_weights_are_noticed(rank, monkeypatch):
+    for found, passes in (([-1, -2, -3.0001], True), ([-1, -2, -3.1], False), ([-1, -2, float("nan")], False)):
+        monkeypatch.setattr(rank, "engine_log_probs", lambda *tokens, found=found: torch.tensor(found))
+        row = run_check("log-probs", rank.log_probs)
+        assert row.passed == passes and "on 3 tokens" in row.detail
+    (rank.folder / "tokens.json").unlink()
+    assert "repair vLLM first" in run_check("log-probs", rank.log_probs).detail
+
+
+@pytest.mark.parametrize("name, factor", [("log_prob", 1.001), ("entropy", float("nan")), ("log_prob", 1.0)])
+def test_wrong_kernels_are_noticed(rank, monkeypatch, name, factor):
+    right = ranks.vocab_reductions
+
+    def wrong(*arguments):
+        found = right(*arguments)
+        return found._replace(**{name: getattr(found, name) * factor})
+
+    monkeypatch.setattr(ranks, "vocab_reductions", wrong)
+    row = run_check("kernels", rank.kernels)
+    assert row.passed == (factor == 1.0) and ("one_pass_reductions=false" in row.detail) != row.passed
+
+
+def test_the_engine_of_a_rank(data_of, model_folder, tmp_path, one_rank, monkeypatch):
+    """Log-probs of packed responses are those of each alone, and weights that are not read back are noticed."""
+    config = data_of(rows_of("1+2"))
+    check_and_complete(config)
+    OmegaConf.save(config, tmp_path / "config.yaml", resolve=True)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    rank = ranks.Rank(tmp_path)
+    prompt, responses = [5, 6], [[7, 8, 9], [10]]
+    model, expected = AutoModelForCausalLM.from_pretrained(model_folder), []
+    for response in responses:
+        log_pi = model(torch.tensor([prompt + response])).logits[0].log_softmax(-1)
+        expected += [log_pi[1 + index, token].item() for index, token in enumerate(response)]
+    torch.testing.assert_close(rank.engine_log_probs(prompt, responses), torch.tensor(expected))
+    row = run_check("checkpoint", rank.checkpoint)
+    assert row.passed and row.detail.endswith(f"and read back, in {tmp_path / 'out/run'}")
+    monkeypatch.setattr(rank.engine, "load_checkpoint", lambda place: None)
+    row = run_check("checkpoint", rank.checkpoint)
+    assert not row.passed and "read other weights than were written" in row.detail
+
+
+def test_help(command, root):
+    result = command("bash", root / "run/preflight.sh", "-h", cwd="/")
+    assert result.returncode == 0 and result.stdout.startswith("Checks this machine for a run")
+    assert "bash run/preflight.sh [--cpu] [Hydra overrides" in result.stdout and "set -euo" not in result.stdout

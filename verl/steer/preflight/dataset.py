@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data files: their columns, and the lengths of their prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from omegaconf import DictConfig
+from transformers import AutoTokenizer
+
+#: Prompts of a file that are tokenized, evenly over all of them ordered by characters.
+SAMPLE = 1000
+
+
+def files_of(config: DictConfig, key: str) -> list[Path]:
+    """The files of `data.train_files` or `data.val_files`; a ValueError names one that is missing."""
+    named = config.data[key] or []
+    files = [Path(str(file)) for file in ([named] if isinstance(named, str) else named)]
+    if missing := [str(file) for file in files if not file.is_file()]:
+        raise ValueError(
+            f"data.{key}: no file {', '.join(missing)}: make it as datasets/README.md says, or set DATA_DIR"
+        )
+    return files
+
+
+def check_files(config: DictConfig, key: str) -> str:
+    """Columns, rows and lengths of prompts; a ValueError names the key, the file and what it lacks."""
+    model = config.actor_rollout_ref.model
+    tokenizer = AutoTokenizer.from_pretrained(model.tokenizer_path or model.path)
+    return "; ".join(_check_file(file, key, config.data, tokenizer) for file in files_of(config, key)) or "none"
+
+
+def _check_file(file: Path, key: str, data: DictConfig, tokenizer: Any) -> str:
+    names = pq.read_schema(file).names
+    if missing := [name for name in (data.prompt_key, "data_source", "reward_model") if name not in names]:
+        raise ValueError(f"data.{key}: {file}: no column {', '.join(missing)}: add it as the README describes")
+    prompts = pq.read_table(file, columns=[data.prompt_key])[data.prompt_key].to_pylist()
+    if not prompts:
+        raise ValueError(f"data.{key}: {file}: no rows: make it again")
+    prompts.sort(key=lambda messages: len(str(messages)))
+    sample = {round(index * (len(prompts) - 1) / (SAMPLE - 1)) for index in range(SAMPLE)}
+    template = {"add_generation_prompt": True, "return_dict": False} | dict(
+        data.get("apply_chat_template_kwargs") or {}
+    )
+    lengths = [len(tokenizer.apply_chat_template(prompts[index], **template)) for index in sample]
+    shortest, longest, limit = min(lengths), max(lengths), data.max_prompt_length
+    found = f"{file.name}: {len(prompts)} rows, prompts of {shortest} to {longest} tokens (limit {limit})"
+    if shortest > limit or longest > limit and not data.filter_overlong_prompts and data.truncation == "error":
+        raise ValueError(f"data.{key}: {found}: raise data.max_prompt_length")
+    return found

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Free disk against what a run's checkpoints need."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from omegaconf import DictConfig
+from verl.steer.preflight.dataset import files_of
+from verl.steer.preflight.memory import model_of, weight_bytes
+from verl.steer.preflight.rows import GIB
+
+#: Numbers for each weight in the parts of a checkpoint: AdamW has two moments, verl exports the trained weights.
+NUMBERS = {"model": 1, "optimizer": 2, "hf_model": 1}
+
+
+def training_steps(config: DictConfig) -> int:
+    """Steps of the run; fewer if verl leaves prompts out for their length."""
+    rows = sum(pq.read_metadata(file).num_rows for file in files_of(config, "train_files"))
+    steps = rows // config.data.train_batch_size * config.trainer.total_epochs
+    return min(steps, config.trainer.total_training_steps or steps)
+
+
+def most_checkpoints(trainer: DictConfig, steps: int) -> int:
+    """The most checkpoints of a run that lie on disk at once, one that is to replace another included."""
+    if trainer.val_only:
+        return 0
+    first = max(1, min(trainer.get("save_after", 0), steps))
+
+    def due(frequency: int) -> int:
+        return sum(step % frequency == 0 or step == steps for step in range(first, steps + 1)) if frequency > 0 else 0
+
+    best_only, keep = trainer.get("save_best_only", False), trainer.max_actor_ckpt_to_keep or steps
+    best = due(trainer.test_freq) if best_only or trainer.get("best_metric_key") else 0
+    if trainer.get("delete_old_best_checkpoint"):
+        best = min(best, 2)
+    return best + (0 if best_only else min(due(trainer.save_freq), keep + 1))
+
+
+def check_disk(config: DictConfig) -> str:
+    """Whether `trainer.default_local_dir` has room for the checkpoints beside those that it holds."""
+    folder, actor = Path(config.trainer.default_local_dir).absolute(), config.actor_rollout_ref.actor
+    count = most_checkpoints(config.trainer, training_steps(config))
+    count = max(count - len(list(folder.glob("global_step_*"))), min(count, 1))
+    numbers = sum(NUMBERS.get(part, 0) for part in actor.checkpoint.save_contents)
+    needed = count * numbers * weight_bytes(actor) * model_of(config)[0] / GIB
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free / GIB
+    found = f"{count} checkpoints of this run take {needed:,.1f} GiB, {free:,.1f} GiB are free in {folder}"
+    if needed > free:
+        raise ValueError(f"{found}: set trainer.max_actor_ckpt_to_keep=2, or OUTPUT_DIR to a larger disk")
+    return found
