@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from verl.steer.methods.registry import policy_loss
 from verl.steer.options import option
-from verl.trainer.ppo.core_algos import LossInputs, LossOutputs, reweighted_policy_loss
+from verl.trainer.ppo.core_algos import LossInputs, LossOutputs, reweighted_policy_loss, sorted_valid
 from verl.utils.torch_functional import masked_mean
 
 
@@ -29,10 +29,11 @@ def compute_policy_loss_high_entropy_tokens(inputs: LossInputs, config: Any) -> 
     entropys = inputs.require("entropys", "loss_mode=high_entropy_tokens expects the entropy of each response token")
     with torch.no_grad():
         entropys, valid = entropys.float(), inputs.response_mask.bool()
-        values = entropys.masked_fill(~valid, torch.nan).flatten()
-        threshold = torch.nanquantile(values, 1 - config.policy_loss.high_entropy_share, interpolation="higher")
+        last = (valid.sum() - 1).clamp_min(0)
+        index = (last * (1 - config.policy_loss.high_entropy_share)).ceil().long()
+        threshold = sorted_valid(entropys, valid).index_select(0, index.view(1)).view(())
         chosen = (valid & (entropys >= threshold)).float()
     outputs = reweighted_policy_loss("vanilla", chosen, inputs, config)
     outputs.metrics["actor/high_entropy_share"] = masked_mean(chosen, inputs.response_mask)
-    outputs.metrics["actor/high_entropy_threshold"] = threshold.nan_to_num(0.0)
+    outputs.metrics["actor/high_entropy_threshold"] = threshold.nan_to_num(posinf=0.0)
     return outputs

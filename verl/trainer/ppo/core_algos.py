@@ -274,12 +274,12 @@ def entropy_change_range(
         count = mask.sum()
         index = ((count - 1).clamp_min(0) * quantile).long()
         # Not `nanquantile`, which waits for a GPU.
-        found = _sorted_valid(entropy_change, response_mask).index_select(0, index.view(1)).view(())
+        found = sorted_valid(entropy_change, response_mask).index_select(0, index.view(1)).view(())
         at_quantile = found.where(count > 0, torch.nan)
     return EntropyChangeRange(_smallest(entropy_change, mask), (entropy_change * mask).amax(), at_quantile)
 
 
-def _sorted_valid(values: Tensor, response_mask: Tensor) -> Tensor:
+def sorted_valid(values: Tensor, response_mask: Tensor) -> Tensor:
     """The values of valid tokens in ascending order, then infinity for each other token."""
     return torch.where(response_mask.bool(), values, torch.inf).flatten().sort().values
 
@@ -292,7 +292,7 @@ def percentile_rank(values: Tensor, response_mask: Tensor) -> Tensor:
         values: of any shape, without NaN.
         response_mask: 1 or True on valid tokens, of the same shape.
     """
-    smaller = torch.searchsorted(_sorted_valid(values, response_mask), values.contiguous())
+    smaller = torch.searchsorted(sorted_valid(values, response_mask), values.contiguous())
     return smaller / (response_mask.sum() - 1).clamp_min(1)
 
 
