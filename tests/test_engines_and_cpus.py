@@ -157,7 +157,7 @@ def test_the_cpus_of_a_run_are_counted(monkeypatch, overrides, needed):
             if has == needed:
                 ray_cpus.check_cpus(one)
             else:
-                message = f"^ray_kwargs.ray_init.num_cpus={said}: Ray would have {has} CPUs, .* at least {needed}: .*\\Z"
+                message = f"^ray_kwargs.ray_init.num_cpus={said}: Ray would have {has} CPUs, .* least {needed}: .*\\Z"
                 with pytest.raises(ValueError, match=message):
                     ray_cpus.check_cpus(one)
 

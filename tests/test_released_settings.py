@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 from test_configuration import resolved
 from verl.utils.config import omega_conf_to_dataclass
 
-PAGE = (Path(__file__).parents[1] / "docs/released_settings.md").read_text()
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs/released_settings.md").read_text()
 
 #: Launcher of the authors -> configuration here.
 TRAINING = {
@@ -100,7 +101,7 @@ def effective(name, key):
     return Path(value).name if key.endswith("_files") else OmegaConf.to_container(OmegaConf.create([value]))[0]
 
 
-BENCHMARKS = re.findall(r"^benchmarks=(.*)$", (Path(__file__).parents[1] / "run/eval.sh").read_text(), re.M)[0].split(",")
+(BENCHMARKS,) = (line.split(",") for line in re.findall(r"^benchmarks=(.*)$", (ROOT / "run/eval.sh").read_text(), re.M))
 
 
 def check(rows, authors, names):

@@ -60,7 +60,7 @@ def check_cpus(config: DictConfig) -> None:
     if has < needed:
         parts = ", ".join(f"{cpus} for {key}" for key, cpus in reserved.items())
         raise ValueError(
-            f"ray_kwargs.ray_init.num_cpus={'null' if given is None else given}: Ray would have {has} CPUs, and the run "
-            f"would wait for ever; expected at least {needed}: {parts}. They are reserved, not used: the number may "
-            "exceed the machine's"
+            f"ray_kwargs.ray_init.num_cpus={'null' if given is None else given}: Ray would have {has} CPUs, and the "
+            f"run would wait for ever; expected at least {needed}: {parts}. They are reserved, not used: the number "
+            "may exceed the machine's"
         )
