@@ -42,7 +42,7 @@ def test_every_method_is_served_or_refused(method, engine):
         validate_config(config, use_reference_policy=True, use_critic=False)
         actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
         assert actor.strategy == actor.engine.strategy == engine and actor.policy_loss == loss
-        assert actor.calculate_entropy == (method == "adaptive_entropy")
+        assert actor.calculate_entropy == ("current_entropys" in fields_needed(loss))
     else:
         with pytest.raises(ValueError, match=rf"^actor.strategy={engine}: expected one of fsdp, fsdp2: .*\Z"):
             checked(method, f"model_engine={engine}")
