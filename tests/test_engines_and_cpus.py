@@ -8,6 +8,7 @@ import pytest
 from test_configuration import ACTOR, METHODS, POLICY_LOSS, resolved
 from transfer_queue.controller import TransferQueueController
 from transfer_queue.storage.simple_storage import SimpleStorageUnit
+from verl.experimental.reward_loop.reward_manager.remote import RewardComputeWorker
 from verl.steer import ray_cpus, requirements
 from verl.steer.methods.registry import fields_needed
 from verl.trainer.main_ppo import TaskRunnerV1
@@ -116,7 +117,7 @@ UNITS = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
 
 def test_what_verls_actors_reserve():
     """The numbers behind the counts below."""
-    for actor in (SimpleStorageUnit, TransferQueueController):
+    for actor in (SimpleStorageUnit, TransferQueueController, RewardComputeWorker):
         assert actor._default_options["num_cpus"] == 1
     assert ray_cpus.ResourcePoolManager.max_colocate_count == 3
     assert not TaskRunnerV1._default_options.get("num_cpus")
@@ -131,6 +132,7 @@ def test_what_verls_actors_reserve():
         (["hardware=gpu8", "trainer.nnodes=2"], 16 * 3 + 4 + 1 + 1),
         (["hardware=gpu8", "transfer_queue.backend.storage_backend=MooncakeStore"], 8 * 3 + 1 + 1),
         (["hardware=gpu8", "trainer.use_v1=false"], 8 * 3 + 1),
+        (["hardware=gpu1", "reward.reward_manager.name=remote", "reward.num_workers=3"], 3 + 1 + 1 + 9 + 1),
         (
             ["hardware=gpu1", "reward.reward_model.enable_resource_pool=true", "reward.reward_model.nnodes=1"]
             + ["reward.reward_model.n_gpus_per_node=2"],

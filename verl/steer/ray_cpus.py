@@ -40,6 +40,9 @@ def reserved_cpus(config: DictConfig) -> dict[str, int]:
         reserved[f"transfer_queue.backend.SimpleStorage.num_data_storage_units={units}"] = units
     if trainer.use_v1:
         reserved["the TransferQueue's controller"] = 1
+    if reward.reward_manager.name == "remote":
+        # Each of the workers starts as many again to compute rewards.
+        reserved[f"reward.num_workers={reward.num_workers}, squared"] = reward.num_workers**2
     return reserved | {"starting further actors": 1}
 
 
