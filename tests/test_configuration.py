@@ -92,7 +92,7 @@ def composed(name, *groups):
 def resolved(name, *overrides):
     """A new configuration: composed once for each choice of groups, then Hydra's own step that overrides values."""
     parsed = OverridesParser.create().parse_overrides(list(overrides))
-    groups = [override for override in parsed if override.key_or_group in ("hardware", "task")]
+    groups = [override for override in parsed if override.key_or_group in ("hardware", "task", "model_engine")]
     config = deepcopy(composed(name, *(override.input_line for override in groups)))
     ConfigLoaderImpl._apply_overrides_to_config([override for override in parsed if override not in groups], config)
     return config
@@ -397,16 +397,16 @@ def test_bad_value_ends_a_launcher_in_one_line(command, root):
         ),
         (["algorithm.positive_weight=2"], "algorithm.positive_weight=2: expected a number of at least 0 and at most 1"),
         (
-            [f"{POLICY_LOSS}.entropy_change_estimator=exact", "actor_rollout_ref.actor.strategy=megatron"],
-            "actor.strategy=megatron: expected one of fsdp, fsdp2: entropy_change_estimator=exact needs",
+            [f"{POLICY_LOSS}.entropy_change_estimator=exact", "actor_rollout_ref.actor.strategy=automodel"],
+            "actor.strategy=automodel: expected one of fsdp, fsdp2: entropy_change_estimator=exact needs",
         ),
         (
             [f"{POLICY_LOSS}.entropy_change_estimator=exact", "actor_rollout_ref.model.use_fused_kernels=true"],
             "model.use_fused_kernels=true: expected false with entropy_change_estimator=exact",
         ),
         (
-            [f"{POLICY_LOSS}.token_weight_normalizer=ema", "actor_rollout_ref.actor.strategy=megatron"],
-            "actor.strategy=megatron: expected one of fsdp, fsdp2: token_weight_normalizer=ema",
+            [f"{POLICY_LOSS}.token_weight_normalizer=ema", "actor_rollout_ref.actor.strategy=automodel"],
+            "actor.strategy=automodel: expected one of fsdp, fsdp2: token_weight_normalizer=ema",
         ),
         (
             [f"{POLICY_LOSS}.token_weight_normalizer=ema", "++algorithm.rollout_correction.bypass_mode=true"],
@@ -522,7 +522,10 @@ def test_the_entropy_audit_is_off_unless_it_is_asked_for(plus):
             f"trainer.v1.trainer_mode=sync {MANAGER}=null",
             "trainer.v1.trainer_mode=sync: expected steer with trainer.entropy_audit",
         ),
-        ("actor_rollout_ref.actor.strategy=megatron", "actor.strategy=megatron: expected fsdp or fsdp2 with trainer."),
+        (
+            "actor_rollout_ref.actor.strategy=automodel",
+            "actor.strategy=automodel: expected fsdp or fsdp2 with trainer.",
+        ),
         (
             "actor_rollout_ref.actor.fsdp_config.one_pass_reductions=false",
             "actor.fsdp_config.one_pass_reductions=False: expected true with trainer.entropy_audit.freq=2",

@@ -49,6 +49,7 @@ def quickstart(tmp_path_factory, command, root, task):
     overrides = (
         *SMALL, *GREEDY, "trainer.total_training_steps=2", "trainer.test_freq=1", "trainer.save_freq=1",
         "actor_rollout_ref.rollout.full_determinism=true",
+        "ray_kwargs.ray_init.num_cpus=6",  # no more than are counted before a run: one fewer is refused
     )  # fmt: skip
     venv = str(Path(sys.executable).parents[1])
     environment = {"OUTPUT_DIR": str(out), "TASK_DIR": str(task), "STEER_VENV": venv, "COLUMNS": "160"}

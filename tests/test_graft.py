@@ -3,6 +3,7 @@
 
 import importlib
 import importlib.metadata
+import os
 import shutil
 import sys
 import sysconfig
@@ -68,8 +69,10 @@ def test_wheel_serves_the_overlay(command, root, tmp_path):
     # a copy, without what git ignores, so that the build leaves nothing behind
     source = tmp_path / "source"
     shutil.copytree(root, source, ignore=shutil.ignore_patterns(".venv*", "outputs", "data", ".git", ".*_cache"))
-    uv = shutil.which("uv", path=sysconfig.get_path("scripts"))
-    result = command(uv, "build", "--wheel", "--out-dir", tmp_path, source)
+    # An environment made by run/setup.sh has uv beside its interpreter; one made by other means may have pip alone.
+    uv = shutil.which("uv", path=os.pathsep.join((sysconfig.get_path("scripts"), os.environ["PATH"])))
+    build = (uv, "build", "--wheel", "--out-dir") if uv else (sys.executable, "-m", "pip", "wheel", "--no-deps", "-w")
+    result = command(*build, tmp_path, source)
     assert result.returncode == 0, result.stderr
     (wheel,) = tmp_path.glob("*.whl")
     site = tmp_path / "site"

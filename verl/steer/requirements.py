@@ -14,7 +14,7 @@ from typing import Any
 
 import verl.steer.methods  # noqa: F401 - registers the losses and estimators
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.plugin.platform import get_platform
 from verl.steer.audit.scores import AuditOptions
 from verl.steer.checkpoint_ledger import UNFINISHED
@@ -28,6 +28,7 @@ from verl.steer.methods.registry import (
     fields_needed,
 )
 from verl.steer.options import from_config
+from verl.steer.ray_cpus import check_cpus
 from verl.steer.rollout.checks import BATCHED_MANAGER, check_rollouts, is_batched
 from verl.trainer.distillation import is_distillation_enabled
 from verl.trainer.ppo.core_algos import INFLUENCE, get_policy_loss_fn, weighs_mini_batches
@@ -44,6 +45,14 @@ ENTROPY_STRATEGIES = ("fsdp", "fsdp2", "megatron", "veomni", "torchtitan", "auto
 
 #: Strategies of this fork's own engine, which has sums over the vocabulary and the range of a whole mini-batch.
 FSDP_STRATEGIES = ("fsdp", "fsdp2")
+
+#: verl's engines, values of `model_engine` -> keys below `actor` of the ranks that share a rollout.
+MODEL_ENGINES = {
+    "dp": ("ulysses_sequence_parallel_size",),
+    "megatron": tuple(f"megatron.{kind}_parallel_size" for kind in ("tensor_model", "pipeline_model", "context")),
+    "veomni": ("veomni.ulysses_parallel_size",),
+    "torchtitan": tuple(f"torchtitan.{kind}_parallel_size" for kind in ("tensor", "pipeline", "context")),
+}
 
 #: Losses that read `actor.clip_ratio_c` but do not clip as PPO does, and the value that it must exceed.
 CLIP_RATIO_C_ABOVE = {"archer": 1, "bapo": 1, "ce_gppo": 1, "dynamic_clip": 1, "dppo_tv": 0, "dppo_kl": 0}
@@ -72,6 +81,8 @@ def check_and_complete(config: DictConfig) -> None:
             does not compute.
     """
     _check_platform(config)
+    check_cpus(config)
+    _check_model_engine(config)
     _check_attention(config)
     _check_log_prob_micro_batches(config)
     check_rollouts(config)
@@ -125,13 +136,35 @@ def _check_attention(config: DictConfig) -> None:
             model.override_config["attn_implementation"] = chosen
 
 
+def _check_model_engine(config: DictConfig) -> None:
+    """Check that `actor.strategy` is of the chosen engine, and no option of the FSDP engine is set for another.
+
+    Raises:
+        ValueError: if not; `hardware=cpu` and `hardware=gpu1` set options of the FSDP engine.
+    """
+    engine, actor = config.model_engine, config.actor_rollout_ref.actor
+    others = MODEL_ENGINES.keys() - {"dp"}
+    if actor.strategy in others - {engine} or engine in others and actor.strategy != engine:
+        expected = engine if engine in others else " or ".join(FSDP_STRATEGIES)
+        raise ValueError(f"actor.strategy={actor.strategy}: expected {expected} with model_engine={engine}")
+    for section in ("actor", "ref"):
+        ignored = config.actor_rollout_ref[section].get("fsdp_config")
+        if engine in others and ignored:
+            raise ValueError(
+                f"{section}.fsdp_config: expected none with model_engine={engine}, which ignores its keys "
+                f"{', '.join(ignored)}; the override ~actor_rollout_ref.{section}.fsdp_config removes them"
+            )
+
+
 def _check_log_prob_micro_batches(config: DictConfig) -> None:
     """verl checks the micro-batches of the update only; wrong ones of the log-probs would stop a worker later."""
     rollout, trainer = config.actor_rollout_ref.rollout, config.trainer
     size = rollout.log_prob_micro_batch_size_per_gpu
     if trainer.val_only or rollout.log_prob_use_dynamic_bsz or size is None:
         return
-    ranks = trainer.nnodes * trainer.n_gpus_per_node // config.actor_rollout_ref.actor.ulysses_sequence_parallel_size
+    shared = MODEL_ENGINES.get(config.model_engine, ())
+    ranks = trainer.nnodes * trainer.n_gpus_per_node
+    ranks //= math.prod(OmegaConf.select(config.actor_rollout_ref.actor, key) for key in shared)
     rollouts = config.data.train_batch_size * rollout.n // ranks
     if rollouts % size:
         raise ValueError(
@@ -331,7 +364,7 @@ def _check_entropy_audit(config: DictConfig, policy_loss: Any) -> None:
         ("trainer.use_v1", trainer.use_v1, (True,)),
         ("trainer.v1.trainer_mode", trainer.v1.trainer_mode, ("steer",)),
         ("actor.strategy", actor.strategy, FSDP_STRATEGIES),
-        ("actor.fsdp_config.one_pass_reductions", actor.fsdp_config.get("one_pass_reductions"), (True,)),
+        ("actor.fsdp_config.one_pass_reductions", OmegaConf.select(actor, "fsdp_config.one_pass_reductions"), (True,)),
         ("model.use_fused_kernels", _fused(config), (False,)),
         ("algorithm.rollout_correction.bypass_mode", bypass, (False,)),
     ]

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""verl's other engines serve an option of this fork or refuse it, and a run that Ray can't place is refused."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+from test_configuration import ACTOR, METHODS, POLICY_LOSS, resolved
+from transfer_queue.controller import TransferQueueController
+from transfer_queue.storage.simple_storage import SimpleStorageUnit
+from verl.experimental.reward_loop.reward_manager.remote import RewardComputeWorker
+from verl.steer import ray_cpus, requirements
+from verl.steer.methods.registry import fields_needed
+from verl.trainer.main_ppo import TaskRunnerV1
+from verl.utils.config import omega_conf_to_dataclass, validate_config
+
+ENGINES = ("megatron", "veomni", "torchtitan")
+#: What verl's engine returns or keeps, as `LossInputs` names it; the other fields are those of this fork's engine.
+SERVED_BY_VERL = {"entropys", "current_entropys", "entropy_coeff"}
+
+
+@pytest.fixture(autouse=True)
+def gpu_machine(monkeypatch):
+    """verl's platform is CUDA, and Ray would count 30 CPUs; `monkeypatch` sets another number."""
+    monkeypatch.setattr(requirements, "get_platform", lambda: SimpleNamespace(device_name="cuda"))
+    monkeypatch.setattr(ray_cpus, "get_num_cpus", lambda _: 30)
+    monkeypatch.setattr(ray_cpus.services, "canonicalize_bootstrap_address", lambda _: None)
+
+
+def checked(name, *overrides):
+    config = resolved(name, *overrides)
+    requirements.check_and_complete(config)
+    return config
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_served_or_refused(method, engine):
+    """Served where the loss reads no more than verl's engine returns; the actor's configuration then is verl's own."""
+    loss = omega_conf_to_dataclass(resolved(method).actor_rollout_ref.actor.policy_loss)
+    if fields_needed(loss) <= SERVED_BY_VERL:
+        config = checked(method, f"model_engine={engine}")
+        validate_config(config, use_reference_policy=True, use_critic=False)
+        actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
+        assert actor.strategy == actor.engine.strategy == engine and actor.policy_loss == loss
+        assert actor.calculate_entropy == ("current_entropys" in fields_needed(loss))
+    else:
+        with pytest.raises(ValueError, match=rf"^actor.strategy={engine}: expected one of fsdp, fsdp2: .*\Z"):
+            checked(method, f"model_engine={engine}")
+
+
+def test_some_methods_are_served_and_some_are_refused():
+    refused = {
+        method
+        for method in METHODS
+        if fields_needed(omega_conf_to_dataclass(resolved(method).actor_rollout_ref.actor.policy_loss)) - SERVED_BY_VERL
+    }
+    controls = {"influence_band", "influence_exp", "influence_target", "pi_exact", "pi_released"}
+    assert refused == {"steer_ema", "steer_exact", "steer_global"} | controls
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["hardware=cpu", "trainer.device=cuda"], "actor.strategy=fsdp2: expected {0} with model_engine={0}"),
+        (["hardware=gpu1"], "actor.fsdp_config: expected none with model_engine={0}, which ignores its keys param_off"),
+        ([f"+{ACTOR}.fsdp_config.one_pass_reductions=true"], "actor.fsdp_config: expected none with model_engine={0}"),
+        (
+            ["+actor_rollout_ref.ref.fsdp_config.one_pass_reductions=true"],
+            "ref.fsdp_config: expected none with model_engine={0}, which ignores its keys one_pass_reductions; the",
+        ),
+        ([f"{ACTOR}.strategy=fsdp"], "actor.strategy=fsdp: expected {0} with model_engine={0}"),
+        (["trainer.entropy_audit.freq=2"], "actor.strategy={0}: expected fsdp or fsdp2 with trainer.entropy_audit"),
+        ([f"{POLICY_LOSS}.token_weight_normalizer=ema"], "actor.strategy={0}: expected one of fsdp, fsdp2: token_weig"),
+        ([f"{POLICY_LOSS}.entropy_change_estimator=exact"], "actor.strategy={0}: expected one of fsdp, fsdp2: entropy"),
+    ],
+)
+def test_options_of_this_forks_engine_are_refused(engine, overrides, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message.format(engine))}"):
+        checked("steer_exp", f"model_engine={engine}", *overrides)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_another_engines_strategy_needs_that_engine(engine):
+    with pytest.raises(ValueError, match=f"^actor.strategy={engine}: expected fsdp or fsdp2 with model_engine=dp"):
+        checked("steer_exp", f"{ACTOR}.strategy={engine}")
+
+
+@pytest.mark.parametrize(
+    "engine, sizes, ranks",
+    [
+        ("dp", ["ulysses_sequence_parallel_size=2"], 4),
+        (
+            "megatron",
+            [f"megatron.{kind}_parallel_size=2" for kind in ("tensor_model", "pipeline_model", "context")],
+            1,
+        ),
+        ("veomni", ["veomni.ulysses_parallel_size=4"], 2),
+        ("torchtitan", ["torchtitan.tensor_parallel_size=4", "torchtitan.pipeline_parallel_size=2"], 1),
+    ],
+)
+def test_ranks_that_share_a_rollout_count_as_one(engine, sizes, ranks):
+    """512 prompts of 8 rollouts: 8192 does not divide a rank's, and the message has their number."""
+    overrides = [f"{ACTOR}.{size}" for size in sizes]
+    with pytest.raises(ValueError, match=f"expected a divisor of the {4096 // ranks} rollouts of a rank .* {ranks} ra"):
+        checked(
+            "steer_exp", f"model_engine={engine}", *overrides,
+            "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8192",
+        )  # fmt: skip
+
+
+# The CPUs of Ray.
+
+UNITS = "transfer_queue.backend.SimpleStorage.num_data_storage_units"
+
+
+def test_what_verls_actors_reserve():
+    """The numbers behind the counts below."""
+    for actor in (SimpleStorageUnit, TransferQueueController, RewardComputeWorker):
+        assert actor._default_options["num_cpus"] == 1
+    assert ray_cpus.ResourcePoolManager.max_colocate_count == 3
+    assert not TaskRunnerV1._default_options.get("num_cpus")
+
+
+@pytest.mark.parametrize(
+    "overrides, needed",
+    [
+        (["hardware=gpu8"], 8 * 3 + 4 + 1 + 1),
+        (["hardware=gpu1"], 3 + 1 + 1 + 1),
+        (["hardware=gpu8", f"{UNITS}=8"], 8 * 3 + 8 + 1 + 1),
+        (["hardware=gpu8", "trainer.nnodes=2"], 16 * 3 + 4 + 1 + 1),
+        (["hardware=gpu8", "transfer_queue.backend.storage_backend=MooncakeStore"], 8 * 3 + 1 + 1),
+        (["hardware=gpu8", "trainer.use_v1=false"], 8 * 3 + 1),
+        (["hardware=gpu1", "reward.reward_manager.name=remote", "reward.num_workers=3"], 3 + 1 + 1 + 9 + 1),
+        (
+            ["hardware=gpu1", "reward.reward_model.enable_resource_pool=true", "reward.reward_model.nnodes=1"]
+            + ["reward.reward_model.n_gpus_per_node=2"],
+            (1 + 2) * 3 + 1 + 1 + 1,
+        ),
+        (
+            ["hardware=gpu1", "distillation.enabled=true", "distillation.nnodes=1", "distillation.n_gpus_per_node=4"],
+            (1 + 4) * 3 + 1 + 1 + 1,
+        ),
+        (
+            ["hardware=gpu1", "trainer.v1.trainer_mode=separate_async", "actor_rollout_ref.rollout.nnodes=1"]
+            + ["actor_rollout_ref.rollout.n_gpus_per_node=4"],
+            3 + 4 * 2 + 1 + 1 + 1,
+        ),
+    ],
+)
+def test_the_cpus_of_a_run_are_counted(monkeypatch, overrides, needed):
+    config = resolved("grpo", *overrides, "trainer.save_after=0")
+    assert sum(ray_cpus.reserved_cpus(config).values()) == needed
+    for has in (needed - 1, needed):
+        monkeypatch.setattr(ray_cpus, "get_num_cpus", lambda _, has=has: has)
+        given = resolved("grpo", *overrides, f"ray_kwargs.ray_init.num_cpus={has}")
+        for one, said in ((config, "null"), (given, has)):
+            if has == needed:
+                ray_cpus.check_cpus(one)
+            else:
+                message = f"^ray_kwargs.ray_init.num_cpus={said}: Ray would have {has} CPUs, .* least {needed}: .*\\Z"
+                with pytest.raises(ValueError, match=message):
+                    ray_cpus.check_cpus(one)
+
+
+def test_too_few_cpus_end_a_run_before_its_other_checks():
+    message = "expected at least 34: 24 for trainer.n_gpus_per_node=8 on 1 node(s), 8 for transfer_queue.backend"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        checked("steer_exp", f"{UNITS}=8")
+    checked("steer_exp")
+
+
+def test_a_running_rays_cpus_are_not_this_machines(monkeypatch):
+    monkeypatch.setattr(ray_cpus, "get_num_cpus", lambda _: 2)
+    checked("steer_exp", "+ray_kwargs.ray_init.address=auto")
+    with pytest.raises(ValueError, match="num_cpus=null: Ray would have 2 CPUs"):
+        checked("steer_exp", "+ray_kwargs.ray_init.address=local")
+    monkeypatch.setattr(ray_cpus.services, "canonicalize_bootstrap_address", lambda _: "10.0.0.1:6379")
+    checked("steer_exp")
+
+
+def test_the_laptop_reserves_no_more_than_it_says():
+    config = resolved("grpo", "hardware=cpu")
+    assert sum(ray_cpus.reserved_cpus(config).values()) == 6 <= config.ray_kwargs.ray_init.num_cpus
+    config = resolved("grpo", "hardware=cpu", "trainer.n_gpus_per_node=5")
+    with pytest.raises(ValueError, match="num_cpus=16: Ray would have 16 CPUs, .* at least 18: 15 for trainer.n_gpus"):
+        ray_cpus.check_cpus(config)

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPUs that a run's actors reserve of Ray, counted before Ray starts: a run without them would wait for ever."""
+
+from __future__ import annotations
+
+import ray
+from omegaconf import DictConfig
+from ray._private import services
+from ray._private.utils import get_num_cpus
+from verl.single_controller.ray.base import ResourcePoolManager
+from verl.trainer.distillation import is_distillation_enabled
+
+#: A standalone rollout server reserves these with each GPU; `RolloutReplica.init_standalone` has the number.
+STANDALONE_CPUS = 2
+
+
+def reserved_cpus(config: DictConfig) -> dict[str, int]:
+    """CPUs that verl's placement groups and actors keep for the whole run, by the key that sets their number.
+
+    Actors without a number of CPUs of their own keep none, but Ray starts them only where one is free.
+    """
+    trainer, reward, rollout = config.trainer, config.reward, config.actor_rollout_ref.rollout
+    pools = {"trainer": trainer}
+    if reward.reward_model.enable_resource_pool:
+        pools["reward.reward_model"] = reward.reward_model
+    if is_distillation_enabled(config.get("distillation")):
+        pools["distillation"] = config.distillation
+    reserved = {
+        f"{key}.n_gpus_per_node={pool.n_gpus_per_node} on {pool.nnodes} node(s)": (
+            ResourcePoolManager.max_colocate_count * pool.n_gpus_per_node * pool.nnodes
+        )
+        for key, pool in pools.items()
+    }
+    if trainer.use_v1 and trainer.v1.trainer_mode == "separate_async":
+        gpus = rollout.n_gpus_per_node * rollout.nnodes
+        reserved[f"rollout.n_gpus_per_node={rollout.n_gpus_per_node}"] = STANDALONE_CPUS * gpus
+    backend = config.transfer_queue.backend
+    if trainer.use_v1 and backend.storage_backend == "SimpleStorage":
+        units = backend.SimpleStorage.num_data_storage_units
+        reserved[f"transfer_queue.backend.SimpleStorage.num_data_storage_units={units}"] = units
+    if trainer.use_v1:
+        reserved["the TransferQueue's controller"] = 1
+    if reward.reward_manager.name == "remote":
+        # Each of the workers starts as many again to compute rewards.
+        reserved[f"reward.num_workers={reward.num_workers}, squared"] = reward.num_workers**2
+    return reserved | {"starting further actors": 1}
+
+
+def check_cpus(config: DictConfig) -> None:
+    """Check that the Ray that this run starts on its machine has the CPUs that the run reserves.
+
+    Raises:
+        ValueError: if it has not. Nothing is checked where the run joins a running Ray.
+    """
+    options = config.ray_kwargs.get("ray_init", {})
+    address = options.get("address")
+    if ray.is_initialized() or address not in (None, "local"):
+        return
+    if address is None and services.canonicalize_bootstrap_address(None) is not None:
+        return
+    reserved, given = reserved_cpus(config), options.get("num_cpus")
+    has, needed = int(get_num_cpus(True) if given is None else given), sum(reserved.values())
+    if has < needed:
+        parts = ", ".join(f"{cpus} for {key}" for key, cpus in reserved.items())
+        raise ValueError(
+            f"ray_kwargs.ray_init.num_cpus={'null' if given is None else given}: Ray would have {has} CPUs, and the "
+            f"run would wait for ever; expected at least {needed}: {parts}. They are reserved, not used: the number "
+            "may exceed the machine's"
+        )
