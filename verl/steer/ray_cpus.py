@@ -17,7 +17,7 @@ STANDALONE_CPUS = 2
 def reserved_cpus(config: DictConfig) -> dict[str, int]:
     """CPUs that verl's placement groups and actors keep for the whole run, by the key that sets their number.
 
-    Actors without a number of CPUs of their own keep none, but Ray starts them only where one is free.
+    Actors without a number of CPUs of their own keep none. A task takes one while it runs, so one is left for tasks.
     """
     trainer, reward, rollout = config.trainer, config.reward, config.actor_rollout_ref.rollout
     pools = {"trainer": trainer}
@@ -43,7 +43,7 @@ def reserved_cpus(config: DictConfig) -> dict[str, int]:
     if reward.reward_manager.name == "remote":
         # Each of the workers starts as many again to compute rewards.
         reserved[f"reward.num_workers={reward.num_workers}, squared"] = reward.num_workers**2
-    return reserved | {"starting further actors": 1}
+    return reserved | {"tasks": 1}
 
 
 def check_cpus(config: DictConfig) -> None:
