@@ -98,7 +98,8 @@ def _command(root: bool) -> list[str]:
             for file in files(package) or ():
                 if len(file.parts) > 1 and file.parts[0] != "..":
                     read_only[f"/packages/{file.parts[0]}"] = str(file.locate()).removesuffix(str(file)) + file.parts[0]
-    words = "bwrap --unshare-pid --unshare-net --unshare-ipc --unshare-uts --unshare-cgroup-try".split()
+    words = [shutil.which("bwrap") or "bwrap", "--unshare-cgroup-try"]
+    words += "--unshare-pid --unshare-net --unshare-ipc --unshare-uts".split()
     words += "--new-session --die-with-parent --hostname sandbox --cap-drop ALL".split()
     # root needs no user namespace; `Process` gives the program a user of its own.
     words += "--cap-add CAP_SETUID --cap-add CAP_SETGID".split() if root else ["--unshare-user"]
@@ -142,7 +143,7 @@ class Process:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 pass_fds=(rules, request),
-                env={"PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"},
+                env={"LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"},
                 bufsize=0,
             )
 
@@ -236,7 +237,7 @@ def check() -> None:
     """
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise ValueError(f"code rewards: {sys.platform} {platform.machine()}: expected linux x86_64, {OTHERWISE}")
-    if shutil.which("bwrap", path=os.defpath) is None:
+    if shutil.which("bwrap") is None:
         raise ValueError(f"code rewards: no bwrap: expected `apt-get install bubblewrap` or the like, {OTHERWISE}")
     try:
         output = Process({"mode": "program", "program": "import numpy; print(6 * 7)"}, Limits(), b"").output()
