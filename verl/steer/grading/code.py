@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from verl.steer.grading.code_driver import encode
 from verl.steer.grading.sandbox import Limits, Process
 from verl.steer.options import option
 
@@ -105,15 +106,16 @@ def compute_score(
     tests = tests_of(ground_truth)
     partial = data_source in TRAINING_SOURCES if options.continuous is None else options.continuous
     program = last_program(response)
-    timed_out, share = False, 0.0
+    passed, share, timed_out = False, 0.0, False
     if program is not None and len(program) <= MAX_PROGRAM:
         if service is not None or options.sandbox == "prime_code":
             share = _verl_score(response, tests, options, service)
+            passed = share == 1.0
         else:
             with _slots:
-                share, timed_out = _share(program, tests, options, partial)
-    score = share if partial else 1.0 if share == 1.0 else -1.0
-    return {"score": score, "acc": share == 1.0, "pred": "", "timed_out": timed_out}
+                passed, share, timed_out = _run(program, tests, options, partial)
+    score = share if partial else 1.0 if passed else -1.0
+    return {"score": score, "acc": passed, "pred": "", "timed_out": timed_out}
 
 
 def _verl_score(response: str, tests: dict[str, Any], options: CodeOptions, service: dict[str, Any] | None) -> float:
@@ -138,14 +140,14 @@ def _service_slots(number: int) -> threading.Semaphore:
     return threading.Semaphore(number)
 
 
-def _share(program: str, tests: dict[str, Any], options: CodeOptions, partial: bool) -> tuple[float, bool]:
-    """1 if all tests pass, else the share that passes among the first, each alone; and whether one took too long."""
+def _run(program: str, tests: dict[str, Any], options: CodeOptions, partial: bool) -> tuple[bool, float, bool]:
+    """Whether all tests pass; the share of the first ones that do, each run alone; and whether one took too long."""
     cases, grade = _cases(tests), _grade_values if "assert_case" in tests or tests.get("fn_name") else _grade_output
     passed, timed_out = grade(program, cases, options)
     if passed or not partial:
-        return float(passed), timed_out
+        return passed, float(passed), timed_out
     first = cases[:PARTIAL_TESTS]
-    return sum(grade(program, [case], options)[0] for case in first) / len(first), timed_out
+    return False, sum(grade(program, [case], options)[0] for case in first) / len(first), timed_out
 
 
 def _cases(tests: dict[str, Any]) -> list[Any]:
@@ -154,7 +156,7 @@ def _cases(tests: dict[str, Any]) -> list[Any]:
         return tests["assert_case"]
     pairs = list(zip(tests["inputs"], tests["outputs"], strict=True))
     name = tests.get("fn_name")
-    return [[name, _arguments(given), _accepted(expected)] for given, expected in pairs] if name else pairs
+    return [[name, encode(_arguments(given)), _accepted(expected)] for given, expected in pairs] if name else pairs
 
 
 def _grade_output(program: str, cases: list[Any], limits: Limits) -> tuple[bool, bool]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs inside the sandbox. `sandbox` starts it; nothing imports it.
+"""What runs inside the sandbox. `sandbox` starts it; outside, only `encode` is used.
 
 Usage: python code_driver.py FD, with a JSON object at the descriptor: `mode`, the limits `timeout`, `memory` and `user`
 (what `sandbox.Process` adds), and
@@ -7,8 +7,8 @@ Usage: python code_driver.py FD, with a JSON object at the descriptor: `mode`, t
 - mode `program`: `program`, which runs with the test's input as standard input.
 - mode `calls`: `program`, whose functions are called as lines {"name", "args"} at standard input ask for. A line
   {"value"} or {"error"} answers each.
-- mode `tests`: `cases`, tests that are trusted, each code or [name, arguments, right results]. The functions of the
-  program, which this process doesn't hold, are proxies: a proxy writes a line `c` + {"name", "args"} and reads the
+- mode `tests`: `cases`, tests that are trusted, each code or [name, encoded arguments, right results]. The functions of
+  the program, which this process doesn't hold, are proxies: a proxy writes a line `c` + {"name", "args"} and reads the
   answer; the grader carries both to and fro. A line `v1` or `v0` says whether a case passed. So nothing but values
   comes from the program to the tests.
 """
@@ -155,7 +155,7 @@ def run_tests(job: dict[str, Any]) -> None:
     def run(case: Any) -> None:
         if isinstance(case, list):
             name, arguments, right = case
-            assert as_json(proxy(name)(*arguments)) in right
+            assert as_json(proxy(name)(*decode(arguments))) in right
             return
         tree = ast.parse(case)
         loaded = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - set(dir(builtins))

@@ -89,6 +89,8 @@ def _filter() -> bytes:
 @cache
 def _command(root: bool) -> list[str]:
     """bubblewrap with all its words but the filter's descriptor, and the interpreter."""
+    if (bwrap := shutil.which("bwrap")) is None:
+        raise SandboxError("code rewards: no bwrap: expected `apt-get install bubblewrap` or the like")
     base, python = Path(sys.base_prefix).resolve(), Path(getattr(sys, "_base_executable", sys.executable)).resolve()
     libraries = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", f"{base}/lib", f"{base}/lib64"]
     read_only = {path: path for path in libraries if os.path.isdir(path)} | {str(python): str(python)}
@@ -98,7 +100,7 @@ def _command(root: bool) -> list[str]:
             for file in files(package) or ():
                 if len(file.parts) > 1 and file.parts[0] != "..":
                     read_only[f"/packages/{file.parts[0]}"] = str(file.locate()).removesuffix(str(file)) + file.parts[0]
-    words = [shutil.which("bwrap") or "bwrap", "--unshare-cgroup-try"]
+    words = [bwrap, "--unshare-cgroup-try"]
     words += "--unshare-pid --unshare-net --unshare-ipc --unshare-uts".split()
     words += "--new-session --die-with-parent --hostname sandbox --cap-drop ALL".split()
     # root needs no user namespace; `Process` gives the program a user of its own.
@@ -191,7 +193,8 @@ class Process:
             process.kill()  # bubblewrap's monitor; the kernel kills the rest with it
             message = self._pipe("stderr").read().decode(errors="replace")
         if message:  # The driver closes standard error before it runs a program.
-            raise SandboxError(f"the sandbox of code rewards did not start: {' '.join(message.split())[-300:]}")
+            remedy = "expected user namespaces (in Docker: --security-opt seccomp=unconfined)"
+            raise SandboxError(f"code rewards: no sandbox: {' '.join(message.split())[-300:]}: {remedy}")
         self.timed_out |= status in (128 + signal.SIGXCPU, 128 + signal.SIGKILL)
         return status
 
@@ -237,12 +240,11 @@ def check() -> None:
     """
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise ValueError(f"code rewards: {sys.platform} {platform.machine()}: expected linux x86_64, {OTHERWISE}")
-    if shutil.which("bwrap") is None:
-        raise ValueError(f"code rewards: no bwrap: expected `apt-get install bubblewrap` or the like, {OTHERWISE}")
     try:
         output = Process({"mode": "program", "program": "import numpy; print(6 * 7)"}, Limits(), b"").output()
     except SandboxError as error:
-        remedy = "expected user namespaces (in Docker --security-opt seccomp=unconfined)"
-        raise ValueError(f"code rewards: {error}: {remedy}, {OTHERWISE}") from error
+        raise ValueError(f"{error}, {OTHERWISE}") from error
     if output != b"42\n":
-        raise ValueError(f"code rewards: a program with numpy printed {output!r} in the sandbox: expected 42, {OTHERWISE}")
+        raise ValueError(
+            f"code rewards: a program with numpy printed {output!r} in the sandbox: expected 42, {OTHERWISE}"
+        )
