@@ -92,7 +92,8 @@ def limit(job: dict[str, Any]) -> None:
         os.setuid(job["user"])
     cpu = job["timeout"] * (1 if job["mode"] == "program" else CALLS) + 1
     limits = {"AS": job["memory"], "CPU": cpu, "NPROC": THREADS, "NOFILE": 64, "FSIZE": 2**24, "STACK": 2**27}
-    for name, value in {**limits, "SIGPENDING": 256, "CORE": 0, "MEMLOCK": 0, "MSGQUEUE": 0}.items():
+    # A program that handles the host's core dumps is called with a limit of 0, but not with one of 1 byte.
+    for name, value in {**limits, "SIGPENDING": 256, "CORE": 1, "MEMLOCK": 0, "MSGQUEUE": 0}.items():
         kind = getattr(resource, f"RLIMIT_{name}")
         most = resource.getrlimit(kind)[1]
         resource.setrlimit(kind, (value if most == resource.RLIM_INFINITY else min(value, most),) * 2)
