@@ -349,6 +349,14 @@ def test_outside_the_sandbox_the_program_succeeds(name, command, tmp_path_factor
     assert tests["outputs"][0] in run.stdout, run.stderr
 
 
+def test_a_sandbox_that_is_closed_as_it_starts_leaves_nothing(driver):
+    """Its monitor may die before the process inside asks to die with it."""
+    job = {"mode": "program", "program": "import time\ntime.sleep(10**6)"}
+    for _ in range(40):
+        sandbox.Process(job, sandbox.Limits(), b"").close()
+    assert running(driver) == []
+
+
 def test_a_grader_that_is_killed_takes_its_programs_along(driver, tmp_path):
     program = tmp_path / "grader.py"
     program.write_text(

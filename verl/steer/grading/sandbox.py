@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, files
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import IO, Any
 
@@ -97,9 +97,9 @@ def _command(root: bool) -> list[str]:
     read_only["/driver.py"] = str(DRIVER)
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
-            for file in files(package) or ():
-                if len(file.parts) > 1 and file.parts[0] != "..":
-                    read_only[f"/packages/{file.parts[0]}"] = str(file.locate()).removesuffix(str(file)) + file.parts[0]
+            found = distribution(package)
+            for folder in {file.parts[0] for file in found.files or () if len(file.parts) > 1} - {".."}:
+                read_only[f"/packages/{folder}"] = str(found.locate_file(folder))
     words = [bwrap, "--unshare-cgroup-try"]
     words += "--unshare-pid --unshare-net --unshare-ipc --unshare-uts".split()
     words += "--new-session --die-with-parent --hostname sandbox --cap-drop ALL".split()
@@ -147,6 +147,7 @@ class Process:
                 pass_fds=(rules, request),
                 env={"LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1"},
                 bufsize=0,
+                start_new_session=True,
             )
 
     def __enter__(self) -> "Process":
@@ -190,7 +191,9 @@ class Process:
             if self._ended:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     status = process.wait(self.limits.wall)
-            process.kill()  # bubblewrap's monitor; the kernel kills the rest with it
+            if status is None:
+                # The monitor and the first process inside; with these the kernel kills the rest.
+                os.killpg(process.pid, signal.SIGKILL)
             message = self._pipe("stderr").read().decode(errors="replace")
         if message:  # The driver closes standard error before it runs a program.
             remedy = "expected user namespaces (in Docker: --security-opt seccomp=unconfined)"
