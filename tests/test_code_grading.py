@@ -64,6 +64,7 @@ def test_the_last_block_is_the_program(response, program):
         ("  1 2 \r\n\n3", "1 2\n3\n\n", True),
         ("1 2 3", "1 2\n3", False),
         ("1\n2", "1", False),
+        ("1 2 3", "1 2", False),
         ("", "", True),
         ("", "0", False),
         ("YES", "yes", False),

@@ -59,12 +59,12 @@ PRINTS = {
     "being traced": SYSCALL + "print(42 if syscall(101, 0, 0, 0, 0) == 0 else 0)",
     "another's memory": SYSCALL
     + "b = ctypes.create_string_buffer(8); v = (ctypes.c_void_p * 2)(ctypes.addressof(b), 8)\n"
-    "print(42 if syscall(310, os.getppid() if 0 else 1, v, 1, v, 1, 0) >= 0 or ctypes.get_errno() == 14 else 0)",
+    "print(42 if syscall(310, 1, v, 1, v, 1, 0) >= 0 or ctypes.get_errno() == 14 else 0)",
     "io_uring": SYSCALL + "b = ctypes.create_string_buffer(120)\nprint(42 if syscall(425, 4, b) >= 0 else 0)",
     "a keyring": SYSCALL + "print(42 if syscall(248, b'user', b'k', b'v', 1, -3) >= 0 else 0)",
     "BPF": SYSCALL + "b = (ctypes.c_uint32 * 32)(1, 4, 4, 1)\nsyscall(321, 0, b, 128)\n"
     "print(42 if ctypes.get_errno() not in (1, 38) else 0)",
-    "a handle": SYSCALL + "syscall(323, 1)\nprint(42 if ctypes.get_errno() != 1 else 0)",
+    "page faults of its own": SYSCALL + "syscall(323, 1)\nprint(42 if ctypes.get_errno() != 1 else 0)",
     "the 32-bit entrance": SYSCALL + "syscall(0x40000000 + 39)\nprint(42)",
     # Memory
     "three gigabytes": "x = bytearray(3 << 30)\nprint(42)",
