@@ -374,7 +374,7 @@ def test_a_machine_without_the_sandbox_is_told_the_way_out(without_bwrap, monkey
     fake_bwrap(without_bwrap, "echo 'bwrap: No permissions to create new namespace' >&2; exit 1")
     sandbox._command.cache_clear()
     with pytest.raises(
-        ValueError, match="no sandbox: bwrap: No permissions to create new namespace: expected user nam"
+        ValueError, match="no sandbox: bwrap: No permissions to create new namespace: expected root with"
     ):
         sandbox.check()
     with pytest.raises(sandbox.SandboxError, match="No permissions"):

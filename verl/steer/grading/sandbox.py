@@ -196,7 +196,7 @@ class Process:
                 os.killpg(process.pid, signal.SIGKILL)
             message = self._pipe("stderr").read().decode(errors="replace")
         if message:  # The driver closes standard error before it runs a program.
-            remedy = "expected user namespaces (in Docker: --security-opt seccomp=unconfined)"
+            remedy = "expected root with CAP_SYS_ADMIN (in Docker: --privileged), or a user with user namespaces"
             raise SandboxError(f"code rewards: no sandbox: {' '.join(message.split())[-300:]}: {remedy}")
         self.timed_out |= status in (128 + signal.SIGXCPU, 128 + signal.SIGKILL)
         return status
