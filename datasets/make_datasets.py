@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the training set and the eight benchmarks as parquet files, from their sources on the Hugging Face hub.
+"""Makes the training set and the benchmarks as parquet files, from their sources on the Hugging Face hub.
 
-    python datasets/make_datasets.py                       # all nine, into data/
+    python datasets/make_datasets.py                       # the nine of mathematics, into data/
+    python datasets/make_datasets.py --only humaneval mbpp livecodebench
     python datasets/make_datasets.py --only aime24 math500
     python datasets/make_datasets.py --source raw/         # from raw/aime24.parquet, raw/math500.jsonl, …
     python datasets/make_datasets.py --check
@@ -12,14 +13,18 @@ asked for is there, 1 if a source failed (one line for each on stderr), 2 for a 
 """
 
 import argparse
+import base64
 import hashlib
+import io
 import json
 import logging
 import os
+import pickle
 import re
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +51,8 @@ ASK_BOXED = (
     "\\boxed{Answer} where Answer is the answer to the problem.\n\n",
     "\n\nRemember to put your answer in \\boxed{...} format on its own line.",
 )
+
+ASK_PROGRAM = "{problem}\n\nWrite the solution in Python, as one block:\n\n```python\n{start}\n```\n"
 
 Row = Mapping[str, Any]
 
@@ -78,7 +85,7 @@ class Spec:
     `columns` are the source columns that are used, dots leading into structs and lists. `rows` counts the finished
     file, repetition included. `revision` is a commit, tag or branch of the source (None: its main branch). `checksum`
     is `content_checksum` of the file published with STEER, None where that file was not at hand. `role` becomes
-    `extra_info.split`.
+    `extra_info.split`. `files` are JSON files in the source, where it has a loading script that is not to be run.
     """
 
     name: str
@@ -96,6 +103,7 @@ class Spec:
     style: str
     role: str
     checksum: str | None
+    files: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:
@@ -216,6 +224,65 @@ def omni_problems(rows: Iterable[Row]) -> Iterator[Problem]:
     """Bare problems, numbered in the order of the source. A few have an empty answer, which no response matches."""
     for index, row in enumerate(rows):
         yield Problem(index, row["problem"], row["problem"], as_text(row["answer"]) or "")
+
+
+def asking_for_equal_shapes(test: str) -> str:
+    """EvalPlus's test of a task, with one more assertion: numpy finds an empty list close to any number."""
+    head = "def assertion(out, exp, atol):\n"
+    return test.replace(head, f"{head}    assert out == exp or np.shape(out) == np.shape(exp)\n")
+
+
+def humaneval_problems(rows: Iterable[Row]) -> Iterator[Problem]:
+    """A function's head and docstring; the test is one assertion over all of EvalPlus's inputs."""
+    for row in rows:
+        test = f"{asking_for_equal_shapes(row['test'])}\ncheck({row['entry_point']})\n"
+        prompt = ASK_PROGRAM.format(problem="Complete this function.", start=row["prompt"].strip())
+        index = int(row["task_id"].rpartition("/")[2])
+        yield Problem(index, row["prompt"], prompt, json.dumps({"assert_case": [test]}))
+
+
+def mbpp_problems(rows: Iterable[Row]) -> Iterator[Problem]:
+    """A task in words with its first public assertion, which has the function's name; the test is as HumanEval+'s."""
+    for row in rows:
+        test = "\n".join([*row["test_imports"], asking_for_equal_shapes(row["test"])])
+        problem = f"{row['prompt'].strip()}\nThe function must pass this test: {row['test_list'][0].strip()}"
+        prompt = ASK_PROGRAM.format(problem=problem, start="# your code")
+        yield Problem(int(row["task_id"]), row["prompt"], prompt, json.dumps({"assert_case": [test]}))
+
+
+def livecodebench_problems(rows: Iterable[Row]) -> Iterator[Problem]:
+    """Problems for standard input, or with the head of a method; their public and private tests, compressed."""
+    for index, row in enumerate(rows):
+        cases = json.loads(row["public_test_cases"]) + private_cases(row["private_test_cases"])
+        tests = {"inputs": [case["input"] for case in cases], "outputs": [case["output"] for case in cases]}
+        if name := json.loads(row["metadata"]).get("func_name"):
+            tests["fn_name"] = name
+        head = row["starter_code"].strip()
+        problem = row["question_content"].strip() + ("" if head else "\n\nRead standard input, print the answer.")
+        packed = base64.b64encode(zlib.compress(json.dumps(tests).encode())).decode()
+        prompt = ASK_PROGRAM.format(problem=problem, start=head or "# your code")
+        yield Problem(index, row["question_content"], prompt, json.dumps({"zlib": packed}))
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads text, numbers and containers; anything else would import a module and call what it names."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise SourceError(f"private tests that want to call {module}.{name}: not those of LiveCodeBench")
+
+
+def private_cases(text: str) -> list[dict[str, str]]:
+    """LiveCodeBench's private tests: JSON, or base64 of compressed pickled JSON.
+
+    Raises:
+        SourceError: they are something else.
+    """
+    try:
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        return json.loads(PlainUnpickler(io.BytesIO(zlib.decompress(base64.b64decode(text)))).load())
+    except (ValueError, TypeError, zlib.error, pickle.UnpicklingError, EOFError) as error:
+        raise SourceError(f"private tests that can't be read ({error})") from error
 
 
 SPECS = (
@@ -372,8 +439,62 @@ SPECS = (
         role="test",
         checksum=None,
     ),
+    Spec(
+        name="humaneval",
+        hub_id="evalplus/humanevalplus",
+        config=None,
+        split="test",
+        revision="d32357cf319e50e9c8d8dab5ea876c72b0fd321b",
+        licence="apache-2.0",
+        columns=("task_id", "prompt", "entry_point", "test"),
+        problems=humaneval_problems,
+        repeats=1,
+        rows=164,
+        data_source="humaneval",
+        ability="code",
+        style="rule",
+        role="test",
+        checksum=None,
+    ),
+    Spec(
+        name="mbpp",
+        hub_id="evalplus/mbppplus",
+        config=None,
+        split="test",
+        revision=None,
+        licence="apache-2.0",
+        columns=("task_id", "prompt", "test_imports", "test_list", "test"),
+        problems=mbpp_problems,
+        repeats=1,
+        rows=378,
+        data_source="mbpp",
+        ability="code",
+        style="rule",
+        role="test",
+        checksum=None,
+    ),
+    Spec(
+        name="livecodebench",
+        hub_id="livecodebench/code_generation_lite",
+        config=None,
+        split="test",
+        revision=None,
+        licence="cc",
+        columns=("question_content", "starter_code", "public_test_cases", "private_test_cases", "metadata"),
+        problems=livecodebench_problems,
+        repeats=1,
+        rows=880,
+        data_source="livecodebench",
+        ability="code",
+        style="rule",
+        role="test",
+        checksum=None,
+        files=("test.jsonl", "test2.jsonl", "test3.jsonl", "test4.jsonl", "test5.jsonl"),
+    ),
 )
 BY_NAME = {spec.name: spec for spec in SPECS}
+# LiveCodeBench alone is gigabytes.
+DEFAULT = [spec.name for spec in SPECS if spec.ability != "code"]
 
 
 def load_source(spec: Spec, source: Path | None, revision: str | None) -> datasets.Dataset:
@@ -383,7 +504,10 @@ def load_source(spec: Spec, source: Path | None, revision: str | None) -> datase
         SourceError: the source is absent, unreadable, closed to this account, or lacks a column.
     """
     try:
-        if source is None:
+        if source is None and spec.files:
+            place = f"hf://datasets/{spec.hub_id}@{revision or spec.revision or 'main'}"
+            rows = datasets.load_dataset("json", data_files=[f"{place}/{file}" for file in spec.files], split="train")
+        elif source is None:
             rows = datasets.load_dataset(spec.hub_id, spec.config, split=spec.split, revision=revision or spec.revision)
         else:
             raw = raw_file(spec, source)
@@ -579,7 +703,7 @@ def pinned_revision(text: str) -> tuple[str, str]:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=BY_NAME, default=list(BY_NAME), metavar="NAME", help="these files")
+    parser.add_argument("--only", nargs="+", choices=BY_NAME, default=DEFAULT, metavar="NAME", help="these files")
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, metavar="DIR", help="where the files go (%(default)s)")
     parser.add_argument("--source", type=Path, metavar="DIR", help="read NAME.parquet, .jsonl or .json there, no hub")
     parser.add_argument(

@@ -5,7 +5,8 @@
 #   DATA_DIR    folder of the parquet files (data in the repository); missing ones are made
 #   OUTPUT_DIR  folder of the results (outputs in the repository); they go to eval/ below it, to a folder for this model
 #               under these options
-#   --only A,B  these benchmarks, else all eight; a name is a file of DATA_DIR without .parquet
+#   --only A,B  these benchmarks, else the eight of mathematics; a name is a file of DATA_DIR without .parquet, among them
+#               humaneval, mbpp and livecodebench, whose programs run in a sandbox (docs/code_rewards.md)
 # Further arguments are Hydra overrides.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

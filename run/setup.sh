@@ -51,6 +51,14 @@ else
   install --editable '.[gpu,dev,flash-attn]' --no-build-isolation-package flash-attn >"$venv/flash-attn.log" 2>&1 ||
     say "flash-attn cannot be built here ($venv/flash-attn.log): runs use torch's attention (packed_sdpa) in its place"
 fi
+# The sandbox of code rewards, a package of the system.
+if ! command -v bwrap >/dev/null; then
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null && { apt-get -qq update && apt-get -qq install -y bubblewrap; } >/dev/null 2>&1; then
+    say "installed bubblewrap, the sandbox of code rewards"
+  else
+    say "code rewards need bubblewrap: run \`apt-get install bubblewrap\` or the like as root"
+  fi
+fi
 "$venv/bin/python" -m verl_steer --check
 say "$venv is ready: $(du -sh "$venv" | cut -f1)"
 echo "$stamp" >"$venv/steer-stamp"

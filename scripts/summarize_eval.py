@@ -6,8 +6,8 @@
 Reads `BENCHMARK/0.jsonl` below the folder, one line per response, written by run/eval.sh; benchmarks are shown without
 the digest at the end of their names. Responses to the same prompt are samples of one problem; k is their number. mean@k
 is the mean accuracy, maj@k the accuracy of the most frequent answer (the first of several; a response without an answer
-has no vote, a problem without any answer is wrong), pass@k the share of problems with a right response among k.
-Intervals are 95 % by bootstrap over problems.
+has no vote, a problem without any answer is wrong; none for programs, which have no answers), pass@k the share of
+problems with a right response among k. Intervals are 95 % by bootstrap over problems.
 """
 
 from __future__ import annotations
@@ -51,11 +51,14 @@ def interval(values: np.ndarray) -> tuple[float, float]:
 
 
 def results_of(responses: pd.DataFrame) -> dict[str, Any]:
-    """n, k and the three metrics with their intervals, from one benchmark's responses."""
+    """n, k and the metrics with their intervals, from one benchmark's responses."""
     problems = [samples for _, samples in responses.groupby("input", sort=False)]
     counts = {len(samples) for samples in problems}
     result: dict[str, Any] = {"n": len(problems), "k": max(counts), "complete": len(counts) == 1}
+    answered = (responses["pred"].fillna("") != "").any()
     for name, metric in METRICS.items():
+        if name == "maj" and not answered:
+            continue
         values = np.array([metric(samples) for samples in problems])
         result[name] = {"value": float(values.mean()), "interval": interval(values)}
     return result
@@ -69,13 +72,22 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
     for name, result in results.items():
         cells = []
         for metric in METRICS:
+            if metric not in result:
+                cells.append("-")
+                continue
             low, high = result[metric]["interval"]
             cells.append(f"{result[metric]['value']:.1%} [{low:.1%}, {high:.1%}]")
         shown.add_row(name, str(result["n"]), str(result["k"]), *cells)
     shown.add_section()
-    averages = [f"{fmean(result[metric]['value'] for result in results.values()):.1%}" for metric in METRICS]
-    shown.add_row("average", "", "", *averages)
+    averages = averages_of(results)
+    shown.add_row("average", "", "", *(f"{averages[metric]:.1%}" if metric in averages else "-" for metric in METRICS))
     return shown
+
+
+def averages_of(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Each metric's average over the benchmarks that have it."""
+    found = {name: [result[name]["value"] for result in results.values() if name in result] for name in METRICS}
+    return {name: fmean(values) for name, values in found.items() if values}
 
 
 def main() -> None:
@@ -90,7 +102,7 @@ def main() -> None:
             sys.exit(f"summarize_eval: {file}: no responses; expected the file that run/eval.sh writes for {name}")
         frames[re.sub(r"-[0-9a-f]{10}$", "", name)] = pd.read_json(file, lines=True, dtype={"pred": str, "gts": str})
     results = {name: results_of(frame) for name, frame in frames.items()}
-    average = {name: fmean(result[name]["value"] for result in results.values()) for name in METRICS}
+    average = averages_of(results)
     (args.folder / "results.json").write_text(json.dumps({"benchmarks": results, "average": average}, indent=2) + "\n")
     together = pd.concat([frame.assign(benchmark=name) for name, frame in frames.items()], ignore_index=True)
     together.to_parquet(args.folder / "responses.parquet")

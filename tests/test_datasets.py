@@ -1,20 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """`datasets/make_datasets.py`: what it builds from raw files, and what it does when something is wrong or is killed."""
 
+import base64
 import json
 import os
+import pickle
 import random
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from verl.steer.grading.score import compute_score
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "datasets" / "make_datasets.py"
@@ -31,6 +36,59 @@ ASK_BOX = (
     "\\boxed{{Answer}} where Answer is the answer to the problem.\n\n{}\n\n"
     "Remember to put your answer in \\boxed{{...}} format on its own line."
 )
+
+
+ASK_PROGRAM = "{}\n\nWrite the solution in Python, as one block:\n\n```python\n{}\n```\n"
+
+# EvalPlus's tests as the hub has them, shortened.
+EVALPLUS_TEST = """import numpy as np
+
+def is_floats(x) -> bool:
+    return isinstance(x, float)
+
+def assertion(out, exp, atol):
+    exact_match = out == exp
+    if atol == 0 and is_floats(exp):
+        atol = 1e-6
+    if not exact_match and atol != 0:
+        np.testing.assert_allclose(out, exp, atol=atol)
+    else:
+        assert exact_match
+
+"""
+HUMANEVAL_TEST = (
+    EVALPLUS_TEST
+    + """
+def check(candidate):
+    inputs = [[1.0], [2.5]]
+    results = [2.0, 5.0]
+    for i, (inp, exp) in enumerate(zip(inputs, results)):
+        assertion(candidate(*inp), exp, 0)
+"""
+)
+MBPP_TEST = (
+    EVALPLUS_TEST
+    + """
+inputs = [[3], [-4]]
+results = [6, -8]
+for i, (inp, exp) in enumerate(zip(inputs, results)):
+    assertion(twice(*inp), exp, 0)
+"""
+)
+SHAPES = "def assertion(out, exp, atol):\n    assert out == exp or np.shape(out) == np.shape(exp)\n"
+
+
+def with_shapes(test):
+    return test.replace("def assertion(out, exp, atol):\n", SHAPES)
+
+
+def packed(value):
+    """As LiveCodeBench packs its private tests."""
+    return base64.b64encode(zlib.compress(pickle.dumps(value))).decode()
+
+
+def cases(*pairs, kind="stdin"):
+    return json.dumps([{"input": given, "output": expected, "testtype": kind} for given, expected in pairs])
 
 
 def chat(content):
@@ -80,7 +138,49 @@ RAW = {
     ],
     "gsm8k_test": [{"question": "P", "answer": "12*100=<<12*100=1200>>1200\n#### 1,200"}],
     "omni": [{"problem": "P", "answer": "x", "source": "s"}, {"problem": "Q", "answer": "", "source": "s"}],
+    "humaneval": [
+        {
+            "task_id": "HumanEval/7",
+            "prompt": '\ndef twice(x: float) -> float:\n    """Twice x."""\n',
+            "canonical_solution": "    return 2 * x\n",
+            "entry_point": "twice",
+            "test": HUMANEVAL_TEST,
+        }
+    ],
+    "mbpp": [
+        {
+            "task_id": 2,
+            "code": "def twice(x):\n  return 2 * x",
+            "prompt": "Write a function to double.",
+            "test_imports": ["import math"],
+            "test_list": ["assert twice(1) == 2", "assert twice(0) == 0"],
+            "test": MBPP_TEST,
+        }
+    ],
+    "livecodebench": [
+        {
+            "question_content": "Double a number.\n",
+            "question_id": "1_A",
+            "starter_code": "",
+            "public_test_cases": cases(("1\n", "2\n")),
+            "private_test_cases": packed(cases(("20", "40"), ("-3", "-6"))),
+            "metadata": "{}",
+        },
+        {
+            "question_content": "Double a list.",
+            "question_id": "2",
+            "starter_code": "class Solution:\n    def double(self, x: List[int]) -> List[int]:\n        ",
+            "public_test_cases": cases(("[1, 2]", "[2, 4]"), kind="functional"),
+            "private_test_cases": cases(("[]", "[]"), kind="functional"),
+            "metadata": '{"func_name": "double"}',
+        },
+    ],
 }
+LIVECODEBENCH_TESTS = [
+    {"inputs": ["1\n", "20", "-3"], "outputs": ["2\n", "40", "-6"]},
+    {"inputs": ["[1, 2]", "[]"], "outputs": ["[2, 4]", "[]"], "fn_name": "double"},
+]
+CODE = ("humaneval", "mbpp", "livecodebench")
 BUILT = {
     "DAPO-Math-17k": [
         ("a", "What is 1+1?", ASK_BOX.format("What is 1+1?"), "2"),
@@ -99,6 +199,38 @@ BUILT = {
     "olympiadbench": [(1606, "\nP", "\nP", "69$,$84"), (1610, "Q", "Q", "2")],
     "gsm8k_test": [(0, "P", "P", "1200")],
     "omni": [(0, "P", "P", "x"), (1, "Q", "Q", "")],
+    "humaneval": [
+        (
+            7,
+            RAW["humaneval"][0]["prompt"],
+            ASK_PROGRAM.format("Complete this function.", 'def twice(x: float) -> float:\n    """Twice x."""'),
+            json.dumps({"assert_case": [with_shapes(HUMANEVAL_TEST) + "\ncheck(twice)\n"]}),
+        )
+    ],
+    "mbpp": [
+        (
+            2,
+            "Write a function to double.",
+            ASK_PROGRAM.format(
+                "Write a function to double.\nThe function must pass this test: assert twice(1) == 2", "# your code"
+            ),
+            json.dumps({"assert_case": ["import math\n" + with_shapes(MBPP_TEST)]}),
+        )
+    ],
+    "livecodebench": [
+        (
+            0,
+            "Double a number.\n",
+            ASK_PROGRAM.format("Double a number.\n\nRead standard input, print the answer.", "# your code"),
+            json.dumps({"zlib": base64.b64encode(zlib.compress(json.dumps(LIVECODEBENCH_TESTS[0]).encode())).decode()}),
+        ),
+        (
+            1,
+            "Double a list.",
+            ASK_PROGRAM.format("Double a list.", "class Solution:\n    def double(self, x: List[int]) -> List[int]:"),
+            json.dumps({"zlib": base64.b64encode(zlib.compress(json.dumps(LIVECODEBENCH_TESTS[1]).encode())).decode()}),
+        ),
+    ],
 }
 REPEATS = {"aime25": 32, "amc23": 32}
 LABELS = {
@@ -111,6 +243,7 @@ LABELS = {
     "olympiadbench": ("olympiadbench", "math", "rule", "test"),
     "gsm8k_test": ("gsm8k_test", "math", "rule", "test"),
     "omni": ("omni", "math", "rule", "test"),
+    **{name: (name, "code", "rule", "test") for name in ("humaneval", "mbpp", "livecodebench")},
 }
 
 
@@ -194,15 +327,17 @@ def test_rows(name, suffix, tmp_path, make):
 def test_everything_at_once(raw, tmp_path, make):
     code, output, errors = make("--source", raw, "--out", tmp_path / "out", "--allow-partial")
     assert (code, errors) == (0, [])
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(f"{name}.parquet" for name in RAW)
+    made = sorted(f"{name}.parquet" for name in RAW if name not in CODE)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == made
     assert len(output.splitlines()) == 9
 
 
 def test_benchmarks_can_be_read_together(raw, tmp_path, make):
-    make("--source", raw, "--out", tmp_path / "out", "--allow-partial")
-    benchmarks = [pq.read_table(tmp_path / "out" / f"{name}.parquet") for name in RAW if name != "DAPO-Math-17k"]
+    names = [name for name in RAW if name != "DAPO-Math-17k"]
+    make("--only", *names, "--source", raw, "--out", tmp_path / "out", "--allow-partial")
+    benchmarks = [pq.read_table(tmp_path / "out" / f"{name}.parquet") for name in names]
     assert pa.concat_tables(benchmarks).num_rows == sum(table.num_rows for table in benchmarks)
-    files = [str(tmp_path / "out" / f"{name}.parquet") for name in RAW if name != "DAPO-Math-17k"]
+    files = [str(tmp_path / "out" / f"{name}.parquet") for name in names]
     parts = [datasets.load_dataset("parquet", data_files=file, split="train") for file in files]
     assert len(datasets.concatenate_datasets(parts)) == sum(table.num_rows for table in benchmarks)
 
@@ -389,6 +524,75 @@ def test_what_is_asked_of_the_hub(tmp_path, make, monkeypatch):
     assert asked["gsm8k_test"] == ("main", "test", "e53f048856ff4f594e959d75785d2c2d37b678ee")
     assert asked["DAPO-Math-17k"] == (None, "train", None)
     assert len(asked) == 9
+
+
+def test_livecodebench_is_read_without_its_loading_script(tmp_path, make, monkeypatch):
+    asked = []
+
+    def load(reader, data_files, split):
+        asked.append((reader, split, data_files))
+        return datasets.Dataset.from_list(RAW["livecodebench"])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    arguments = ("--only", "livecodebench", "--out", tmp_path, "--allow-partial")
+    assert make(*arguments)[0] == 0
+    (tmp_path / "livecodebench.parquet").unlink()
+    assert make(*arguments, "--revision", "livecodebench=abc")[0] == 0
+    for revision, (reader, split, files) in zip(("main", "abc"), asked, strict=True):
+        assert (reader, split) == ("json", "train")
+        parts = ["test", "test2", "test3", "test4", "test5"]
+        place = f"hf://datasets/livecodebench/code_generation_lite@{revision}"
+        assert files == [f"{place}/{part}.jsonl" for part in parts]
+
+
+class Call:
+    """Pickled, it is a call of `os.mkdir`."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["a call", "a call within"])
+def test_private_tests_call_nothing(nested, tmp_path, make):
+    called = tmp_path / "called"
+    pickle.loads(zlib.decompress(base64.b64decode(packed(Call(tmp_path / "check")))))
+    assert (tmp_path / "check").is_dir(), "the pickle calls nothing: this test can't fail"
+    value = [Call(called)] if nested else Call(called)
+    write_raw(tmp_path, "livecodebench", [{**RAW["livecodebench"][0], "private_test_cases": packed(value)}], ".jsonl")
+    result = make("--only", "livecodebench", "--source", tmp_path, "--out", tmp_path / "out", "--allow-partial")
+    one_line(result, "livecodebench.parquet", "posix.mkdir", "not those of LiveCodeBench")
+    assert not called.exists()
+
+
+@pytest.mark.parametrize("text", ["", "no base64!", base64.b64encode(b"not compressed").decode(), packed(7), "[{]"])
+def test_broken_private_tests(text, tmp_path, make):
+    write_raw(tmp_path, "livecodebench", [{**RAW["livecodebench"][0], "private_test_cases": text}], ".jsonl")
+    result = make("--only", "livecodebench", "--source", tmp_path, "--out", tmp_path / "out", "--allow-partial")
+    one_line(result, "livecodebench.parquet", "private tests that can't be read")
+
+
+PROGRAMS = {
+    "humaneval": ["def twice(x): return 2 * x"],
+    "mbpp": ["def twice(x): return x + x"],
+    "livecodebench": ["print(2 * int(input()))", "class Solution:\n    def double(self, x): return [2 * n for n in x]"],
+}
+
+
+@pytest.mark.parametrize("name", CODE)
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bwrap: apt-get install bubblewrap")
+def test_made_rows_grade_programs(name, raw, tmp_path, make):
+    """The reward function takes the rows as they are: right programs pass, an empty list or nothing does not."""
+    make("--only", name, "--source", raw, "--out", tmp_path, "--allow-partial")
+    rows = pq.read_table(tmp_path / f"{name}.parquet").to_pylist()
+    wrong = "def twice(x): return []\nclass Solution:\n    def double(self, x): return x\nprint(7)"
+    for row, program in zip(rows, PROGRAMS[name], strict=True):
+        for text, right in ((program, True), (wrong, False), ("", False)):
+            response = f"It is\n\n```python\n{text}\n```"
+            result = compute_score(row["data_source"], response, row["reward_model"]["ground_truth"])
+            assert (result["score"], result["acc"]) == (1.0 if right else -1.0, right), (text, result)
 
 
 @pytest.mark.parametrize("pin", ["omni", "omni=", "other=abc"])

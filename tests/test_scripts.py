@@ -335,6 +335,19 @@ def test_a_response_without_an_answer_has_no_vote(program, tmp_path):
     assert benchmark["maj"]["value"] == pytest.approx(2 / 3)
 
 
+def test_programs_have_no_majority(program, tmp_path):
+    for name, pred in (("programs", ""), ("answers", "1")):
+        (tmp_path / name).mkdir()
+        rows = [{"input": "p", "gts": "1", "score": 1.0, "acc": acc, "pred": pred} for acc in (True, False)]
+        pd.DataFrame(rows).to_json(tmp_path / name / "0.jsonl", lines=True, orient="records")
+    result = program("summarize_eval.py", tmp_path, "--only", "programs", "answers")
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["benchmarks"]["programs"].keys() == {"n", "k", "complete", "mean", "pass"}
+    assert results["average"] == {"mean": 0.5, "maj": 1.0, "pass": 1.0}
+    assert program("summarize_eval.py", tmp_path, "--only", "programs").returncode == 0
+
+
 #: Answers each benchmark with the model's weights, and merges shards by copying one.
 EVALUATOR = """
 import json, os, pathlib, sys

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import verl.steer.methods  # noqa: F401 - registers the losses and estimators
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -19,6 +20,8 @@ from verl.plugin.platform import get_platform
 from verl.steer.audit.scores import AuditOptions
 from verl.steer.checkpoint_ledger import UNFINISHED
 from verl.steer.config import ADVANTAGE_OPTIONS
+from verl.steer.grading import sandbox
+from verl.steer.grading.code import CodeOptions, is_code
 from verl.steer.methods.registry import (
     POLICY_LOSSES,
     SCORES,
@@ -65,6 +68,9 @@ TRAINER_KEYS = {
     "best_metric_key": None,
 }
 
+#: The reward function of this fork.
+GRADING = "pkg://verl.steer.grading.score"
+
 #: Averages by which the trainer's `actor/entropy` is a mean over tokens.
 MEANS = ("token-mean", "seq-mean-token-mean")
 
@@ -101,6 +107,7 @@ def check_and_complete(config: DictConfig) -> None:
     _check_entropy_audit(config, policy_loss)
     _check_checkpoints(config)
     _check_evaluation(config)
+    _check_code_rewards(config)
 
 
 def _check_platform(config: DictConfig) -> None:
@@ -118,10 +125,10 @@ def _check_attention(config: DictConfig) -> None:
     Raises:
         ValueError: if the configuration needs flash-attn.
     """
-    model, ranks = config.actor_rollout_ref.model, config.actor_rollout_ref.actor.ulysses_sequence_parallel_size
-    named = model.override_config.get("attn_implementation")
-    if config.actor_rollout_ref.actor.strategy not in FSDP_STRATEGIES or find_spec("flash_attn"):
+    model, actor = config.actor_rollout_ref.model, config.actor_rollout_ref.actor
+    if actor.strategy not in FSDP_STRATEGIES or find_spec("flash_attn"):
         return
+    named, ranks = model.override_config.get("attn_implementation"), actor.ulysses_sequence_parallel_size
     if named == FLASH_ATTENTION or ranks > 1:
         key, value, expected = "model.override_config.attn_implementation", named, "packed_sdpa, torch's attention,"
         if ranks > 1:
@@ -469,3 +476,37 @@ def _check_evaluation(config: DictConfig) -> None:
                 f"trainer.validation_data_dir={trainer.validation_data_dir}: {name} in it holds results: expected "
                 f"another folder, or none of {same[0]} among data.val_files"
             )
+
+
+def _check_code_rewards(config: DictConfig) -> None:
+    """Check the options of code rewards and, if rows of this run need it, their sandbox.
+
+    With verl's `reward.sandbox_fusion.url` that service runs the programs: the reward function gets the section.
+
+    Raises:
+        ValueError: if an option is out of range, or the sandbox doesn't start.
+    """
+    function, service = config.reward.custom_reward_function, config.reward.sandbox_fusion
+    if function.path != GRADING:
+        return
+    options = from_config(CodeOptions, (function.get("reward_kwargs") or {}).get("code"), sandbox.SECTION)
+    if service.url:
+        with open_dict(config):
+            function.reward_kwargs = {
+                **(function.get("reward_kwargs") or {}),
+                "sandbox_fusion_url": service.url,
+                "memory_limit_mb": service.memory_limit_mb,
+                "max_concurrent": max(1, service.max_concurrent // config.reward.num_workers),
+            }
+    elif options.sandbox == "bwrap" and any(map(is_code, _data_sources(config))):
+        sandbox.check()
+
+
+def _data_sources(config: DictConfig) -> set[str]:
+    """The data sources of the run's parquet files, as far as these are at hand."""
+    found: set[str] = set()
+    for files in (config.data.val_files, *(() if config.trainer.val_only else (config.data.train_files,))):
+        for file in [files] if isinstance(files, str) else files or ():
+            if Path(file).is_file() and "data_source" in pq.read_schema(file).names:
+                found.update(pq.read_table(file, columns=["data_source"])["data_source"].unique().to_pylist())
+    return found

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 r"""The reward of a response: +1 if its final answer is right, −1 if not, by a rule that depends on the data source.
 
-verl calls `compute_score` as its custom reward function, `pkg://verl.steer.grading.score`.
+verl calls `compute_score` as its custom reward function, `pkg://verl.steer.grading.score`. Programs go to `code`; what
+follows is about mathematics.
 
 The training rule is strict and cheap: the answer must be within the last 300 characters, in the last balanced
 `\boxed{…}` or the last line `Answer: …`, and equal the ground truth after normalization. The evaluation rule also
@@ -9,10 +10,14 @@ accepts an answer further up that is equal after normalization or, by math-verif
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
+from verl.steer.grading import code as programs
 from verl.steer.grading import symbolic
 from verl.steer.grading.normalize import boxes, clean, normalize
+from verl.steer.grading.sandbox import SECTION
+from verl.steer.options import from_config
 from verl.steer.tasks import TASKS
 from verl.utils.reward_score import default_compute_score
 
@@ -57,6 +62,7 @@ def compute_score(
     *,
     rule: Literal["auto", "train", "eval"] = "auto",
     timeout: float = 2.0,
+    code: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> dict[str, Any] | float:
     """Grade one response; verl's reward managers call this.
@@ -69,15 +75,17 @@ def compute_score(
         rule: `auto` is the evaluation rule for benchmarks and the training rule for training data; `train` and `eval`
             apply one rule to every mathematical source. verl doesn't tell a reward function whether it validates.
         timeout: seconds of CPU time that a symbolic comparison may take.
-        **kwargs: options of verl's own graders, such as `sandbox_fusion_url`.
+        code: the keys of `CodeOptions`, for programs.
+        **kwargs: options of verl's own graders; with `sandbox_fusion_url` that service runs programs.
 
     Returns:
         For STEER's sources `score` (+1.0 or −1.0), `acc` (bool), `pred` (str: the normalized answer, empty if there is
-        none) and `timed_out` (bool: the comparison used up its time, so the answer counts as wrong); for other sources
-        the result of verl's grader.
+        none) and `timed_out` (bool: the comparison or program used up its time, so the answer counts as wrong); for
+        other sources the result of verl's grader.
 
     Raises:
-        ValueError: `rule` is none of the three.
+        ValueError: `rule` is none of the three, or a program's tests or options have another form.
+        SandboxError: the sandbox of programs didn't start.
         NotImplementedError: neither STEER nor verl has a grader for `data_source`.
     """
     if rule not in ("auto", "train", "eval"):
@@ -87,6 +95,10 @@ def compute_score(
         if rule == "auto":
             rule = "eval" if is_benchmark else "train"
         return _grade(solution_str, str(ground_truth), rule, timeout)
+    if programs.is_code(data_source):
+        options = from_config(programs.CodeOptions, code, SECTION)
+        service = kwargs if kwargs.get("sandbox_fusion_url") else None
+        return programs.compute_score(data_source, solution_str, ground_truth, options, service)
     if data_source in TASKS:
         # verl takes a batch's keys from its first row, so all of STEER's sources have the same keys.
         return {**TASKS[data_source].compute_score(solution_str, ground_truth), "timed_out": False}

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reward of a program: it passes its tests in a sandbox, or it doesn't.
+
+Tests are verl's (`verl.utils.reward_score.prime_code` and `.sandbox_fusion`), as JSON in `ground_truth`:
+
+    {"inputs": [text, ...], "outputs": [text, ...]}                            standard input and output
+    {"fn_name": name, "inputs": [one JSON value a line, ...], "outputs": [JSON, ...]}    arguments and results
+    {"assert_case": [code, ...]}                                               each passes unless it raises
+    {"zlib": base64 of the compressed JSON of one of these}
+
+What is expected never enters the sandbox of the program: outputs are compared here, and results and assertions in a
+sandbox of their own, which the values that the program's functions return are carried to.
+"""
+
+import base64
+import json
+import os
+import re
+import threading
+import zlib
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from verl.steer.grading.code_driver import encode
+from verl.steer.grading.sandbox import Limits, Process
+from verl.steer.options import option
+
+BENCHMARKS = ("humaneval", "mbpp", "livecodebench")  # prefixes of data sources
+TRAINING_SOURCES = ("codecontests", "apps", "codeforces", "taco")  # the sources that verl grades as code
+PARTIAL_TESTS = 10  # tests that count for partial credit, as in verl
+MAX_PROGRAM = 100_000  # characters; a longer program is wrong
+
+_DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
+_slots = threading.BoundedSemaphore(os.cpu_count() or 1)
+
+
+@dataclass
+class CodeOptions(Limits):
+    """Keys of the grader, beside its limits.
+
+    Args:
+        sandbox: `bwrap`, or `prime_code` for verl's grader, which has no sandbox.
+        continuous: whether programs that fail get the share of tests that they pass; None: where verl gives it.
+    """
+
+    sandbox: str = option("bwrap", choices=("bwrap", "prime_code"))
+    continuous: bool | None = option(None, choices=(True, False))
+
+
+def is_code(data_source: str) -> bool:
+    """Whether rows of this source are graded here."""
+    return data_source in TRAINING_SOURCES or data_source.startswith(BENCHMARKS)
+
+
+def last_program(response: str) -> str | None:
+    """The content of the last block fenced as Python, to the end if it isn't closed; None if there is none."""
+    start = response.rfind("```py")
+    newline = response.find("\n", start)
+    if start < 0 or newline < 0:
+        return None
+    end = response.find("```", newline)
+    return response[newline + 1 : end if end >= 0 else None]
+
+
+def tests_of(ground_truth: str | dict[str, Any]) -> dict[str, Any]:
+    """The tests of a row.
+
+    Raises:
+        ValueError: there are none, or they have another form.
+    """
+    tests = json.loads(ground_truth) if isinstance(ground_truth, str) else ground_truth
+    if "zlib" in tests:
+        tests = json.loads(zlib.decompress(base64.b64decode(tests["zlib"])))
+    given, expected = tests.get("inputs"), tests.get("outputs")
+    if not tests.get("assert_case") and not (given and expected and len(given) == len(expected)):
+        raise ValueError(f"ground_truth with {sorted(tests)}: expected as many inputs as outputs, or assert_case")
+    return tests
+
+
+def compute_score(
+    data_source: str,
+    response: str,
+    ground_truth: str | dict[str, Any],
+    options: CodeOptions,
+    service: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Grade one response.
+
+    Args:
+        data_source: the row's data source.
+        response: the response, with the program in its last ```python block.
+        ground_truth: the tests.
+        options: limits, and what the score is.
+        service: arguments of verl's `sandbox_fusion`, which then runs the program elsewhere.
+
+    Returns:
+        As `verl.steer.grading.score`. `score` is +1 or -1 or, if `continuous`, 1 if all tests pass, else the share that
+        passes among the first ten. `pred` is empty.
+
+    Raises:
+        ValueError: `ground_truth` has no tests.
+        SandboxError: the sandbox didn't start.
+    """
+    tests = tests_of(ground_truth)
+    partial = data_source in TRAINING_SOURCES if options.continuous is None else options.continuous
+    program = last_program(response)
+    passed, share, timed_out = False, 0.0, False
+    if program is not None and len(program) <= MAX_PROGRAM:
+        if service is not None or options.sandbox == "prime_code":
+            share = _verl_score(response, tests, options, service)
+            passed = share == 1.0
+        else:
+            with _slots:
+                passed, share, timed_out = _run(program, tests, options, partial)
+    score = share if partial else 1.0 if passed else -1.0
+    return {"score": score, "acc": passed, "pred": "", "timed_out": timed_out}
+
+
+def _verl_score(response: str, tests: dict[str, Any], options: CodeOptions, service: dict[str, Any] | None) -> float:
+    from verl.utils.reward_score import prime_code, sandbox_fusion
+
+    if service is None:
+        if "assert_case" in tests:
+            raise ValueError("code.sandbox=prime_code: expected bwrap for tests with assert_case")
+        return float(prime_code.compute_score(response, tests, continuous=True)[0])
+    return sandbox_fusion.compute_score(
+        service["sandbox_fusion_url"],
+        _service_slots(service.get("max_concurrent", 64)),
+        service.get("memory_limit_mb", options.memory_mb),
+        response,
+        tests,
+        timeout=int(max(1, options.timeout)),
+    )[0]
+
+
+@cache
+def _service_slots(number: int) -> threading.Semaphore:
+    return threading.Semaphore(number)
+
+
+def _run(program: str, tests: dict[str, Any], options: CodeOptions, partial: bool) -> tuple[bool, float, bool]:
+    """Whether all tests pass; the share of the first ones that do, each run alone; and whether one took too long."""
+    cases, grade = _cases(tests), _grade_values if "assert_case" in tests or tests.get("fn_name") else _grade_output
+    passed, timed_out = grade(program, cases, options)
+    if passed or not partial:
+        return passed, float(passed), timed_out
+    first = cases[:PARTIAL_TESTS]
+    return False, sum(grade(program, [case], options)[0] for case in first) / len(first), timed_out
+
+
+def _cases(tests: dict[str, Any]) -> list[Any]:
+    """Pairs of input and output, or cases of the driver's mode `tests`."""
+    if "assert_case" in tests:
+        return tests["assert_case"]
+    pairs = list(zip(tests["inputs"], tests["outputs"], strict=True))
+    name = tests.get("fn_name")
+    return [[name, encode(_arguments(given)), _accepted(expected)] for given, expected in pairs] if name else pairs
+
+
+def _grade_output(program: str, cases: list[Any], limits: Limits) -> tuple[bool, bool]:
+    for given, expected in cases:
+        text = "\n".join(given) if isinstance(given, list) else given
+        process = Process({"mode": "program", "program": program}, limits, text.encode(errors="replace"))
+        output = process.output()
+        if output is None or not same_output(output.decode(errors="replace"), expected):
+            return False, process.timed_out
+    return True, False
+
+
+def _grade_values(program: str, cases: list[Any], limits: Limits) -> tuple[bool, bool]:
+    passed = 0
+    # Tests are trusted, and all of them are in memory at once.
+    ample = Limits(limits.timeout, limits.wall, 4 * limits.memory_mb, 2**10)
+    with (
+        Process({"mode": "calls", "program": program}, limits) as called,
+        Process({"mode": "tests", "cases": cases}, ample) as testing,
+    ):
+        while passed < len(cases) and (line := testing.line()) is not None:
+            if line == b"v1":
+                passed += 1
+                continue
+            if line == b"v0":
+                break
+            called.send(line[1:])
+            if (answer := called.line()) is None:
+                break
+            testing.send(answer)
+    return passed == len(cases), called.timed_out or testing.timed_out
+
+
+def _arguments(given: str | list) -> list:
+    """The arguments of a call; of a first one with integers as keys, which JSON writes as text, the keys' numbers."""
+    arguments = [json.loads(line) for line in given.split("\n") if line.strip()] if isinstance(given, str) else given
+    if arguments and isinstance(arguments[0], dict) and all(_INTEGER.fullmatch(key) for key in arguments[0]):
+        arguments = [{int(key): value for key, value in arguments[0].items()}, *arguments[1:]]
+    return arguments
+
+
+def _accepted(expected: Any) -> list[Any]:
+    """The right results; APPS puts some of them in a list of one."""
+    value = json.loads(expected) if isinstance(expected, str) else expected
+    return [value, *(value if isinstance(value, list) and len(value) == 1 else ())]
+
+
+def same_output(printed: str, expected: str | list[str]) -> bool:
+    """Whether two outputs agree in all lines but empty ones.
+
+    Lines agree without the white space around them, or word by word, where numbers that aren't both integers may differ
+    as in numpy's `allclose`: by 1e-8 + 1e-5 |expected|.
+    """
+    texts = printed, "\n".join(expected) if isinstance(expected, list) else expected
+    ours, theirs = ([stripped for line in text.split("\n") if (stripped := line.strip())] for text in texts)
+    return len(ours) == len(theirs) and all(map(_same_line, ours, theirs))
+
+
+def _same_line(printed: str, expected: str) -> bool:
+    if printed == expected:
+        return True
+    ours, theirs = printed.split(), expected.split()
+    return len(ours) == len(theirs) and all(map(_same_word, ours, theirs))
+
+
+def _same_word(printed: str, expected: str) -> bool:
+    if printed == expected:
+        return True
+    if not (_DECIMAL.fullmatch(printed) and _DECIMAL.fullmatch(expected)):
+        return False
+    if _INTEGER.fullmatch(printed) and _INTEGER.fullmatch(expected):
+        return False
+    return abs(float(printed) - float(expected)) <= 1e-8 + 1e-5 * abs(float(expected))
