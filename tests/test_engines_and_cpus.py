@@ -11,6 +11,7 @@ from transfer_queue.storage.simple_storage import SimpleStorageUnit
 from verl.experimental.reward_loop.reward_manager.remote import RewardComputeWorker
 from verl.steer import ray_cpus, requirements
 from verl.steer.methods.registry import fields_needed
+from verl.steer.rollout.checks import BATCHED_MANAGER
 from verl.trainer.main_ppo import TaskRunnerV1
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
@@ -18,11 +19,15 @@ ENGINES = ("megatron", "veomni", "torchtitan")
 #: What verl's engine returns or keeps, as `LossInputs` names it; the other fields are those of this fork's engine.
 SERVED_BY_VERL = {"entropys", "current_entropys", "entropy_coeff"}
 
+#: What a method needs beside its configuration.
+NEEDED = {"aepo": [f"actor_rollout_ref.rollout.agent.agent_loop_manager_class={BATCHED_MANAGER}"]}
+
 
 @pytest.fixture(autouse=True)
 def gpu_machine(monkeypatch):
-    """verl's platform is CUDA, and Ray would count 30 CPUs; `monkeypatch` sets another number."""
+    """verl's platform is CUDA with flash-attn, and Ray would count 30 CPUs; `monkeypatch` sets another number."""
     monkeypatch.setattr(requirements, "get_platform", lambda: SimpleNamespace(device_name="cuda"))
+    monkeypatch.setattr(requirements, "find_spec", lambda _: True)
     monkeypatch.setattr(ray_cpus, "get_num_cpus", lambda _: 30)
     monkeypatch.setattr(ray_cpus.services, "canonicalize_bootstrap_address", lambda _: None)
 
@@ -39,7 +44,7 @@ def test_every_method_is_served_or_refused(method, engine):
     """Served where the loss reads no more than verl's engine returns; the actor's configuration then is verl's own."""
     loss = omega_conf_to_dataclass(resolved(method).actor_rollout_ref.actor.policy_loss)
     if fields_needed(loss) <= SERVED_BY_VERL:
-        config = checked(method, f"model_engine={engine}")
+        config = checked(method, f"model_engine={engine}", *NEEDED.get(method, ()))
         validate_config(config, use_reference_policy=True, use_critic=False)
         actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
         assert actor.strategy == actor.engine.strategy == engine and actor.policy_loss == loss
@@ -56,7 +61,7 @@ def test_some_methods_are_served_and_some_are_refused():
         if fields_needed(omega_conf_to_dataclass(resolved(method).actor_rollout_ref.actor.policy_loss)) - SERVED_BY_VERL
     }
     controls = {"influence_band", "influence_exp", "influence_target", "pi_exact", "pi_released"}
-    assert refused == {"steer_ema", "steer_exact", "steer_global"} | controls
+    assert refused == {"clip_v", "opefo", "siren", "steer_ema", "steer_exact", "steer_global"} | controls
 
 
 @pytest.mark.parametrize("engine", ENGINES)
