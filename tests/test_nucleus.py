@@ -66,6 +66,15 @@ def test_impossible_actions_and_certain_tokens():
     assert logits.grad.isfinite().all()
 
 
+def test_impossible_actions_are_in_no_nucleus():
+    """However the probabilities' sum rounds, of many tokens."""
+    torch.manual_seed(0)
+    logits = torch.randn(500, 9)
+    logits[:, 4] = -math.inf
+    others = torch.cat((logits[:, :4], logits[:, 5:]), -1)
+    torch.testing.assert_close(nucleus_entropy(logits, 1.0), nucleus_entropy(others, 1.0))
+
+
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("temperature", [1.0, torch.tensor([0.5, 1.0, 2.0, 1.3])], ids=["1", "each"])
 def test_the_engine_returns_it(packed, temperature):

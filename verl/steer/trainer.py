@@ -276,7 +276,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
                 self.entropy_coefficient.target = target
         if state := self.entropy_coefficient:
             batch.extra_info |= state.flags
-            if (value := state.step(metrics.get("actor/entropy"))) is not None:
+            if (value := state.step(metrics.get("actor/entropy", math.nan))) is not None:
                 batch.extra_info[state.field] = metrics[f"actor/{state.field}"] = value
         if not self.entropy_audit.due(self.global_steps):
             batch = super()._update_actor(batch, metrics)

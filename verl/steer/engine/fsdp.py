@@ -86,7 +86,7 @@ class SteerFSDPEngineWithLMHead(EntropyAudit):
             temperature,
             with_entropy=flag("calculate_entropy"),
             with_squares=flag("calculate_sum_pi_squared"),
-            inplace_backward=nucleus_p is None,  # else the nucleus's backward pass reads the logits too
+            inplace_backward=nucleus_p is None,  # else autograd orders two backward passes that read them
         )
 
         def nested(values: Tensor) -> Tensor:
