@@ -56,7 +56,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--task", choices=sorted(TASKS), default="arithmetic", help="a module of verl.steer.tasks")
     parser.add_argument("--seed", type=int, default=0, help="of the data, the model and its training")
     # The defaults of these four depend on the task.
-    own = {"default": argparse.SUPPRESS}
+    own: dict[str, Any] = {"default": argparse.SUPPRESS}
     parser.add_argument("--difficulty", type=int, help=f"a level of the task {by_task('difficulty')}", **own)
     parser.add_argument("--train-size", type=int, default=4096, help="rows of train.parquet")
     parser.add_argument("--test-size", type=int, **own, help=f"rows of test.parquet {by_task('test_size')}")

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -72,7 +72,7 @@ def pass_at_k(right: NDArray[Any], samples: NDArray[Any], k: int) -> NDArray[np.
 
 
 def sampling_metrics(
-    data_sources: Sequence[str], uids: Sequence[str], values: dict[str, Sequence[Any]]
+    data_sources: Sequence[str], uids: Sequence[str], values: Mapping[str, Sequence[Any]]
 ) -> dict[str, float]:
     """pass@k and distinct right answers of a validation with several samples of each problem.
 
