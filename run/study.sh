@@ -7,6 +7,7 @@
 #   bash run/study.sh --list      # print each run's name, configuration and overrides, and train nothing
 #   PARTS       collapse     on the countdown task: GRPO and an entropy bonus, the criteria of docs/task_choice.md
 #               field        on the countdown task: the methods of docs/interventions.md, STEER and the control
+#               trainability the models that field's runs end with, trained by GRPO on problems of four numbers
 #               fidelity     estimated against true changes of the entropy
 #               methods      GRPO, clip-higher, Clip-Cov, KL-Cov, an entropy bonus, STEER with either map
 #               lambda_min   the least token weight from 0.5 to 0.8
@@ -18,11 +19,12 @@
 #               prediction   predicted against true changes by whole updates, over learning rates; and single tokens
 #               control      entropy held at targets by influence; by plain controllers, an adaptive bonus and GRPO
 #               control_others  the last at two more targets
-#               (the first four)
+#               (fidelity methods lambda_min extreme)
 #   SEEDS       seeds of the data order and the rollouts ("42 43 44")
 #   OUTPUT_DIR  where results go (outputs/study in the repository): runs as seed42/steer_exp, a part's results as
 #               methods.md, methods.png and methods/report.html
-#   TASK_DIR    what scripts/make_laptop_task.py made (made in OUTPUT_DIR/task with 1,024 test problems)
+#   TASK_DIR    what scripts/make_laptop_task.py made, for all runs (made in OUTPUT_DIR: task with 1,024 test problems of
+#               arithmetic, countdown, and second, the problems of four numbers)
 #   PYTHON      interpreter (that of the environment made by setup.sh)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -31,8 +33,11 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 members() {
   case $1 in
     collapse) echo countdown_{grpo,bonus_0.003,bonus_0.01,bonus_0.03} ;;
-    field) echo countdown_{grpo,steer_exp,steer_linear,steer_rank,influence_target,clip_cov,kl_cov,bonus_0.01,adaptive} \
-      countdown_{high_entropy_tokens,positive_advantage,entropic,opefo,clip_b,clip_v,ce_gppo,bapo,nsr,unlikeliness} ;;
+    field) echo countdown_{grpo,grpo_symmetric,steer_exp,steer_linear,steer_rank,steer_winsorised,steer_exact} \
+      countdown_{influence_0.2,influence_band,pi_exact,adaptive,entropic,entrocraft,aepo,siren,bonus_0.01,clip_cov} \
+      countdown_{kl_cov,clip_b,clip_v,opefo,ce_gppo,bapo,archer,dynamic_clip,high_entropy_tokens,quadrant} \
+      countdown_{entropy_shaped_advantage,positive_advantage,psr,nsr,w_reinforce,unlikeliness,gtpo,grpo_s} ;;
+    trainability) echo {countdown,second}_{grpo,steer_exp,influence_0.2,bonus_0.01} ;;
     fidelity) echo grpo_symmetric steer_exp steer_exp_extreme ;;
     methods) echo grpo_symmetric clip_higher clip_cov kl_cov entropy_bonus steer_exp steer_linear ;;
     lambda_min) echo clip_higher steer_exp_0.5 steer_exp_0.6 steer_exp_0.7 steer_exp ;;
@@ -44,8 +49,8 @@ members() {
     prediction) echo prediction_{1e-6,5e-6,2e-5,1e-4,5e-4} single_tokens ;;
     control) echo grpo_1e-4 influence_{0.35,0.27,0.2,steps} {pi_released,pi_exact,adaptive}_0.27 ;;
     control_others) echo {pi_released,pi_exact,adaptive}_{0.35,0.2} ;;
-    *) echo "study.sh: PARTS names $1; expected collapse, field, fidelity, methods, lambda_min, extreme, quadrants," \
-      "maps, normalizers, lora, prediction, control or control_others" >&2; return 1 ;;
+    *) echo "study.sh: PARTS names $1; expected collapse, field, trainability, fidelity, methods, lambda_min, extreme," \
+      "quadrants, maps, normalizers, lora, prediction, control or control_others" >&2; return 1 ;;
   esac
 }
 
@@ -56,10 +61,15 @@ definition() {
   local target=$loss.target_entropy forty="trainer.total_training_steps=40 trainer.test_freq=20"
   case $1 in
     countdown_bonus_*) echo "entropy_bonus $actor.entropy_coeff=${1##*_}" ;;
+    countdown_influence_band) echo influence_band ;;
     countdown_influence_*) echo "influence_target $target=${1##*_}" ;;
     countdown_adaptive) echo "adaptive_entropy $target=0.2 $loss.entropy_coeff_step=0.001 $loss.entropy_coeff_max=0.05" ;;
-    countdown_entropic) echo "entropic $target=0.2" ;;
+    countdown_pi_exact | countdown_entropic) echo "${1#countdown_} $target=0.2" ;;
+    countdown_aepo) echo "aepo algorithm.aepo_entropy=0.2" ;;
+    countdown_entrocraft) echo "entrocraft" algorithm.entropy_{lower_start=0.25,lower_end=0.15,upper_start=0.3,upper_end=0.25} ;;
     countdown_*) echo "${1#countdown_}" ;;
+    second_*) echo "grpo $model.path=$OUTPUT_DIR/seed${seed:-N}/countdown_${1#second_}/global_step_250/actor/huggingface" \
+      "trainer.total_training_steps=100 trainer.save_freq=-1" ;;
     grpo_symmetric | steer_exp | steer_exp_extreme) echo "$1 $audit" ;;
     entropy_bonus) echo "$1 $actor.entropy_coeff=0.01" ;;
     grpo_extreme) echo "grpo $actor.clip_ratio_low=0.99 $actor.clip_ratio_high=5.0" ;;
@@ -82,6 +92,7 @@ definition() {
   esac
 }
 
+export OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs/study}
 parts=${PARTS:-fidelity methods lambda_min extreme} seeds=${SEEDS:-42 43 44}
 names=$(for part in $parts; do members "$part" || exit 1; done)
 if [ "${1:-}" = --list ]; then
@@ -89,7 +100,6 @@ if [ "${1:-}" = --list ]; then
   exit 0
 fi
 
-export OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs/study}
 if [ -z "${PYTHON:-}" ]; then
   bash "$root/run/setup.sh"
   export PYTHON=${STEER_VENV:-$root/.venv}/bin/python
@@ -99,10 +109,13 @@ task_folder() {
   if [ -n "${TASK_DIR:-}" ]; then
     echo "$TASK_DIR"
   elif [ "$1" = countdown ]; then
-    "$PYTHON" "$root/scripts/make_laptop_task.py" --task countdown --out "$OUTPUT_DIR/countdown" >&2
+    "$PYTHON" "$root/scripts/make_laptop_task.py" --task countdown --out "$OUTPUT_DIR/countdown" >/dev/null
     echo "$OUTPUT_DIR/countdown"
+  elif [ "$1" = second ]; then # its model is not used
+    "$PYTHON" "$root/scripts/make_laptop_task.py" --task countdown --difficulty 4 --steps 1 --out "$OUTPUT_DIR/second" >/dev/null
+    echo "$OUTPUT_DIR/second"
   else
-    "$PYTHON" "$root/scripts/make_laptop_task.py" --out "$OUTPUT_DIR/task" --test-size 1024 >&2
+    "$PYTHON" "$root/scripts/make_laptop_task.py" --out "$OUTPUT_DIR/task" --test-size 1024 >/dev/null
     echo "$OUTPUT_DIR/task"
   fi
 }
@@ -110,9 +123,9 @@ task_folder() {
 for seed in $seeds; do
   for name in $names; do
     read -ra words <<<"$(definition "$name")"
-    task=arithmetic length=(trainer.total_training_steps=30)
-    case $name in countdown_*) task=countdown length=() ;; esac
-    folder=$(task_folder "$task")
+    task=arithmetic data=arithmetic length=(trainer.total_training_steps=30)
+    case $name in countdown_* | second_*) task=countdown data=${name%%_*} length=() ;; esac
+    folder=$(task_folder "$data")
     TASK_DIR=$folder bash "$root/run/train_once.sh" "$OUTPUT_DIR/seed$seed/$name" "${words[0]}" task="$task" \
       hardware=cpu +seed="$seed" "${length[@]}" "${words[@]:1}" "$@"
   done
@@ -124,9 +137,12 @@ for part in $parts; do
     for name in $(members "$part"); do runs+=("$OUTPUT_DIR/seed$seed/$name"); done
   done
   echo "$part"
-  baseline=()
-  case $part in collapse | field) baseline=(--baseline countdown_grpo) ;; esac
-  "$PYTHON" "$root/scripts/compare_runs.py" "${runs[@]}" "${baseline[@]}" --out "$OUTPUT_DIR/$part.png" \
+  options=()
+  case $part in
+    collapse | field) options=(--baseline countdown_grpo) ;;
+    trainability) options=(--baseline second_grpo --reach -0.8) ;;
+  esac
+  "$PYTHON" "$root/scripts/compare_runs.py" "${runs[@]}" ${options[@]+"${options[@]}"} --out "$OUTPUT_DIR/$part.png" \
     --markdown "$OUTPUT_DIR/$part.md"
   "$PYTHON" "$root/scripts/report.py" "${runs[@]}" --out "$OUTPUT_DIR/$part"
 done

@@ -38,6 +38,9 @@ from verl.steer.report.run_metrics import (
     summary,
 )
 
+#: Mean score of a step's rollouts.
+SCORE = "critic/score/mean"
+
 #: Steps at the end of a run over which the entropy is compared with its target.
 HELD_STEPS = 20
 
@@ -75,6 +78,18 @@ def paired_table(methods: dict[str, list[Run]], baseline: str) -> Table:
     for (name, figure), found in differences(methods, baseline, wanted).items():
         cells = (f"{found.effect:+.1f}", f"{found.p:.3f}", f"{found.p_holm:.3f}")
         result.add_row(name, figure, str(len(found.values)), mean_and_interval(found.values, 3), *cells)
+    return result
+
+
+def reached_table(methods: dict[str, list[Run]], score: float) -> Table:
+    """A row per method: the steps after which the mean score of ten steps' rollouts has first reached `score`."""
+    result = Table("method", title=f"steps to a mean score of {score:g}")
+    for heading in ("runs", "that reach it", "steps"):
+        result.add_column(heading, justify="right")
+    for name, runs in methods.items():
+        means = [pd.Series(run.series(SCORE), dtype=float).rolling(10).mean() for run in runs]
+        steps = [float(reached.index[0]) for mean in means if len(reached := mean[mean >= score])]
+        result.add_row(name, str(len(runs)), str(len(steps)), mean_and_interval(steps, 0))
     return result
 
 
@@ -182,6 +197,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the picture, .png or .svg")
     parser.add_argument("--markdown", type=Path, help="also write the table into this file")
     parser.add_argument("--baseline", metavar="METHOD", help="the method that the others are compared with")
+    parser.add_argument("--reach", type=float, metavar="SCORE", help="a table of the steps to this mean score")
     args = parser.parse_args()
     try:
         methods = group_seeds(read_run(run) for run in args.runs)
@@ -198,6 +214,8 @@ def main() -> None:
     tables = [table(methods), audit_table(methods), prediction_table(methods), single_token_table(methods)]
     if args.baseline:
         tables.insert(1, paired_table(methods, args.baseline))
+    if args.reach is not None:
+        tables.append(reached_table(methods, args.reach))
     if any(TARGET in run.metrics for runs in methods.values() for run in runs):
         tables.append(held_table(methods))
     show([one for one in tables if one.row_count], args.markdown)

@@ -227,6 +227,31 @@ def launched(launch, root, tmp_path):
     return run
 
 
+def test_comparison_with_a_baseline_and_steps_to_a_score(command, root, tmp_path):
+    """Two seeds of each method; the mean score of ten steps reaches 0 after step 15 or never."""
+    for method, gain in (("grpo", 0.0), ("other", 0.1)):
+        for seed in (1, 2):
+            records = [
+                {"step": step, "data": {"actor/entropy": 0.5, "critic/score/mean": (step - 10.5) * gain}}
+                for step in range(1, 21)
+            ]
+            records[-1]["data"] |= {"val-core/countdown/acc/mean@8": 0.1 * seed + gain * seed}
+            folder = tmp_path / f"seed{seed}" / method
+            folder.mkdir(parents=True)
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    runs = sorted(tmp_path.glob("seed*/*"))
+    compare = (sys.executable, root / "scripts/compare_runs.py", *runs, "--out", tmp_path / "p.png")
+    result = command(*compare, "--baseline", "grpo", "--reach", "0.05", COLUMNS="160")
+    assert result.returncode == 0, result.stderr
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
+    # Differences of 0.1 and 0.2: mean 0.15, deviation 0.0707; t = 3 with one degree of freedom.
+    assert ["other", "final", "2", "0.150 ± 0.635", "+2.1", "0.205", "0.205"] in rows
+    # The mean of steps 6 to 15 is 0, of 7 to 16 0.1.
+    assert ["other", "2", "2", "16 ± 0"] in rows and ["grpo", "2", "0", "-"] in rows
+    refused = command(*compare, "--baseline", "gone")
+    assert refused.returncode == 1 and "--baseline gone: expected one of grpo, other" in refused.stderr
+
+
 def test_compare_trains_the_methods_over_the_seeds_once(launched, tmp_path):
     result, trained = launched("compare.sh")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -267,14 +292,14 @@ def test_study_shares_runs_and_ends_with_a_table_a_picture_and_a_page_for_each_p
 
 
 def test_every_run_of_the_study_passes_the_checks(command, root):
-    parts = "collapse field fidelity methods lambda_min extreme quadrants maps normalizers lora"
+    parts = "collapse field trainability fidelity methods lambda_min extreme quadrants maps normalizers lora"
     listed = command("bash", root / "run/study.sh", "--list", PARTS=parts)
     assert listed.returncode == 0 and listed.stderr == ""
     runs = dict(line.split(": ") for line in listed.stdout.splitlines())
-    assert len(runs) == len(listed.stdout.splitlines()) == 25
+    assert len(runs) == len(listed.stdout.splitlines()) == 66
     configs = {}
     for name, words in runs.items():
-        task = "countdown" if name.startswith("countdown_") else "arithmetic"
+        task = "countdown" if name.startswith(("countdown_", "second_")) else "arithmetic"
         config, *overrides = words.split()
         configs[name] = validated(config, f"task={task}", "hardware=cpu", *overrides)
     assert configs["countdown_bonus_0.03"][0].actor_rollout_ref.actor.entropy_coeff == 0.03
