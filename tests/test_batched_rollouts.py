@@ -585,7 +585,9 @@ def test_a_whole_validation_has_upstreams_metrics_and_its_size(trainer):
     metrics, (sources, uids, infos) = validated(trainer)
     counts = {f"val-aux/{s}/{name}": n for s, size in (("aime", 12), ("gsm", 4)) for name, n in sizes(size, 0).items()}
     theirs = trainer_steer.PPOTrainerSync._val_metrics_update(trainer, sources, uids, infos, [2] * 16, dict(ASKED))
-    assert metrics == theirs | counts and metrics["val-core/aime/acc/mean@4"] == 6 / 12
+    sampled = {name for name in metrics if "/pass@" in name or "/distinct_" in name}
+    assert sampled and {name: metrics[name] for name in metrics.keys() - sampled} == theirs | counts
+    assert metrics["val-core/aime/acc/mean@4"] == 6 / 12
 
 
 def sizes(samples, lost):

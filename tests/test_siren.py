@@ -132,7 +132,7 @@ def test_the_engine_must_read_logits():
     assert config.actor_rollout_ref.actor.fsdp_config.one_pass_reductions
     for override, message in (
         (
-            "actor_rollout_ref.actor.strategy=megatron",
+            "model_engine=megatron",
             "actor.strategy=megatron: expected one of fsdp, fsdp2: loss_mode",
         ),
         (
