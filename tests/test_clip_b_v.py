@@ -250,7 +250,6 @@ def test_clip_v_asks_for_the_sums_over_the_vocabulary():
 @pytest.mark.parametrize(
     "name, override, message",
     [
-        ("clip_v", "model_engine=megatron", "fsdp, fsdp2: loss_mode=clip_v needs sums over"),
         (
             "clip_v",
             "actor_rollout_ref.model.use_fused_kernels=true",

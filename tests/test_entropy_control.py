@@ -14,7 +14,6 @@ AUDIT = "trainer.entropy_audit"
     "name, overrides, message",
     [
         ("influence_target", [f"{ACTOR}.strategy=fsdp"], "actor.strategy=fsdp: expected fsdp2 with entropy_change_est"),
-        ("influence_target", ["model_engine=megatron"], "actor.strategy=megatron: expected one of fsdp, fsdp2"),
         (
             "influence_band",
             [f"{ACTOR}.optim.optimizer=SGD"],
