@@ -52,8 +52,8 @@ def _majority_values(
     codes = np.unique([str(one[vote_key]) for one in data], return_inverse=True)[1]
     values = np.array([one[val_key] for one in data], dtype=np.float64)
     votes, rows = codes[drawn], np.arange(len(drawn))
-    counts = np.zeros((len(drawn), codes.max() + 1), dtype=np.int64)
-    np.add.at(counts, (rows[:, None], votes), 1)
+    kinds = codes.max() + 1
+    counts = np.bincount((rows[:, None] * kinds + votes).ravel(), minlength=len(drawn) * kinds).reshape(-1, kinds)
     # `argmax` takes the first of equals, as verl's dictionary of votes does.
     first = np.take_along_axis(counts, votes, axis=1).argmax(axis=1)
     return values[drawn[rows, first]]
