@@ -67,8 +67,9 @@ def pass_at_k(right: NDArray[Any], samples: NDArray[Any], k: int) -> NDArray[np.
         samples: number of samples of each problem, each at least k, (problems,).
         k: number of samples drawn.
     """
+    # With fewer than k wrong samples one of these factors is 0, and so is the product.
     wrong = (samples - right)[:, None] - np.arange(k)
-    return 1 - (wrong.clip(min=0) / (samples[:, None] - np.arange(k))).prod(axis=1)
+    return 1 - (wrong / (samples[:, None] - np.arange(k))).prod(axis=1)
 
 
 def sampling_metrics(

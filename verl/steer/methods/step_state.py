@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 COEFFICIENT_FILE = "entropy_coeff.json"
 
 
-class StepState:
+class StepState(ABC):
     """Base of the states; `value` is the number that a checkpoint contains."""
 
     #: Field of `LossInputs` that the trainer sends, and name of its metric.
@@ -25,15 +26,15 @@ class StepState:
     value: Any
 
     @classmethod
+    @abstractmethod
     def from_options(cls, options: Any) -> StepState | None:
         """From `actor.policy_loss` as a dataclass; None with another loss."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, entropy: float) -> float | None:
         """What the loss reads at a step whose old policy has this mean entropy, in nats; None: nothing."""
-        raise NotImplementedError
 
-    def observe(self, metrics: dict[str, Any]) -> None:
+    def observe(self, metrics: dict[str, Any]) -> None:  # noqa: B027 - most states read nothing
         """Read the metrics of the step's update."""
 
     def save(self, folder: Path) -> None:
