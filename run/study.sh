@@ -8,6 +8,9 @@
 #   PARTS       collapse     on the countdown task: GRPO and an entropy bonus, the criteria of docs/task_choice.md
 #               field        on the countdown task: the methods of docs/interventions.md, STEER and the control
 #               trainability the models that field's runs end with, trained by GRPO on problems of four numbers
+#               learned_reward GRPO, STEER and the control with the reward of a model in place of the rule's
+#               countdown_lambda_min and the like: lambda_min, extreme, quadrants, maps, normalizers or lora, below, on
+#                            the countdown task
 #               fidelity     estimated against true changes of the entropy
 #               methods      GRPO, clip-higher, Clip-Cov, KL-Cov, an entropy bonus, STEER with either map
 #               lambda_min   the least token weight from 0.5 to 0.8
@@ -38,6 +41,9 @@ members() {
       countdown_{kl_cov,clip_b,clip_v,opefo,ce_gppo,bapo,archer,dynamic_clip,high_entropy_tokens,quadrant} \
       countdown_{entropy_shaped_advantage,positive_advantage,psr,nsr,w_reinforce,unlikeliness,gtpo,grpo_s} ;;
     trainability) echo {countdown,second}_{grpo,steer_exp,influence_0.2,bonus_0.01} ;;
+    learned_reward) echo learned_{grpo,steer_exp,influence_0.2,bonus_0.01} ;;
+    countdown_lambda_min | countdown_extreme | countdown_quadrants | countdown_maps | countdown_normalizers | countdown_lora)
+      members "${1#countdown_}" | sed -E 's/\<clip_higher\>/grpo/; s/[^ ]+/countdown_&/g' ;;
     fidelity) echo grpo_symmetric steer_exp steer_exp_extreme ;;
     methods) echo grpo_symmetric clip_higher clip_cov kl_cov entropy_bonus steer_exp steer_linear ;;
     lambda_min) echo clip_higher steer_exp_0.5 steer_exp_0.6 steer_exp_0.7 steer_exp ;;
@@ -49,14 +55,15 @@ members() {
     prediction) echo prediction_{1e-6,5e-6,2e-5,1e-4,5e-4} single_tokens ;;
     control) echo grpo_1e-4 influence_{0.35,0.27,0.2,steps} {pi_released,pi_exact,adaptive}_0.27 ;;
     control_others) echo {pi_released,pi_exact,adaptive}_{0.35,0.2} ;;
-    *) echo "study.sh: PARTS names $1; expected collapse, field, trainability, fidelity, methods, lambda_min, extreme," \
-      "quadrants, maps, normalizers, lora, prediction, control or control_others" >&2; return 1 ;;
+    *) echo "study.sh: PARTS names $1; expected collapse, field, trainability, learned_reward, fidelity, methods," \
+      "lambda_min, extreme, quadrants, maps, normalizers, lora (these six also as countdown_lambda_min and so on)," \
+      "prediction, control or control_others" >&2; return 1 ;;
   esac
 }
 
-# A run's configuration, and its overrides where it has any.
+# A run's configuration, and its overrides where it has any: NAME [audit of the runs that have one].
 definition() {
-  local actor=actor_rollout_ref.actor audit=trainer.entropy_audit.freq=3
+  local actor=actor_rollout_ref.actor audit=${2-trainer.entropy_audit.freq=3}
   local loss=$actor.policy_loss model=actor_rollout_ref.model lr=$actor.optim.lr
   local target=$loss.target_entropy forty="trainer.total_training_steps=40 trainer.test_freq=20"
   case $1 in
@@ -67,14 +74,15 @@ definition() {
     countdown_pi_exact | countdown_entropic) echo "${1#countdown_} $target=0.2" ;;
     countdown_aepo) echo "aepo algorithm.aepo_entropy=0.2" ;;
     countdown_entrocraft) echo "entrocraft" algorithm.entropy_{lower_start=0.25,lower_end=0.15,upper_start=0.3,upper_end=0.25} ;;
-    countdown_*) echo "${1#countdown_}" ;;
+    countdown_*) definition "${1#countdown_}" "" ;;
+    learned_*) definition "countdown_${1#learned_}" ;;
     second_*) echo "grpo $model.path=$OUTPUT_DIR/seed${seed:-N}/countdown_${1#second_}/global_step_250/actor/huggingface" \
       "trainer.total_training_steps=100 trainer.save_freq=-1" ;;
-    grpo_symmetric | steer_exp | steer_exp_extreme) echo "$1 $audit" ;;
+    grpo_symmetric | steer_exp | steer_exp_extreme) echo "$1${audit:+ $audit}" ;;
     entropy_bonus) echo "$1 $actor.entropy_coeff=0.01" ;;
     grpo_extreme) echo "grpo $actor.clip_ratio_low=0.99 $actor.clip_ratio_high=5.0" ;;
     steer_exp_0.*) echo "steer_exp $loss.token_weight_min=${1#steer_exp_}" ;;
-    positive_* | negative_*) echo "quadrant $loss.quadrant=${1%_*} $loss.quadrant_weight=${1##*_}" ;;
+    *tive_likely_* | *tive_unlikely_*) echo "quadrant $loss.quadrant=${1%_*} $loss.quadrant_weight=${1##*_}" ;;
     prediction_*) echo "grpo $lr=${1#prediction_} trainer.entropy_audit.freq=1 trainer.entropy_audit.influence=true" \
       "trainer.total_training_steps=11 trainer.val_before_train=false" ;;
     single_tokens) echo "grpo $lr=2e-5 trainer.entropy_audit.freq=6 trainer.entropy_audit.influence=true" \
@@ -87,7 +95,7 @@ definition() {
     adaptive_*) echo "adaptive_entropy $lr=1e-4 $target=${1#adaptive_} $loss.entropy_coeff_step=0.01" \
       "$loss.entropy_coeff_max=0.2 $forty" ;;
     # merged, since the CPU's vLLM is not given adapters
-    steer_exp_lora) echo "steer_exp $audit $model.lora_rank=8 $model.lora_alpha=16 $model.lora.merge=true" ;;
+    steer_exp_lora) echo "steer_exp ${audit:+$audit }$model.lora_rank=8 $model.lora_alpha=16 $model.lora.merge=true" ;;
     *) echo "$1" ;;
   esac
 }
@@ -108,7 +116,7 @@ fi
 task_folder() {
   if [ -n "${TASK_DIR:-}" ]; then
     echo "$TASK_DIR"
-  elif [ "$1" = countdown ]; then
+  elif [ "$1" = countdown ] || [ "$1" = learned ]; then
     "$PYTHON" "$root/scripts/make_laptop_task.py" --task countdown --out "$OUTPUT_DIR/countdown" >/dev/null
     echo "$OUTPUT_DIR/countdown"
   elif [ "$1" = second ]; then # its model is not used
@@ -124,8 +132,14 @@ for seed in $seeds; do
   for name in $names; do
     read -ra words <<<"$(definition "$name")"
     task=arithmetic data=arithmetic length=(trainer.total_training_steps=30)
-    case $name in countdown_* | second_*) task=countdown data=${name%%_*} length=() ;; esac
+    case $name in
+      countdown_* | second_*) task=countdown data=${name%%_*} length=() ;;
+      learned_*) task=countdown_learned data=learned length=() ;;
+    esac
     folder=$(task_folder "$data")
+    if [ "$data" = learned ] && [ ! -f "$folder/reward_model/config.json" ]; then
+      "$PYTHON" "$root/scripts/make_reward_model.py" --task-dir "$folder"
+    fi
     TASK_DIR=$folder bash "$root/run/train_once.sh" "$OUTPUT_DIR/seed$seed/$name" "${words[0]}" task="$task" \
       hardware=cpu +seed="$seed" "${length[@]}" "${words[@]:1}" "$@"
   done
@@ -141,6 +155,8 @@ for part in $parts; do
   case $part in
     collapse | field) options=(--baseline countdown_grpo) ;;
     trainability) options=(--baseline second_grpo --reach -0.8) ;;
+    learned_reward) options=(--baseline learned_grpo) ;;
+    countdown_*) options=(--baseline countdown_grpo) ;;
   esac
   "$PYTHON" "$root/scripts/compare_runs.py" "${runs[@]}" ${options[@]+"${options[@]}"} --out "$OUTPUT_DIR/$part.png" \
     --markdown "$OUTPUT_DIR/$part.md"

@@ -242,7 +242,7 @@ def test_options_are_taken_with_and_without_plus(plus):
 
 
 @pytest.mark.parametrize("hardware", ["cpu", "gpu1", "gpu8"])
-@pytest.mark.parametrize("task", ["dapo_math", "arithmetic"])
+@pytest.mark.parametrize("task", ["dapo_math", "arithmetic", "countdown"])
 def test_every_hardware_goes_with_every_task(hardware, task, monkeypatch):
     config = resolved("steer_exp", f"hardware={hardware}", f"task={task}")
     OmegaConf.resolve(config)
@@ -475,6 +475,10 @@ def test_bad_value_ends_a_launcher_in_one_line(command, root):
         ([f"{ACTOR}.clip_ratio_low=nan"], "actor.clip_ratio_low=nan: expected a number of at least 0"),
         ([f"{ACTOR}.clip_ratio_high=-1"], "actor.clip_ratio_high=-1: expected a number of at least 0"),
         ([f"{ACTOR}.clip_ratio_high=true"], "actor.clip_ratio_high=True: expected a number of at least 0"),
+        (
+            ["task=countdown_learned", "reward.custom_reward_function.reward_kwargs.model_path=/nowhere"],
+            "reward.custom_reward_function.reward_kwargs.model_path=/nowhere: expected the folder of a reward model",
+        ),
         (
             [f"{ACTOR}.clip_ratio_high=null", f"{ACTOR}.clip_ratio=wide"],
             "actor.clip_ratio=wide: expected a number of at least 0",

@@ -70,6 +70,7 @@ TRAINER_KEYS = {
 
 #: The reward function of this fork.
 GRADING = "pkg://verl.steer.grading.score"
+LEARNED = "pkg://verl.steer.grading.learned"
 
 #: Averages by which the trainer's `actor/entropy` is a mean over tokens.
 MEANS = ("token-mean", "seq-mean-token-mean")
@@ -108,6 +109,7 @@ def check_and_complete(config: DictConfig) -> None:
     _check_checkpoints(config)
     _check_evaluation(config)
     _check_code_rewards(config)
+    _check_reward_model(config)
 
 
 def _check_platform(config: DictConfig) -> None:
@@ -500,6 +502,22 @@ def _check_code_rewards(config: DictConfig) -> None:
             }
     elif options.sandbox == "bwrap" and any(map(is_code, _data_sources(config))):
         sandbox.check()
+
+
+def _check_reward_model(config: DictConfig) -> None:
+    """Check that the reward model of `verl.steer.grading.learned` is there.
+
+    Raises:
+        ValueError: if its folder is not named or holds no model.
+    """
+    function = config.reward.custom_reward_function
+    if function.path == LEARNED:
+        folder = (function.get("reward_kwargs") or {}).get("model_path")
+        if not folder or not Path(folder, "config.json").is_file():
+            raise ValueError(
+                f"reward.custom_reward_function.reward_kwargs.model_path={folder}: expected the folder of a reward "
+                "model, such as scripts/make_reward_model.py makes"
+            )
 
 
 def _data_sources(config: DictConfig) -> set[str]:
