@@ -173,14 +173,14 @@ def run_figures(run: Run) -> dict[str, float]:
         pd.Series(series, dtype=float) for series in (run.accuracy, run.series(ENTROPY), run.series(WEIGHT))
     )
     speed = pd.DataFrame({name: run.series(name) for name in (TOKENS, SECONDS)}, dtype=float).dropna().mean()
+    headings = {heading: metric for metric in run.metrics if (heading := sampling_heading(metric))}
     sampling = {
-        heading: pd.Series(run.series(metric), dtype=float).iloc[-1:].mean()
-        for metric in run.metrics
-        if (heading := sampling_heading(metric))
+        heading: pd.Series(run.series(headings[heading]), dtype=float).iloc[-1:].mean()
+        for heading in sorted(headings, key=lambda heading: (len(heading), heading))  # pass@8 before pass@16
     }
     # Slices instead of single elements: the mean of an empty series is NaN.
     return {
-        "accuracy before": accuracy.iloc[:1].mean(),
+        "accuracy before": accuracy[accuracy.index == 0].mean(),
         "final": accuracy.iloc[-1:].mean(),
         "best": accuracy.max(),
         **sampling,
