@@ -11,16 +11,12 @@ from transfer_queue.storage.simple_storage import SimpleStorageUnit
 from verl.experimental.reward_loop.reward_manager.remote import RewardComputeWorker
 from verl.steer import ray_cpus, requirements
 from verl.steer.methods.registry import fields_needed
-from verl.steer.rollout.checks import BATCHED_MANAGER
 from verl.trainer.main_ppo import TaskRunnerV1
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
 ENGINES = ("megatron", "veomni", "torchtitan")
 #: What verl's engine returns or keeps, as `LossInputs` names it; the other fields are those of this fork's engine.
 SERVED_BY_VERL = {"entropys", "current_entropys", "entropy_coeff"}
-
-#: What a method needs beside its configuration.
-NEEDED = {"aepo": [f"actor_rollout_ref.rollout.agent.agent_loop_manager_class={BATCHED_MANAGER}"]}
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +40,7 @@ def test_every_method_is_served_or_refused(method, engine):
     """Served where the loss reads no more than verl's engine returns; the actor's configuration then is verl's own."""
     loss = omega_conf_to_dataclass(resolved(method).actor_rollout_ref.actor.policy_loss)
     if fields_needed(loss) <= SERVED_BY_VERL:
-        config = checked(method, f"model_engine={engine}", *NEEDED.get(method, ()))
+        config = checked(method, f"model_engine={engine}")
         validate_config(config, use_reference_policy=True, use_critic=False)
         actor = omega_conf_to_dataclass(config.actor_rollout_ref.actor)
         assert actor.strategy == actor.engine.strategy == engine and actor.policy_loss == loss
