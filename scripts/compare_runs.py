@@ -23,7 +23,7 @@ import matplotlib
 import pandas as pd
 from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from verl.steer.report import figures
 from verl.steer.report.paired import differences
 from verl.steer.report.run_metrics import (
@@ -60,7 +60,7 @@ def table(methods: dict[str, list[Run]]) -> Table:
     several = any(len(runs) > 1 for runs in methods.values())
     rows = pd.DataFrame({name: summary(runs) for name, runs in methods.items()}).T
     rows = rows.loc[:, (rows != "-").any()]
-    result = Table("method", title="means over seeds ± 95 % interval" if several else None)
+    result = Table(Column("method", no_wrap=True), title="means over seeds ± 95 % interval" if several else None)
     for heading in ("seeds", *rows):
         result.add_column(heading, justify="right")
     for name, row in rows.iterrows():
@@ -70,7 +70,7 @@ def table(methods: dict[str, list[Run]]) -> Table:
 
 def paired_table(methods: dict[str, list[Run]], baseline: str) -> Table:
     """A row per method and figure: its difference from the baseline's, seed by seed."""
-    result = Table("method", "figure", title=f"differences from {baseline}, paired by seed")
+    result = Table(Column("method", no_wrap=True), "figure", title=f"differences from {baseline}, paired by seed")
     for heading in ("seeds", "difference", "effect size", "p", "p, Holm"):
         result.add_column(heading, justify="right")
     headings = dict.fromkeys(heading for runs in methods.values() for run in runs for heading in run_figures(run))
@@ -83,7 +83,7 @@ def paired_table(methods: dict[str, list[Run]], baseline: str) -> Table:
 
 def reached_table(methods: dict[str, list[Run]], score: float) -> Table:
     """A row per method: the steps after which the mean score of ten steps' rollouts has first reached `score`."""
-    result = Table("method", title=f"steps to a mean score of {score:g}")
+    result = Table(Column("method", no_wrap=True), title=f"steps to a mean score of {score:g}")
     for heading in ("runs", "that reach it", "steps"):
         result.add_column(heading, justify="right")
     for name, runs in methods.items():
@@ -98,7 +98,9 @@ def audit_table(methods: dict[str, list[Run]]) -> Table:
 
     Figures are means over a run's audited steps, then over the seeds.
     """
-    result = Table("method", "change by", "estimator", title="estimated against true change of the entropy")
+    result = Table(
+        Column("method", no_wrap=True), "change by", "estimator", title="estimated against true change of the entropy"
+    )
     for heading in AUDIT_FIGURES:
         result.add_column(heading, justify="right")
     for name, runs in methods.items():
@@ -117,7 +119,11 @@ def audit_table(methods: dict[str, list[Run]]) -> Table:
 def prediction_table(methods: dict[str, list[Run]]) -> Table:
     """A row per method and estimator: predicted against true change of the mean entropy by each audited update."""
     headings = ("updates", "Pearson", "slope")
-    result = Table("method", "estimator", title="predicted against true change of the mean entropy by an update")
+    result = Table(
+        Column("method", no_wrap=True),
+        "estimator",
+        title="predicted against true change of the mean entropy by an update",
+    )
     for heading in headings:
         result.add_column(heading, justify="right")
     for name, runs in methods.items():
@@ -135,7 +141,9 @@ def single_token_table(methods: dict[str, list[Run]]) -> Table:
 
     `sign` is the percentage of tokens whose effect has the sign of the estimate.
     """
-    result = Table("method", "estimate", title="estimates against the true effect of single tokens")
+    result = Table(
+        Column("method", no_wrap=True), "estimate", title="estimates against the true effect of single tokens"
+    )
     for heading in ("tokens", "Spearman", "Pearson", "sign"):
         result.add_column(heading, justify="right")
     for name, runs in methods.items():
@@ -159,7 +167,9 @@ def held_table(methods: dict[str, list[Run]]) -> Table:
 
     Methods without a target are held against the targets of all others.
     """
-    result = Table("method", "target", title=f"|entropy - target| over the last {HELD_STEPS} steps")
+    result = Table(
+        Column("method", no_wrap=True), "target", title=f"|entropy - target| over the last {HELD_STEPS} steps"
+    )
     for heading in ("nats", "of the target", "mean token weight"):
         result.add_column(heading, justify="right")
     series = {name: [pd.Series(run.series(TARGET), dtype=float) for run in runs] for name, runs in methods.items()}
@@ -182,13 +192,13 @@ def held_table(methods: dict[str, list[Run]]) -> Table:
 def show(tables: list[Table], markdown: Path | None) -> None:
     """Print the tables, and write them to the file `markdown`, if given."""
     # A log has no terminal width.
-    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console = Console() if sys.stdout.isatty() else Console(width=240)
     console.print(*tables, sep="\n")
     if markdown:
         with markdown.open("w") as file:
             for one in tables:
                 one.title, one.box = None, box.MARKDOWN
-            Console(file=file, width=200).print(*tables, sep="\n")
+            Console(file=file, width=1000).print(*tables, sep="\n")
 
 
 def main() -> None:
