@@ -7,6 +7,7 @@ The programs of `PRINTS` print the right answer if, and only if, what they try s
 
 import json
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -350,10 +351,12 @@ def test_outside_the_sandbox_the_program_succeeds(name, command, tmp_path_factor
 
 
 def test_a_sandbox_that_is_closed_as_it_starts_leaves_nothing(driver):
-    """Its monitor may die before the process inside asks to die with it."""
-    job = {"mode": "program", "program": "import time\ntime.sleep(10**6)"}
-    for _ in range(40):
-        sandbox.Process(job, sandbox.Limits(), b"").close()
+    """Its monitor may die before the process inside asks to die with it; such a process would keep `close` waiting."""
+    job, delays = {"mode": "program", "program": "import time\ntime.sleep(10**6)"}, random.Random(0)
+    for _ in range(200):
+        process = sandbox.Process(job, sandbox.Limits(), b"")
+        time.sleep(delays.uniform(0.0, 0.03))
+        process.close()
     assert running(driver) == []
 
 

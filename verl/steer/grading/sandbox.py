@@ -102,7 +102,9 @@ def _command(root: bool) -> list[str]:
                 read_only[f"/packages/{folder}"] = str(found.locate_file(folder))
     words = [bwrap, "--unshare-cgroup-try"]
     words += "--unshare-pid --unshare-net --unshare-ipc --unshare-uts".split()
-    words += "--new-session --die-with-parent --hostname sandbox --cap-drop ALL".split()
+    # No --new-session: `Process` starts one, whose process group `close` kills. Processes inside that had left it as
+    # they started would live on, since they ask to die with the monitor later than that.
+    words += "--die-with-parent --hostname sandbox --cap-drop ALL".split()
     # root needs no user namespace; `Process` gives the program a user of its own.
     words += "--cap-add CAP_SETUID --cap-add CAP_SETGID".split() if root else ["--unshare-user"]
     # bubblewrap would make a target's parents for its own user only.
