@@ -39,6 +39,8 @@ fi
 
 method=${METHOD:-steer_exp}
 run=$OUTPUT_DIR/$method
+# The nodes do not have these variables: each submission names them.
+export -n OUTPUT_DIR TASK_DIR PYTHON
 first=10.77.0.1 second=10.77.0.2
 [ ! -e "$run" ] || { echo "two_nodes.sh: $run exists: delete it or choose another OUTPUT_DIR" >&2; exit 1; }
 ip link add switch type bridge
@@ -57,8 +59,9 @@ start_node() {
     mount -t tmpfs tmpfs /dev/shm
     mount -t tmpfs tmpfs /tmp/ray
     until ip route | grep -q default; do sleep 0.1; done
-    exec "$PYTHON" -m ray.scripts.scripts start --block "$@"
-  ' - --node-ip-address="$address" --num-gpus=1 --num-cpus=8 "$@" >"$OUTPUT_DIR/node_$number.log" 2>&1 &
+    exec "$@"
+  ' - "$PYTHON" -m ray.scripts.scripts start --block --node-ip-address="$address" --num-gpus=1 --num-cpus=8 "$@" \
+    >"$OUTPUT_DIR/node_$number.log" 2>&1 &
   until pgrep -P $! >"$OUTPUT_DIR/node_$number.pid"; do sleep 0.1; done
   ip link add "node$number" type veth peer name eth0 netns "$(node "$number")"
   ip link set "node$number" master switch up
@@ -89,6 +92,7 @@ submit() {
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(</proc/sys/kernel/random/uuid)
 # gloo would take the interface of the host's name, which is the loopback on many machines.
 export GLOO_SOCKET_IFNAME=eth0
+export OMP_WAIT_POLICY=PASSIVE # as launch.sh explains
 start_node 1 "$first" --head --port=6379 --dashboard-host=0.0.0.0 --system-config='{"worker_niceness": 0}'
 start_node 2 "$second" --address="$first:6379"
 
