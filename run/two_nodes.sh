@@ -9,7 +9,8 @@
 #               (train.log, resume.log, lost_node.log, after.log) and the run
 #   TASK_DIR    a task that scripts/make_laptop_task.py made (made in outputs/laptop_task)
 #   PYTHON      interpreter (the repository's .venv, else python3)
-# Needs unshare and nsenter (util-linux), ip (iproute2), and root or user namespaces. All that it starts ends with it.
+# Needs unshare and nsenter (util-linux), ip (iproute2), pgrep (procps), and root or user namespaces. All that it starts
+# ends with it.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -24,7 +25,7 @@ if [ -z "${PYTHON:-}" ]; then
 fi
 export PYTHON
 if [ -z "${INSIDE:-}" ]; then
-  for program in unshare nsenter ip; do
+  for program in unshare nsenter ip pgrep; do
     command -v "$program" >/dev/null || { echo "two_nodes.sh: expected the program $program" >&2; exit 1; }
   done
   if [ -z "${TASK_DIR:-}" ]; then
@@ -100,7 +101,7 @@ submit train trainer.total_training_steps=2 "$@" || fail "the run failed: see $O
 say "trained to step $(saved)"
 
 submit lost_node trainer.total_training_steps=1000 "$@" &
-until [ "$(saved)" -ge 4 ]; do
+until [ "$(saved)" -ge 4 ] && [ ! -e "$run/global_step_4/.unfinished" ]; do
   kill -0 $! 2>/dev/null || fail "the run failed: see $OUTPUT_DIR/lost_node.log"
   sleep 0.2
 done
@@ -109,7 +110,7 @@ SECONDS=0
 ip link delete node2
 kill -KILL "$(node 2)"
 if wait $!; then fail "the run went on without node 2"; fi
-say "the run ended $SECONDS s later: $(grep -a '^steer-verl:' "$OUTPUT_DIR/lost_node.log" || echo "see $OUTPUT_DIR/lost_node.log")"
+say "the run ended $SECONDS s later, with: $(grep -a '^steer-verl:' "$OUTPUT_DIR/lost_node.log" | tail -n 1)"
 
 start_node 2 "$second" --address="$first:6379"
 submit after trainer.total_training_steps=$(($(saved) + 2)) "$@" || fail "the run failed: see $OUTPUT_DIR/after.log"

@@ -3,7 +3,6 @@
 
 import json
 import math
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,11 +55,13 @@ def steps_of(file: Path) -> dict[int, dict[str, float]]:
 
 def test_each_start_goes_on_after_the_last_checkpoint(out):
     run = out / "steer_exp"
-    saved = sorted(json.loads((run / "checkpoint_ledger.json").read_text())["saved_steps"])
-    assert saved[:2] == [2, 4] and len(saved) >= 3
+    saved = json.loads((run / "checkpoint_ledger.json").read_text())["saved_steps"]
+    *_, resumed_from, last = saved
+    assert saved[:2] == [2, 4] and last == resumed_from + 2
     first, resumed, after = map(steps_of, in_order(run))
-    assert list(first) == [1, 2] and list(resumed)[:2] == [3, 4]
-    assert list(after) == [saved[-2] + 1, saved[-1]]
+    assert list(first) == [1, 2] and min(resumed) == 3
+    # A step that was saved but not logged when the node died is logged by the next start.
+    assert resumed_from <= min(after) <= resumed_from + 1 and {*first, *resumed, *after} == set(range(1, last + 1))
     for data in (*first.values(), *resumed.values(), *after.values()):
         for name in ("actor/pg_loss", "actor/grad_norm", "actor/entropy", "critic/score/mean"):
             assert math.isfinite(data[name])
@@ -78,8 +79,9 @@ def test_a_checkpoint_has_both_ranks(out):
 
 
 def test_the_lost_node_is_named(out):
-    """One rank was there, the other was not."""
+    """One rank was on it, the other was not."""
     lines = [line for line in (out / "lost_node.log").read_text().splitlines() if line.startswith("steer-verl:")]
-    assert len(lines) == 1
-    assert len(re.findall(rf"WorkerDict[^;]* on node {SECOND}\)", lines[0])) == 1
-    assert lines[0].count(" on node ") == lines[0].count(f" on node {SECOND})")
+    assert len(set(lines)) == 1
+    dead = lines[0].removeprefix("steer-verl: ").split("; ")
+    assert all(actor.endswith(f" on node {SECOND}) died with its node") for actor in dead)
+    assert sum(actor.startswith("WorkerDict ") for actor in dead) == 1
