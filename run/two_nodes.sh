@@ -5,8 +5,8 @@
 # went so. Further arguments are Hydra overrides:
 #   bash run/two_nodes.sh trainer.entropy_audit.freq=2
 #   METHOD      a method of verl/trainer/config/method (steer_exp)
-#   OUTPUT_DIR  where results go (outputs/two_nodes in the repository): node_1.log and node_2.log, the output of each job
-#               (train.log, resume.log, lost_node.log, after.log) and the run
+#   OUTPUT_DIR  where results go (outputs/two_nodes in the repository): node_1.log and node_2.log, train.log, lost_node.log
+#               and after.log with the output of the three jobs, and the run
 #   TASK_DIR    a task that scripts/make_laptop_task.py made (made in outputs/laptop_task)
 #   PYTHON      interpreter (the repository's .venv, else python3)
 # Needs unshare and nsenter (util-linux), ip (iproute2), pgrep (procps), and root or user namespaces. All that it starts
@@ -24,7 +24,7 @@ if [ -z "${PYTHON:-}" ]; then
   [ -x "$PYTHON" ] || PYTHON=python3
 fi
 export PYTHON
-if [ -z "${INSIDE:-}" ]; then
+if [ -z "${TWO_NODES_INSIDE:-}" ]; then
   for program in unshare nsenter ip pgrep; do
     command -v "$program" >/dev/null || { echo "two_nodes.sh: expected the program $program" >&2; exit 1; }
   done
@@ -35,7 +35,7 @@ if [ -z "${INSIDE:-}" ]; then
   export TASK_DIR=$(realpath "$TASK_DIR")
   mkdir -p "$OUTPUT_DIR" /tmp/ray
   # A namespace of processes ends all of them with its first.
-  INSIDE=1 exec unshare --map-root-user --net --mount --pid --fork --kill-child --mount-proc bash "$0" "$@"
+  TWO_NODES_INSIDE=1 exec unshare --map-root-user --net --mount --pid --fork --kill-child --mount-proc bash "$0" "$@"
 fi
 
 method=${METHOD:-steer_exp}
