@@ -5,8 +5,8 @@
 # went so. Further arguments are Hydra overrides:
 #   bash run/two_nodes.sh trainer.entropy_audit.freq=2
 #   METHOD      a method of verl/trainer/config/method (steer_exp)
-#   OUTPUT_DIR  where results go (outputs/two_nodes in the repository): node_1.log and node_2.log, the output of the three
-#               jobs in train.log, lost_node.log and after.log, and the run
+#   OUTPUT_DIR  where results go (outputs/two_nodes in the repository): node_1.log and node_2.log, the output of the
+#               three jobs in train.log, lost_node.log and after.log, and the run
 #   TASK_DIR    a task that scripts/make_laptop_task.py made (made in outputs/laptop_task)
 #   PYTHON      interpreter (the repository's .venv, else python3)
 # Needs unshare and nsenter (util-linux), ip (iproute2), pgrep (procps), and root or user namespaces. All that it starts
