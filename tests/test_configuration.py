@@ -17,7 +17,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
-from verl.steer import main as entry_point  # noqa: F401 - puts verl's configurations on Hydra's path
+from verl.steer import main as entry_point  # puts verl's configurations on Hydra's path
 from verl.steer.audit.scores import AuditOptions
 from verl.steer.config import ADVANTAGE_OPTIONS, PolicyLossConfig
 from verl.steer.methods.registry import POLICY_LOSSES
@@ -662,3 +662,15 @@ def test_cfg_prints_the_resolved_configuration(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["main", "--config-name", "steer", "method=steer_exp", "--cfg", "job"])
     runpy.run_module("verl.steer.main", run_name="__main__", alter_sys=True)
     assert "loss_mode: entropy_control" in capsys.readouterr().out
+
+
+def test_the_launching_process_resolves_its_variables(monkeypatch):
+    """Where Ray runs already, the trainer's process has other ones."""
+    started = []
+    monkeypatch.setattr(entry_point.main_ppo, "run_ppo", lambda config, task_runner_class: started.append(config))
+    monkeypatch.setenv("TASK_DIR", "/task")
+    monkeypatch.setenv("OUTPUT_DIR", "/out")
+    entry_point.main.__wrapped__(resolved("steer_exp", "hardware=cpu", "task=arithmetic"))
+    monkeypatch.undo()
+    (config,) = started
+    assert config.data.train_files == "/task/train.parquet" and config.trainer.default_local_dir == "/out/steer_exp"

@@ -181,6 +181,15 @@ def test_a_running_rays_cpus_are_not_this_machines(monkeypatch):
     checked("steer_exp")
 
 
+def test_a_run_that_joins_a_ray_has_no_options_of_its_own_ray():
+    """Ray refuses them beside an address; the others stay."""
+    kept, own = {"include_dashboard", "runtime_env"}, {"num_cpus", "num_gpus", "_system_config"}
+    for address, expected in (("auto", kept), ("local", kept | own)):
+        config = resolved("steer_exp", "hardware=cpu", f"+ray_kwargs.ray_init.address={address}")
+        ray_cpus.check_cpus(config)
+        assert config.ray_kwargs.ray_init.keys() == expected | {"address"}
+
+
 def test_the_laptop_reserves_no_more_than_it_says():
     config = resolved("grpo", "hardware=cpu")
     assert sum(ray_cpus.reserved_cpus(config).values()) == 6 <= config.ray_kwargs.ray_init.num_cpus

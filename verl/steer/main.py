@@ -10,7 +10,7 @@ import ray
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from verl.steer.requirements import check_and_complete
 from verl.steer.run_ending import ActorsDied, WatchedRunner, reason_of
 from verl.steer.task_runner import SteerTaskRunner
@@ -45,6 +45,8 @@ def main(config: DictConfig) -> None:
         return
     auto_set_device(config)
     validate_config(config, need_reference_policy(config), need_critic(config))
+    # Here, because the workers of a Ray that runs already lack this process's variables, such as OUTPUT_DIR.
+    OmegaConf.resolve(config)
     try:
         main_ppo.run_ppo(config, task_runner_class=WatchedRunner(SteerTaskRunner))
     except (ray.exceptions.RayError, ActorsDied) as error:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPUs that a run's actors reserve of Ray, counted before Ray starts: a run without them would wait for ever."""
+"""The options of the Ray that a run starts, and the CPUs that it needs: a run without them would wait for ever."""
 
 from __future__ import annotations
 
 import ray
-from omegaconf import DictConfig
+from omegaconf import DictConfig, open_dict
 from ray._private import services
 from ray._private.utils import get_num_cpus
 from verl.single_controller.ray.base import ResourcePoolManager
@@ -12,6 +12,9 @@ from verl.trainer.distillation import is_distillation_enabled
 
 #: A standalone rollout server reserves these with each GPU; `RolloutReplica.init_standalone` has the number.
 STANDALONE_CPUS = 2
+
+#: Options of `ray_kwargs.ray_init` that Ray refuses where a run joins a running Ray.
+OWN_RAY_OPTIONS = ("num_cpus", "num_gpus", "_system_config")
 
 
 def reserved_cpus(config: DictConfig) -> dict[str, int]:
@@ -46,17 +49,28 @@ def reserved_cpus(config: DictConfig) -> dict[str, int]:
     return reserved | {"tasks": 1}
 
 
+def joins_running_ray(config: DictConfig) -> bool:
+    """Whether the run will use a Ray that runs already, such as one of several nodes."""
+    address = config.ray_kwargs.get("ray_init", {}).get("address")
+    if ray.is_initialized() or address not in (None, "local"):
+        return True
+    return address is None and services.canonicalize_bootstrap_address(None) is not None
+
+
 def check_cpus(config: DictConfig) -> None:
     """Check that the Ray that this run starts on its machine has the CPUs that the run reserves.
 
+    Where the run joins a running Ray nothing is checked, and the options that only a Ray of its own takes are removed:
+    `hardware=cpu` sets some.
+
     Raises:
-        ValueError: if it has not. Nothing is checked where the run joins a running Ray.
+        ValueError: if it has not.
     """
     options = config.ray_kwargs.get("ray_init", {})
-    address = options.get("address")
-    if ray.is_initialized() or address not in (None, "local"):
-        return
-    if address is None and services.canonicalize_bootstrap_address(None) is not None:
+    if joins_running_ray(config):
+        with open_dict(options):
+            for key in OWN_RAY_OPTIONS:
+                options.pop(key, None)
         return
     reserved, given = reserved_cpus(config), options.get("num_cpus")
     has, needed = int(get_num_cpus(True) if given is None else given), sum(reserved.values())

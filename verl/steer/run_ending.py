@@ -42,7 +42,9 @@ def dead_actors() -> list[str]:
         if actor["JobID"] == job and _crashed(actor["DeathCause"]):
             class_name = actor["ActorClassName"].rpartition(".")[2]
             name = f" `{actor['Name']}`" if actor["Name"] else ""
-            dead.append(f"{class_name}{name} (pid {actor['Pid']} on node {actor['Address']['IPAddress']}) died")
+            context = actor["DeathCause"].actor_died_error_context
+            how = "died with its node" if context.reason == context.NODE_DIED else "died"
+            dead.append(f"{class_name}{name} (pid {actor['Pid']} on node {actor['Address']['IPAddress']}) {how}")
     return dead
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import ray
 import transfer_queue as tq
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from verl.steer.rollout.checks import is_batched
 from verl.steer.rollout.server_actor import start_servers
 
@@ -22,7 +22,6 @@ class SteerTaskRunner:
     def run(self, config: DictConfig) -> None:
         """Train or evaluate."""
         config.transfer_queue.enable = True
-        OmegaConf.resolve(config)
         batched = is_batched(config)
         with ThreadPoolExecutor(max_workers=1) as executor:
             # verl's runner finds the queue already there.
