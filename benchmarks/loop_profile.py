@@ -5,8 +5,8 @@
 
 Trains GRPO on the laptop task (made by `run/quickstart.sh` or `scripts/make_laptop_task.py`) without validation, once
 for each way and number of rollouts a step, one run after the other. `verl` has upstream's trainer, replay buffer,
-agent loops, storage units, reductions, padding, optimizer step, vLLM executor and waiting threads; `fork` has this
-fork's. Step times are medians without the first step, which compiles and warms up.
+agent loops, storage units, reductions, padding, optimizer step, vLLM executor, garbage collection of the start and
+waiting threads; `fork` has this fork's. Step times are medians without the first step, which compiles and warms up.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ WAYS = {
         "actor_rollout_ref.model.use_remove_padding=false",
         "actor_rollout_ref.model.override_config.attn_implementation=sdpa",
         "ray_kwargs.ray_init.runtime_env.env_vars.TORCHDYNAMO_DISABLE='0'",
+        "~ray_kwargs.ray_init.runtime_env.worker_process_setup_hook",
     ],
     "fork": [],
 }

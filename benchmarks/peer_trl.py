@@ -129,7 +129,9 @@ def give_constant_end_logit(model, end: int, probability: float) -> None:
         head[end, 0] = (odds.log() + others) / hidden[..., 0].mean()
 
 
-def run_steer(workload: Workload, task: Path, folder: Path, overrides: list[str]) -> dict[str, list[float]]:
+def run_steer(
+    workload: Workload, task: Path, folder: Path, threads: int, overrides: list[str]
+) -> dict[str, list[float]]:
     """Train with this fork; what its metrics say of each step."""
     share = workload.rollouts // workload.updates
     command = [
@@ -147,7 +149,11 @@ def run_steer(workload: Workload, task: Path, folder: Path, overrides: list[str]
         f"trainer.default_local_dir={folder}",
         *overrides,
     ]
-    call(command, folder / "train.log", {"TASK_DIR": str(task)})
+    environment = {"TASK_DIR": str(task)}
+    if threads > 1:  # Ray's default is one
+        # Threads that wait look for work some 0.1 ms long before they sleep, or operators would wait for them.
+        environment |= {"OMP_NUM_THREADS": str(threads), "ROLLOUT_OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "30000"}
+    call(command, folder / "train.log", environment)
     lines = [json.loads(line)["data"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "timing_s/step" in line]
     names = {"timing_s/step": "step_seconds", "response_length/mean": "response_length"}
@@ -186,7 +192,7 @@ def measure(name: str, side: str, repeat: int, workload: Workload, arguments: ar
     folder.mkdir(parents=True)
     start = time.monotonic()
     if side == "steer":
-        steps = run_steer(workload, task, folder, arguments.override)
+        steps = run_steer(workload, task, folder, arguments.threads, arguments.override)
     else:
         steps = run_trl(workload, task, folder, arguments.trl_python, arguments.trl_threads, arguments.trl_option)
     results = arguments.out / "results"
@@ -248,6 +254,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="in place of each workload's own")
     parser.add_argument("--skip", type=int, help="first steps not counted, in place of each workload's own")
     parser.add_argument("--task", type=Path, help="a laptop task that is there already")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of this fork's worker; vLLM has one")
     parser.add_argument("--trl-python", type=Path, default=sys.executable, help="interpreter of TRL's environment")
     parser.add_argument("--trl-threads", type=int, default=os.cpu_count(), help="CPU threads of TRL's one process")
     parser.add_argument(

@@ -3,6 +3,8 @@
 
 import asyncio
 import gc
+import itertools
+import threading
 from collections import Counter
 from types import SimpleNamespace
 
@@ -32,6 +34,8 @@ from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.utils import seqlen_balancing
 from verl.utils.tensordict_utils import list_of_dict_to_tensordict
 from verl.workers.rollout.replica import TokenOutput
+
+import verl_steer_gc
 
 PROMPTS, ROLLOUTS = 6, 3
 
@@ -177,7 +181,7 @@ def run(monkeypatch):
             n=ROLLOUTS, temperature=1.0, top_p=0.9, top_k=20, calculate_log_probs=True, full_determinism=True, seed=3,
             response_length=length, val_kwargs=SimpleNamespace(n=2, temperature=0.6, top_p=0.7, top_k=-1),
         )  # fmt: skip
-        manager.batches, manager.failure = set(), None
+        manager.batches, manager.failure, manager.batch_done = set(), None, threading.Event()
         manager.reward_loop_worker_handles = [Grader(grades), Grader(grades)]
         manager.llm_client = Servers(**servers)
 
@@ -455,6 +459,30 @@ def test_rollouts_that_come_are_waited_for(monkeypatch):
     assert len(batch.keys) == 10
 
 
+def test_each_poll_follows_a_pause(monkeypatch):
+    """The poll after a pause finds what was stored meanwhile."""
+    buffer, tags = waiting_buffer(monkeypatch, "train", {"a": "running"})
+    monkeypatch.setattr(replay_buffer.tq, "kv_clear", lambda partition_id, keys: None)
+    pauses = []
+
+    def pause():
+        pauses.append(len(pauses))
+        if len(pauses) == 3:
+            tags["a_0_0"], tags["a"]["status"] = {"status": "success"}, "finished"
+
+    RolloutWait(buffer, 9, clock=itertools.count().__next__).pause = pause
+    batch, _ = buffer.sample(global_steps=7, partition_id="train", batch_size=1)
+    assert batch.keys == ["a_0_0"] and len(pauses) == 3
+
+
+@pytest.mark.parametrize("servers", [{}, {"refused": "finished"}])
+def test_the_end_of_a_batch_ends_one_pause(run, servers):
+    _, manager = run(**servers)
+    assert manager.batch_done.is_set() and (manager.failure is None) == (not servers)
+    manager.wait_for_batch()
+    assert not manager.batch_done.is_set()
+
+
 def test_a_new_step_begins_a_new_wait(monkeypatch):
     buffer, tags = waiting_buffer(monkeypatch, "train", {"a": "running"})
     now = 0.0
@@ -684,9 +712,11 @@ def test_partitions_of_a_batch_are_verls(lengths, ranks):
 
 def test_later_collections_pass_over_the_start():
     kept = [[i] for i in range(1000)]
+    verl_steer_gc.collect_seldom()
     try:
         freeze_gc_heap()
         assert gc.get_freeze_count() > len(kept)
+        assert gc.get_threshold()[0] == 700
         young = [obj for generation in range(3) for obj in gc.get_objects(generation)]
         assert not any(obj is kept for obj in young)
     finally:

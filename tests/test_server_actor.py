@@ -8,6 +8,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from verl.steer.cpu.platform import PlatformCPU
 from verl.steer.rollout.server_actor import METHODS, VLLMServerActor
 from verl.steer.rollout.vllm_batched import BatchedLLMServerClient, BatchedVLLMHttpServer
 from verl.workers.rollout.replica import TokenOutput
@@ -28,6 +29,27 @@ loaded = [name for name in sys.modules if name.startswith(("vllm.entrypoints", "
 assert not loaded, loaded
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_process_spawned_by_the_actor_collects_seldom():
+    """As the process of vLLM's engine is: its first collection is not after 700 new objects."""
+    code = """
+import gc, multiprocessing, sys
+from verl.steer.rollout.server_actor import VLLMServerActor
+VLLMServerActor()
+with multiprocessing.get_context("spawn").Pool(1) as pool:
+    threshold, *_ = pool.apply(gc.get_threshold)
+assert threshold == 100_000, threshold
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("threads", [None, "1"])
+def test_vllm_may_have_fewer_threads_than_the_workers(monkeypatch, threads):
+    monkeypatch.delenv("ROLLOUT_OMP_NUM_THREADS", raising=False)
+    if threads:
+        monkeypatch.setenv("ROLLOUT_OMP_NUM_THREADS", threads)
+    assert PlatformCPU().rollout_env_vars() == ({"OMP_NUM_THREADS": threads} if threads else {})
 
 
 def server(*answers):

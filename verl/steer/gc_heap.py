@@ -14,3 +14,4 @@ def freeze_gc_heap() -> None:
     """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(700)  # Python's own, which verl_steer_gc raises for the start

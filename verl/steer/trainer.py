@@ -132,6 +132,8 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         freeze_gc_heap()
         if self.batched:
             self.rollout_wait.failure = lambda: agent_loop_manager.failure  # type: ignore[attr-defined] # the batched one's
+            self.rollout_wait.pause = agent_loop_manager.wait_for_batch  # type: ignore[attr-defined]
+            self.replay_buffer.poll_interval = 0
         with naming_a_full_disk(self.folder):
             super().fit(agent_loop_manager)
 

@@ -85,6 +85,11 @@ class PlatformCPU(PlatformBase):
     def visible_devices_envvar(self) -> str:
         return "CUDA_VISIBLE_DEVICES"  # Ray writes the logical GPUs' indices to it.
 
+    def rollout_env_vars(self) -> dict[str, str]:
+        """The threads of vLLM where `ROLLOUT_OMP_NUM_THREADS` sets them apart from the training workers'."""
+        threads = os.environ.get("ROLLOUT_OMP_NUM_THREADS")
+        return {"OMP_NUM_THREADS": threads} if threads else {}
+
     def ray_resource_name(self) -> str:
         return "GPU"
 

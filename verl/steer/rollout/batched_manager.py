@@ -91,6 +91,7 @@ class BatchedAgentLoopManager(AgentLoopWorker):
         self.event_loop = asyncio.get_running_loop()
         self.batches: set[Future[None]] = set()
         self.failure: BaseException | None = None
+        self.batch_done = threading.Event()
         self.single_turn = SingleTurnAgentLoop(
             DictConfigWrap(self.config),
             self.llm_client,
@@ -133,6 +134,12 @@ class BatchedAgentLoopManager(AgentLoopWorker):
         if failure is not None:
             logger.error("generating for a batch of prompts failed", exc_info=failure)
             self.failure = self.failure or failure
+        self.batch_done.set()
+
+    def wait_for_batch(self) -> None:
+        """Return once a batch has been stored or has failed since the last call, or after a second."""
+        self.batch_done.wait(1.0)
+        self.batch_done.clear()
 
     async def _run_prompts(self, prompts: list[Prompt], validate: bool) -> None:
         """Generate all chunks at once; store each, in the batch's order, when it is graded.

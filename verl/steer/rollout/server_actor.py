@@ -9,8 +9,10 @@ actor can start before the server's arguments are known, and imports vLLM while 
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 import ray
@@ -30,6 +32,8 @@ class VLLMServerActor:
     """Forwards `METHODS` to the server that `construct` makes."""
 
     def __init__(self) -> None:
+        # Processes that are spawned from here execute this module first, in place of Ray's, which takes longer.
+        sys.modules["__main__"].__spec__ = find_spec("verl_steer_gc")
         import verl.workers.rollout.vllm_rollout.vllm_async_server  # noqa: F401
 
     async def construct(self, server_class: type, arguments: dict[str, Any]) -> None:

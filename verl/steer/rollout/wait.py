@@ -33,6 +33,9 @@ class RolloutWait:
         timeout: seconds without a finished rollout or prompt after which the wait ends; None: never.
         failure: returns the error that ended the generation, or None.
         clock: seconds.
+
+    Attributes:
+        pause: called before each poll; returns when a poll may find something new.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class RolloutWait:
         self.replay_buffer, self.timeout, self.failure, self.clock = replay_buffer, timeout, failure, clock
         self.progress: tuple[object, ...] = ()
         self.since = clock()
+        self.pause: Callable[[], object] = lambda: None
         self.upstream_wait = replay_buffer._wait_for_next_poll
         # On the instance: a custom sampler may be of any class.
         replay_buffer._wait_for_next_poll = self.wait_for_next_poll  # type: ignore[method-assign]
@@ -73,4 +77,5 @@ class RolloutWait:
                 f"trainer.rollout_timeout={self.timeout:g}: {waiting}: no rollout was done for {self.timeout:g} s; "
                 "expected a longer time if responses take that long"
             )
+        self.pause()
         return self.upstream_wait(partition_id, last_debug_time)
