@@ -67,7 +67,7 @@ def test_ranks_spread_the_weights_evenly():
     found, metrics = weights(batch, token_weight_normalizer="rank")
     change = estimate_entropy_change(batch)
     valid = batch.response_mask
-    rank = torch.from_numpy((rankdata(change[valid], method="min") - 1) / (int(valid.sum()) - 1))
+    rank = torch.from_numpy((rankdata(change[valid].double(), method="min") - 1) / (int(valid.sum()) - 1))
     torch.testing.assert_close(found[valid].double(), 0.8**rank, rtol=1e-5, atol=1e-6)
     assert float(metrics["actor/token_weights_mean"]) == pytest.approx(-0.2 / np.log(0.8), abs=1e-3)
     assert float(metrics["actor/token_weights_std"]) == pytest.approx(float(found[valid].std(correction=0)), rel=1e-4)
