@@ -7,7 +7,7 @@
 #   bash run/study.sh --list      # print each run's name, configuration and overrides, and train nothing
 #   PARTS       collapse     on the countdown task: GRPO and an entropy bonus, the criteria of docs/task_choice.md
 #               field        on the countdown task: the methods of docs/interventions.md, STEER and the control
-#               trainability the models that field's runs end with, trained by GRPO on numbers up to 19
+#               trainability the models that field's runs end with, trained by GRPO on numbers up to 12
 #               learned_reward GRPO, STEER and the control with the reward of a model in place of the rule's
 #               countdown_lambda_min and the like: lambda_min, extreme, quadrants, maps, normalizers or lora, below, on
 #                            the countdown task
@@ -27,7 +27,7 @@
 #   OUTPUT_DIR  where results go (outputs/study in the repository): runs as seed42/steer_exp, a part's results as
 #               methods.md, methods.png and methods/report.html
 #   TASK_DIR    what scripts/make_laptop_task.py made, for all runs (made in OUTPUT_DIR: task with 1,024 test problems of
-#               arithmetic, countdown, and second, of numbers up to 19)
+#               arithmetic, countdown, and second, of numbers up to 12)
 #   PYTHON      interpreter (that of the environment made by setup.sh)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
