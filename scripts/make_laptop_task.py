@@ -158,18 +158,27 @@ def pretrain(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, args: argparse.
 
 
 @torch.no_grad()
+def sample(model: Any, tokenizer: Any, prompts: list[str], count: int = 1) -> list[str]:
+    """`count` responses to each prompt at temperature 1, those of a prompt one after the other."""
+    responses = []
+    size = 256 // count
+    for start in range(0, len(prompts), size):
+        encoded = [{"input_ids": prompt_ids(tokenizer, prompt)} for prompt in prompts[start : start + size]]
+        batch = tokenizer.pad(encoded, padding_side="left", return_tensors="pt")
+        output = model.generate(
+            **batch, do_sample=True, top_k=0, max_new_tokens=MAX_NEW_TOKENS, num_return_sequences=count
+        )
+        responses += tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    return responses
+
+
 def sampled_accuracy(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, rows: list[dict[str, Any]]) -> float:
-    """Share of the problems solved by one sample each at temperature 1."""
+    """Share of the problems solved by one sample each."""
+    responses = sample(model, tokenizer, [row["extra_info"]["raw_problem"] for row in rows])
     solved = 0
-    for start in range(0, len(rows), 256):
-        chunk = rows[start : start + 256]
-        prompts = [{"input_ids": prompt_ids(tokenizer, row["extra_info"]["raw_problem"])} for row in chunk]
-        batch = tokenizer.pad(prompts, padding_side="left", return_tensors="pt")
-        output = model.generate(**batch, do_sample=True, top_k=0, max_new_tokens=MAX_NEW_TOKENS)
-        responses = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        for row, response in zip(chunk, responses, strict=True):
-            grade = TASKS[row["data_source"]].compute_score(response, row["reward_model"]["ground_truth"])
-            solved += bool(grade["acc"])
+    for row, response in zip(rows, responses, strict=True):
+        grade = TASKS[row["data_source"]].compute_score(response, row["reward_model"]["ground_truth"])
+        solved += bool(grade["acc"])
     return solved / len(rows)
 
 

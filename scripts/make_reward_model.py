@@ -15,7 +15,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from make_laptop_task import THREADS, prompt_ids
+from make_laptop_task import THREADS, sample
 from torch import Tensor
 from tqdm import tqdm
 from transformers import (
@@ -28,8 +28,8 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 from verl.steer.grading.learned import dialogue_ids
 from verl.steer.tasks import countdown
+from verl.steer.tasks.rows import SPLITS
 
-MAX_NEW_TOKENS = 32
 BATCH_SIZE = 32  # pairs
 PEAK_LR = 1e-3
 
@@ -49,26 +49,6 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@torch.no_grad()
-def answers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], samples: int
-) -> dict[str, list[str]]:
-    """The different answers of the model to each prompt, sampled at temperature 1."""
-    found = {}
-    for start in range(0, len(prompts), 64):
-        chunk = prompts[start : start + 64]
-        batch = tokenizer.pad(
-            [{"input_ids": prompt_ids(tokenizer, prompt)} for prompt in chunk], padding_side="left", return_tensors="pt"
-        )
-        output = model.generate(
-            **batch, do_sample=True, top_k=0, max_new_tokens=MAX_NEW_TOKENS, num_return_sequences=samples
-        )
-        texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        for index, prompt in enumerate(chunk):
-            found[prompt] = list(dict.fromkeys(texts[index * samples : (index + 1) * samples]))
-    return found
-
-
 def quality(prompt: str, answer: str) -> float:
     """0 for an answer with a wrong step or an unused number, else 1 / (1 + distance of its result from the target)."""
     numbers, _, target = prompt.partition("=")
@@ -79,15 +59,26 @@ def quality(prompt: str, answer: str) -> float:
     return 1 / (1 + abs(int(result) - int(target)))
 
 
-def preference_pairs(found: dict[str, list[str]]) -> list[Pair]:
-    """All pairs of answers to one prompt that differ in quality, the better one first."""
+def preference_pairs(prompt: str, answers: list[str]) -> list[Pair]:
+    """All pairs of different answers that differ in quality, the better one first."""
     pairs = []
-    for prompt, texts in found.items():
-        for first, second in combinations(texts, 2):
-            difference = quality(prompt, first) - quality(prompt, second)
-            if difference:
-                pairs.append((prompt, first, second) if difference > 0 else (prompt, second, first))
+    for first, second in combinations(dict.fromkeys(answers), 2):
+        difference = quality(prompt, first) - quality(prompt, second)
+        if difference:
+            pairs.append((prompt, first, second) if difference > 0 else (prompt, second, first))
     return pairs
+
+
+def sampled_pairs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], samples: int
+) -> list[Pair]:
+    """Pairs of the model's answers to each prompt."""
+    answers = sample(model, tokenizer, prompts, samples)
+    return [
+        pair
+        for index, prompt in enumerate(prompts)
+        for pair in preference_pairs(prompt, answers[index * samples : (index + 1) * samples])
+    ]
 
 
 def margins(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]) -> Tensor:
@@ -139,10 +130,10 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(source)
     policy = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     pairs = {
-        split: preference_pairs(
-            answers(policy, tokenizer, prompts_of(args.task_dir / f"{split}.parquet", limit), args.samples)
+        split: sampled_pairs(
+            policy, tokenizer, prompts_of(args.task_dir / f"{split}.parquet", args.problems), args.samples
         )
-        for split, limit in (("train", args.problems), ("test", args.problems))
+        for split in SPLITS
     }
     model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, dtype=torch.float32)
     train(model, tokenizer, pairs["train"], args)
