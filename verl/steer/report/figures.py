@@ -33,6 +33,8 @@ INK, GRID, PAPER = STYLE["text.color"], STYLE["grid.color"], STYLE["figure.facec
 COLOURS = STYLE["axes.prop_cycle"].by_key()["color"]
 LINES, MARKERS, HATCHES = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v", "P", "X"), ("", "////", "....", "xx")
 
+PASS_AT_K = "pass@k at the end"
+
 #: Tokens drawn in a scatter plot; medians, counts and correlations are over all tokens.
 SHOWN = 400
 
@@ -98,21 +100,31 @@ def sample(tokens: pd.DataFrame) -> pd.DataFrame:
 
 
 def training(groups: Groups) -> Drawing | None:
-    """Entropy and accuracy over the steps: each method's mean over seeds, with a band from least to greatest."""
+    """Entropy and accuracy over the steps, pass@k over k: means over seeds, with a band from least to greatest.
+
+    pass@k takes the place of the accuracy in runs that are validated only once.
+    """
     measures = {
         "policy entropy (nats)": lambda run: run.series(ENTROPY),
         "validation accuracy": lambda run: run.accuracy,
+        PASS_AT_K: lambda run: run.pass_at_k,
     }
     bands = {
         measure: {name: over_seeds([series_of(run) for run in runs]) for name, runs in groups.items()}
         for measure, series_of in measures.items()
     }
     bands = {measure: methods for measure, methods in bands.items() if any(map(len, methods.values()))}
+    if PASS_AT_K in bands and all(len(band) < 2 for band in bands.get("validation accuracy", {}).values()):
+        bands.pop("validation accuracy", None)
     if not bands:
         return None
     drawing = Drawing(1, len(bands))
     for axis, (measure, methods) in zip(drawing.axes[0], bands.items(), strict=True):
-        axis.set(xlabel="training step", ylabel=measure)
+        x = "samples k" if measure == PASS_AT_K else "training step"
+        axis.set(xlabel=x, ylabel=measure)
+        if measure == PASS_AT_K:
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter(lambda k, _: f"{k:g}")
         for index, (name, band) in enumerate(methods.items()):
             style = method_style(index, markevery=max(1, len(band) // 10))
             axis.plot(band.index, band["mean"], label=label(name), **style)
@@ -121,7 +133,9 @@ def training(groups: Groups) -> Drawing | None:
                 axis.fill_between(band.index, band["least"], band["greatest"], color=colour, alpha=0.18, linewidth=0)
             if len(band):
                 (start, first), (end, last) = band["mean"].iloc[[0, -1]].items()
-                drawing.descriptions.append(f"{name}: {measure} {first:.3g} at step {start}, {last:.3g} at {end}")
+                drawing.descriptions.append(
+                    f"{name}: {measure} {first:.3g} at {x.split()[-1]} {start}, {last:.3g} at {end}"
+                )
     return drawing.with_legend()
 
 

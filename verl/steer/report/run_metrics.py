@@ -54,6 +54,15 @@ class Run:
         sources = pd.DataFrame([self.series(name) for name in accuracy_metrics(self.metrics)], dtype=float)
         return sources.mean().sort_index().to_dict()
 
+    @property
+    def pass_at_k(self) -> dict[int, float]:
+        """k -> pass@k of the last validation, averaged over the data sources; empty with one sample a problem."""
+        found: dict[int, list[float]] = {}
+        for name in self.metrics:
+            if k := re.fullmatch(r"val-aux/.+/acc/pass@(\d+)", name):
+                found.setdefault(int(k[1]), []).extend(list(self.series(name).values())[-1:])
+        return {k: sum(values) / len(values) for k, values in sorted(found.items()) if values}
+
     @cached_property
     def audit(self) -> pd.DataFrame | None:
         """The audited tokens of `audit/*.parquet`, sorted; None without tokens, ValueError if a file lacks a column."""
