@@ -61,7 +61,7 @@ WORKLOADS = {
     "laptop-128": Workload("laptop_task", 128, 4, 48, 2e-4, steps=30, skip=10),
     "laptop-512": Workload("laptop_task", 512, 8, 48, 2e-4, steps=15, skip=5),
     # So small a learning rate leaves the lengths as they are.
-    "wide-128": Workload("wide_task", 128, 4, 256, 1e-6, steps=5, skip=1),
+    "wide-128": Workload("wide_task", 128, 4, 256, 1e-6, steps=3, skip=1),
 }
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -55,14 +56,20 @@ AUDIT_FIGURES = {
 }
 
 
+def _empty_table(title: str | None, labels: tuple[str, ...], numbers: Iterable[str]) -> Table:
+    """`method`, whose names are never cut, further columns of text, and columns of numbers."""
+    result = Table(Column("method", no_wrap=True), *labels, title=title)
+    for heading in numbers:
+        result.add_column(heading, justify="right")
+    return result
+
+
 def table(methods: dict[str, list[Run]]) -> Table:
     """A row per method: means of its runs' figures, with intervals if there are several. No column without a value."""
     several = any(len(runs) > 1 for runs in methods.values())
     rows = pd.DataFrame({name: summary(runs) for name, runs in methods.items()}).T
     rows = rows.loc[:, (rows != "-").any()]
-    result = Table(Column("method", no_wrap=True), title="means over seeds ± 95 % interval" if several else None)
-    for heading in ("seeds", *rows):
-        result.add_column(heading, justify="right")
+    result = _empty_table("means over seeds ± 95 % interval" if several else None, (), ("seeds", *rows))
     for name, row in rows.iterrows():
         result.add_row(name, str(len(methods[name])), *row)
     return result
@@ -70,9 +77,8 @@ def table(methods: dict[str, list[Run]]) -> Table:
 
 def paired_table(methods: dict[str, list[Run]], baseline: str) -> Table:
     """A row per method and figure: its difference from the baseline's, seed by seed."""
-    result = Table(Column("method", no_wrap=True), "figure", title=f"differences from {baseline}, paired by seed")
-    for heading in ("seeds", "difference", "effect size", "p", "p, Holm"):
-        result.add_column(heading, justify="right")
+    numbers = ("seeds", "difference", "effect size", "p", "p, Holm")
+    result = _empty_table(f"differences from {baseline}, paired by seed", ("figure",), numbers)
     headings = dict.fromkeys(heading for runs in methods.values() for run in runs for heading in run_figures(run))
     wanted = [name for name in headings if name in ("final", "last ten", "distinct right") or name.startswith("pass@")]
     for (name, figure), found in differences(methods, baseline, wanted).items():
@@ -83,9 +89,7 @@ def paired_table(methods: dict[str, list[Run]], baseline: str) -> Table:
 
 def reached_table(methods: dict[str, list[Run]], score: float) -> Table:
     """A row per method: the steps after which the mean score of ten steps' rollouts has first reached `score`."""
-    result = Table(Column("method", no_wrap=True), title=f"steps to a mean score of {score:g}")
-    for heading in ("runs", "that reach it", "steps"):
-        result.add_column(heading, justify="right")
+    result = _empty_table(f"steps to a mean score of {score:g}", (), ("runs", "that reach it", "steps"))
     for name, runs in methods.items():
         means = [pd.Series(run.series(SCORE), dtype=float).rolling(10).mean() for run in runs]
         steps = [float(reached.index[0]) for mean in means if len(reached := mean[mean >= score])]
@@ -98,11 +102,8 @@ def audit_table(methods: dict[str, list[Run]]) -> Table:
 
     Figures are means over a run's audited steps, then over the seeds.
     """
-    result = Table(
-        Column("method", no_wrap=True), "change by", "estimator", title="estimated against true change of the entropy"
-    )
-    for heading in AUDIT_FIGURES:
-        result.add_column(heading, justify="right")
+    title = "estimated against true change of the entropy"
+    result = _empty_table(title, ("change by", "estimator"), AUDIT_FIGURES)
     for name, runs in methods.items():
         metrics = {metric for run in runs for metric in run.metrics}
         for span, prefix in (("update", "entropy_audit/"), ("step", "entropy_audit/step/")):
@@ -118,14 +119,8 @@ def audit_table(methods: dict[str, list[Run]]) -> Table:
 
 def prediction_table(methods: dict[str, list[Run]]) -> Table:
     """A row per method and estimator: predicted against true change of the mean entropy by each audited update."""
-    headings = ("updates", "Pearson", "slope")
-    result = Table(
-        Column("method", no_wrap=True),
-        "estimator",
-        title="predicted against true change of the mean entropy by an update",
-    )
-    for heading in headings:
-        result.add_column(heading, justify="right")
+    title = "predicted against true change of the mean entropy by an update"
+    result = _empty_table(title, ("estimator",), ("updates", "Pearson", "slope"))
     for name, runs in methods.items():
         audits = [run.updates for run in runs if run.updates is not None]
         scores = [figures.prediction_scores(updates) for updates in audits]
@@ -141,11 +136,8 @@ def single_token_table(methods: dict[str, list[Run]]) -> Table:
 
     `sign` is the percentage of tokens whose effect has the sign of the estimate.
     """
-    result = Table(
-        Column("method", no_wrap=True), "estimate", title="estimates against the true effect of single tokens"
-    )
-    for heading in ("tokens", "Spearman", "Pearson", "sign"):
-        result.add_column(heading, justify="right")
+    title = "estimates against the true effect of single tokens"
+    result = _empty_table(title, ("estimate",), ("tokens", "Spearman", "Pearson", "sign"))
     for name, runs in methods.items():
         audits = [
             run.audit.dropna(subset="one_token") for run in runs if run.audit is not None and "one_token" in run.audit
@@ -167,11 +159,8 @@ def held_table(methods: dict[str, list[Run]]) -> Table:
 
     Methods without a target are held against the targets of all others.
     """
-    result = Table(
-        Column("method", no_wrap=True), "target", title=f"|entropy - target| over the last {HELD_STEPS} steps"
-    )
-    for heading in ("nats", "of the target", "mean token weight"):
-        result.add_column(heading, justify="right")
+    title = f"|entropy - target| over the last {HELD_STEPS} steps"
+    result = _empty_table(title, ("target",), ("nats", "of the target", "mean token weight"))
     series = {name: [pd.Series(run.series(TARGET), dtype=float) for run in runs] for name, runs in methods.items()}
     constants = sorted({one.iloc[0] for seeds in series.values() for one in seeds if one.nunique() == 1}, reverse=True)
     for name, runs in methods.items():

@@ -61,11 +61,12 @@ def quality(prompt: str, answer: str) -> float:
 
 def preference_pairs(prompt: str, answers: list[str]) -> list[Pair]:
     """All pairs of different answers that differ in quality, the better one first."""
+    qualities = {answer: quality(prompt, answer) for answer in answers}
     pairs = []
-    for first, second in combinations(dict.fromkeys(answers), 2):
-        difference = quality(prompt, first) - quality(prompt, second)
-        if difference:
-            pairs.append((prompt, first, second) if difference > 0 else (prompt, second, first))
+    for first, second in combinations(qualities, 2):
+        if qualities[first] != qualities[second]:
+            better, worse = sorted((first, second), key=qualities.__getitem__, reverse=True)
+            pairs.append((prompt, better, worse))
     return pairs
 
 

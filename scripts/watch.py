@@ -53,16 +53,18 @@ def main() -> int:
     console = Console()
     args.log.parent.mkdir(parents=True, exist_ok=True)
     before = {file: state(file) for file in args.metrics.glob("metrics*.jsonl")}
+    received: list[int] = []
+    # A closed terminal and a cancelled job end the command as Ctrl-C does. An exception would leave the command alone if
+    # it were raised while this starts it. `nohup` ignores SIGHUP.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: received.append(number))
     with args.log.open("wb") as log:
         process = subprocess.Popen(
             args.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-    # A closed terminal and a cancelled job end the command as Ctrl-C does.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
-    try:
-        show(console, args, process, before)
-    except KeyboardInterrupt:
+    show(console, args, process, before, received)
+    if received:
         console.print(f"{args.title}: ending all its processes ...")
         end(process)
         return 130
@@ -74,14 +76,20 @@ def main() -> int:
     return process.returncode
 
 
-def show(console: Console, args: argparse.Namespace, process: subprocess.Popen[bytes], before: States) -> None:
-    """Show the metrics until the command has ended."""
+def show(
+    console: Console,
+    args: argparse.Namespace,
+    process: subprocess.Popen[bytes],
+    before: States,
+    received: list[int],
+) -> None:
+    """Show the metrics until the command has ended or a signal has been received."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(f"{args.title}: starting Ray and vLLM (log: {args.log})", total=None)
         reader = new_records(args.metrics, before)
         steps: int | None = None
-        while True:
+        while not received:
             ended = process.poll() is not None
             for record in iter(lambda: next(reader), None):
                 steps = steps or total_steps(args.log)

@@ -657,6 +657,72 @@ def test_bypass_mode_asks_for_the_current_entropy():
         assert config.actor_rollout_ref.actor.calculate_entropy is bypass
 
 
+@pytest.mark.parametrize("threads", ["0", "two", "1.5"])
+def test_a_bad_number_of_threads_is_refused(monkeypatch, threads):
+    monkeypatch.setenv("ROLLOUT_OMP_NUM_THREADS", threads)
+    with pytest.raises(ValueError, match=f"^ROLLOUT_OMP_NUM_THREADS={threads}: expected a number of threads"):
+        check_and_complete(resolved("grpo", "hardware=cpu"))
+
+
+SKIPPED = (
+    "hardware=cpu", "task=arithmetic", "trainer.skip_old_log_prob=true",
+    "actor_rollout_ref.actor.ppo_mini_batch_size=16", "actor_rollout_ref.rollout.calculate_log_probs=false",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["grpo", "steer_exp", "steer_exact", "clip_cov", "siren", "psr"])
+def test_skipped_old_log_probs_ask_for_the_current_entropy(method):
+    config = resolved(method, *SKIPPED)
+    check_and_complete(config)
+    assert config.actor_rollout_ref.actor.calculate_entropy
+
+
+@pytest.mark.parametrize(
+    "method, override, message",
+    [
+        ("grpo", "actor_rollout_ref.actor.ppo_mini_batch_size=4", "actor.ppo_mini_batch_size=4: expected 16 with"),
+        ("grpo", "actor_rollout_ref.actor.ppo_epochs=2", "actor.ppo_epochs=2: expected 1 with"),
+        ("grpo", "actor_rollout_ref.actor.strategy=mine", "actor.strategy=mine: expected fsdp or fsdp2 or megatron"),
+        (
+            "grpo",
+            "actor_rollout_ref.rollout.calculate_log_probs=true",
+            "rollout.calculate_log_probs=True: expected false",
+        ),
+        ("grpo", "++algorithm.rollout_correction.bypass_mode=true", "algorithm.rollout_correction.bypass_mode=True"),
+        ("grpo", "algorithm.use_kl_in_reward=true", "algorithm.use_kl_in_reward=True: expected false with"),
+        (
+            "grpo",
+            "algorithm.adv_estimator=optimal_token_baseline",
+            "algorithm.adv_estimator=optimal_token_baseline: exp",
+        ),
+        (
+            "grpo",
+            "trainer.entropy_audit.freq=2",
+            "trainer.skip_old_log_prob=True: expected false with trainer.entropy_aud",
+        ),
+        (
+            "grpo",
+            "trainer.v1.trainer_mode=sync",
+            "trainer.skip_old_log_prob=true: expected false with trainer.v1.trainer",
+        ),
+        ("grpo", "trainer.skip_old_log_prob=1", "trainer.skip_old_log_prob=1: expected true or false"),
+        (
+            "unlikeliness",
+            "+seed=1",
+            "algorithm.adv_estimator=unlikeliness: expected another with trainer.skip_old_log_prob",
+        ),
+        ("gtpo", "+seed=1", "algorithm.adv_estimator=gtpo: expected another where the trainer computes no entropies"),
+        ("adaptive_entropy", "+seed=1", "policy_loss.loss_mode=adaptive_entropy: expected another where the trainer"),
+        ("steer_global", "+seed=1", "policy_loss.token_weight_normalizer=global: expected micro_batch where"),
+        ("influence_target", "+seed=1", "entropy_change_estimator=influence: expected trainer.skip_old_log_prob=false"),
+    ],
+)
+def test_old_log_probs_that_something_reads_are_not_skipped(method, override, message):
+    overrides = [*SKIPPED, override] + [f"{MANAGER}=null"] * ("sync" in override)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_and_complete(resolved(method, *overrides))
+
+
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_cfg_prints_the_resolved_configuration(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["main", "--config-name", "steer", "method=steer_exp", "--cfg", "job"])

@@ -184,6 +184,25 @@ def test_batched_rollouts_are_those_of_verls_agent_loops(quickstart, command, ro
     assert files[0] == files[1]
 
 
+def test_one_update_a_step_needs_no_pass_for_old_log_probs(command, root, task, tmp_path):
+    """Its ratios are 1, and the entropy is logged all the same."""
+    result = command(
+        "bash", root / "run/run_exp.sh", "task=arithmetic", "hardware=cpu", *SMALL, "trainer.total_training_steps=2",
+        "trainer.skip_old_log_prob=true", "actor_rollout_ref.actor.ppo_mini_batch_size=4", "trainer.save_freq=-1",
+        "actor_rollout_ref.rollout.calculate_log_probs=false", "trainer.val_before_train=false", "trainer.test_freq=-1",
+        "trainer.logger=[console,file]", OUTPUT_DIR=str(tmp_path), TASK_DIR=str(task),
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    steps = metrics(tmp_path / "steer_exp")
+    for step in steps.values():
+        assert step["actor/ppo_kl"] == step["actor/pg_clipfrac"] == 0 and step["actor/grad_norm"] > 0
+        assert 0.8 <= step["actor/token_weights_min"] <= step["actor/token_weights_max"] <= 1
+        assert step["actor/entropy"] == step["actor/entropy_loss"] > 0
+        assert "training/rollout_probs_diff_max" not in step
+    change = steps[2]["actor/entropy"] - steps[1]["actor/entropy"]
+    assert steps[2]["actor/entropy_change_per_step"] == pytest.approx(change)
+
+
 def test_real_rows_of_dapo_math(command, root, task, tmp_path):
     """The 8-GPU configuration's own task, cut to what a tiny model takes."""
     data = os.environ.get("STEER_REAL_DATA")

@@ -29,7 +29,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType
 from verl.workers.config import FSDPActorConfig
 from verl.workers.utils.losses import ppo_loss as verl_ppo_loss
-from verl.workers.utils.padding import no_padding_2_padding
+from verl.workers.utils.padding import no_padding_2_padding, response_from_nested
 
 
 def actor_config(loss_mode="entropy_control", clip=(0.2, 0.28, 10.0), agg="token-mean", **policy_loss):
@@ -389,6 +389,24 @@ def test_ppo_loss_of_other_modes_is_verls():
         loss, metrics = ppo_loss(actor_config(mode), dict(output), data)
         verl_loss, verl_metrics = verl_ppo_loss(actor_config(mode), dict(output), data)
         assert torch.equal(loss, verl_loss) and metrics.keys() == verl_metrics.keys()
+
+
+@pytest.mark.parametrize("mode", ["entropy_control", "clip_v", "vanilla", "gspo"])
+def test_ppo_loss_without_old_log_probs_takes_those_of_its_forward_pass(mode):
+    """The ratio is 1 and the gradient is that of the same log-probs from a pass of their own."""
+    gradients = []
+    for own_pass in (True, False):
+        data, output = micro_batch()
+        output |= {name: output["entropy"] * -0.5 for name in ("sum_pi_squared", "sum_pi_squared_log_pi")}
+        del data["old_log_probs"]
+        if own_pass:
+            data["old_log_probs"] = response_from_nested(output["log_probs"], data["response_mask"])
+        leaf = output["log_probs"].values().requires_grad_()
+        output["log_probs"] = torch.nested.nested_tensor_from_jagged(leaf, output["log_probs"].offsets())
+        loss, metrics = ppo_loss(actor_config(mode), output, data)
+        loss.backward()
+        gradients.append(leaf.grad)
+    assert metrics["actor/ppo_kl"].values == [0.0] and torch.equal(*gradients) and gradients[0].any()
 
 
 @pytest.mark.parametrize("use_kl_loss", [False, True])

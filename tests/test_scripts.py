@@ -98,6 +98,12 @@ def test_interrupt_ends_everything_that_was_started(root, tmp_path):
             time.sleep(0.1)
 
 
+def test_watch_started_by_nohup_survives_the_terminal(command, root, tmp_path):
+    """The command sends the signal of a closed terminal itself, and goes on."""
+    result = command("nohup", *watch(root, tmp_path, "bash", "-c", "kill -HUP $PPID; sleep 0.5; exit 3"))
+    assert result.returncode == 3, result.stdout + result.stderr
+
+
 def test_comparison_takes_means_and_intervals_over_seeds(command, root, tmp_path):
     """Of two values a and b the half width is 12.706 |a - b| / 2: 1.271 for a difference of 0.2, 0.635 for 0.1.
 

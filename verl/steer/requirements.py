@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from collections import defaultdict
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -66,6 +67,7 @@ TRAINER_KEYS = {
     "save_best_only": False,
     "delete_old_best_checkpoint": False,
     "best_metric_key": None,
+    "skip_old_log_prob": False,
 }
 
 #: The reward function of this fork.
@@ -104,6 +106,7 @@ def check_and_complete(config: DictConfig) -> None:
     _check_engine(config, policy_loss, needed)
     _check_entropy_control(config, policy_loss)
     _check_trainer(config, policy_loss, needed)
+    _check_skipped_old_log_prob(config, policy_loss)
     _switch_on(config, needed)
     _check_entropy_audit(config, policy_loss)
     _check_checkpoints(config)
@@ -119,6 +122,9 @@ def _check_platform(config: DictConfig) -> None:
         raise ValueError(
             f"trainer.device={config.trainer.device}: verl's platform here is {platform}; expected {remedy}"
         )
+    threads = os.environ.get("ROLLOUT_OMP_NUM_THREADS")
+    if threads and not (threads.isdecimal() and int(threads)):
+        raise ValueError(f"ROLLOUT_OMP_NUM_THREADS={threads}: expected a number of threads, at least 1")
 
 
 def _check_attention(config: DictConfig) -> None:
@@ -185,7 +191,8 @@ def _check_log_prob_micro_batches(config: DictConfig) -> None:
 def has_old_entropy(config: DictConfig) -> bool:
     """Whether the trainer computes the old policy's entropies and keeps them in the batch."""
     rollout_correction = config.algorithm.get("rollout_correction") or {}
-    return config.trainer.use_v1 and not rollout_correction.get("bypass_mode", False)
+    skips = rollout_correction.get("bypass_mode", False) or config.trainer.get("skip_old_log_prob", False)
+    return config.trainer.use_v1 and not skips
 
 
 def _inputs_needed(config: DictConfig, policy_loss: Any) -> set[str]:
@@ -196,10 +203,48 @@ def _inputs_needed(config: DictConfig, policy_loss: Any) -> set[str]:
     return needed if has_old_entropy(config) or "entropys" not in needed else needed | {"current_entropys"}
 
 
+def _check_skipped_old_log_prob(config: DictConfig, policy_loss: Any) -> None:
+    """Check `trainer.skip_old_log_prob`: the update computes the old log-probs, and nothing reads them before it.
+
+    Raises:
+        ValueError: if a step has several updates, or something else reads the old log-probs.
+    """
+    skips = config.trainer.get("skip_old_log_prob", False)
+    if not isinstance(skips, bool):
+        raise ValueError(f"trainer.skip_old_log_prob={skips}: expected true or false")
+    if not skips:
+        return
+    algorithm, actor, rollout = config.algorithm, config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    corrections = algorithm.get("rollout_correction") or {}
+    estimator = algorithm.adv_estimator
+    reads = {"old_log_probs", "entropy"} & set(estimator_fields(algorithm)) or "optimal_token_baseline" in estimator
+    _refuse_others(
+        [
+            ("actor.ppo_mini_batch_size", actor.ppo_mini_batch_size, (config.data.train_batch_size,)),
+            ("actor.ppo_epochs", actor.ppo_epochs, (1,)),
+            ("actor.strategy", actor.strategy, ENTROPY_STRATEGIES),
+            ("rollout.calculate_log_probs", rollout.calculate_log_probs, (False,)),
+            ("algorithm.rollout_correction.bypass_mode", corrections.get("bypass_mode", False), (False,)),
+            ("algorithm.use_kl_in_reward", algorithm.use_kl_in_reward, (False,)),
+            ("algorithm.adv_estimator", estimator, ("another",) if reads else (estimator,)),
+            ("distillation.enabled", is_distillation_enabled(config.get("distillation")), (False,)),
+        ],
+        "trainer.skip_old_log_prob=true",
+    )
+    if weighs_mini_batches(policy_loss):
+        raise ValueError(
+            f"policy_loss.token_weight_map={policy_loss.token_weight_map}, entropy_change_estimator="
+            f"{policy_loss.entropy_change_estimator}: expected trainer.skip_old_log_prob=false with weights of the "
+            "whole mini-batch, which are computed before its update"
+        )
+
+
 def _switch_on(config: DictConfig, needed: set[str]) -> None:
     actor = config.actor_rollout_ref.actor
     with open_dict(actor):
-        actor.calculate_entropy = actor.calculate_entropy or "current_entropys" in needed
+        # Without the pass for the old log-probs the trainer's `actor/entropy` is the update's.
+        wanted = "current_entropys" in needed or config.trainer.get("skip_old_log_prob", False)
+        actor.calculate_entropy = actor.calculate_entropy or wanted
         if "sum_pi_squared" in needed:
             actor.calculate_sum_pi_squared = actor.fsdp_config.one_pass_reductions = True
         if "nucleus_entropys" in needed:
@@ -313,7 +358,7 @@ def _check_trainer(config: DictConfig, policy_loss: Any, needed: set[str]) -> No
         if needs and not has_old_entropy(config):
             raise ValueError(
                 f"{key}: expected {expected} where the trainer computes no entropies of the old policy, as in bypass "
-                "mode"
+                "mode or with trainer.skip_old_log_prob=true"
             )
     if config.algorithm.adv_estimator == "aepo" and not is_batched(config):
         manager = config.actor_rollout_ref.rollout.agent.get("agent_loop_manager_class")
@@ -376,6 +421,7 @@ def _check_entropy_audit(config: DictConfig, policy_loss: Any) -> None:
         ("actor.fsdp_config.one_pass_reductions", OmegaConf.select(actor, "fsdp_config.one_pass_reductions"), (True,)),
         ("model.use_fused_kernels", _fused(config), (False,)),
         ("algorithm.rollout_correction.bypass_mode", bypass, (False,)),
+        ("trainer.skip_old_log_prob", trainer.get("skip_old_log_prob", False), (False,)),
     ]
     if not options.freq:
         return

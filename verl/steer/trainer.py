@@ -8,6 +8,7 @@ Keys below `trainer`, beside verl's:
     delete_old_best_checkpoint  delete the previous best checkpoint once the new one is complete
     best_metric_key             the metric; null: the only val-core/.../acc/mean@N
     rollout_timeout             seconds without a finished rollout after which a run ends; null: never
+    skip_old_log_prob           take the old log-probs from the forward pass of a step's only update
     entropy_audit               compare estimated entropy changes with the true ones every so many steps
 """
 
@@ -217,17 +218,27 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         return ledger
 
     def _compute_old_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """Compute the sums over the vocabulary for an audit as well, and the entropy's change since the last step."""
+        """Compute the sums over the vocabulary for an audit as well, and the entropy's change since the last step.
+
+        With `trainer.skip_old_log_prob` compute nothing: in the only update of a step the policy is the old one.
+        """
+        actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
+        # An agent loop may return several rows for a rollout, and then a step has several updates.
+        if self.config.trainer.skip_old_log_prob and len(batch) <= actor.ppo_mini_batch_size * rollout.n:
+            return batch
         if self.entropy_audit.due(self.global_steps):
             batch.extra_info["calculate_sum_pi_squared"] = True
         self._leave_out(batch, UNREAD_BY_FORWARD_PASSES)
-        with self._fitting_micro_batches(batch, self.config.actor_rollout_ref.rollout):
+        with self._fitting_micro_batches(batch, rollout):
             batch = super()._compute_old_log_prob(batch, metrics)
+        self._compare_entropy(metrics)
+        return batch
+
+    def _compare_entropy(self, metrics: dict) -> None:
         entropy = metrics.get("actor/entropy")
         if entropy is not None and self.last_entropy is not None:
             metrics["actor/entropy_change_per_step"] = entropy - self.last_entropy
         self.last_entropy = entropy
-        return batch
 
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Send the workers only the columns that they read."""
@@ -293,6 +304,9 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         return self._observed(batch, metrics)
 
     def _observed(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        if self.config.trainer.skip_old_log_prob and "actor/entropy" not in metrics:
+            metrics["actor/entropy"] = metrics["actor/entropy_loss"]
+            self._compare_entropy(metrics)
         if self.entropy_coefficient:
             self.entropy_coefficient.observe(metrics)
         return batch

@@ -27,7 +27,10 @@ def load(model_path: str) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModelForSequenceClassification.from_pretrained(model_path, dtype=torch.float32).eval()
     if model.config.num_labels != 1:
-        raise ValueError(f"model_path={model_path}: {model.config.num_labels} labels: expected a reward model with one")
+        raise ValueError(
+            f"reward.custom_reward_function.reward_kwargs.model_path={model_path}: {model.config.num_labels} labels: "
+            "expected a reward model with one"
+        )
     return tokenizer, model
 
 

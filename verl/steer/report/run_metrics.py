@@ -59,8 +59,8 @@ class Run:
         """k -> pass@k of the last validation, averaged over the data sources; empty with one sample a problem."""
         found: dict[int, list[float]] = {}
         for name in self.metrics:
-            if k := re.fullmatch(r"val-aux/.+/acc/pass@(\d+)", name):
-                found.setdefault(int(k[1]), []).extend(list(self.series(name).values())[-1:])
+            if match := re.fullmatch(r"val-aux/.+/acc/pass@(\d+)", name):
+                found.setdefault(int(match[1]), []).extend(list(self.series(name).values())[-1:])
         return {k: sum(values) / len(values) for k, values in sorted(found.items()) if values}
 
     @cached_property
@@ -168,25 +168,16 @@ def mean_and_interval(values: Iterable[float], decimals: int) -> str:
     return f"{mean} ± {student_t.ppf(0.975, len(found) - 1) * found.sem():.{decimals}f}"
 
 
-def sampling_heading(metric: str) -> str | None:
-    """The comparison's heading of a metric of `verl.steer.validation_metrics`, at 8 and more samples; else None."""
-    found = re.fullmatch(r"val-aux/[^/]+/(?:acc/(pass@\d+)|(distinct_right))", metric)
-    if found is None or found[1] in ("pass@1", "pass@2", "pass@4"):
-        return None
-    return found[1] or "distinct right"
-
-
 def run_figures(run: Run) -> dict[str, float]:
     """The comparison's figures of one run by heading; NaN if the run lacks the metric."""
     accuracy, entropy, weight = (
         pd.Series(series, dtype=float) for series in (run.accuracy, run.series(ENTROPY), run.series(WEIGHT))
     )
     speed = pd.DataFrame({name: run.series(name) for name in (TOKENS, SECONDS)}, dtype=float).dropna().mean()
-    headings = {heading: metric for metric in run.metrics if (heading := sampling_heading(metric))}
-    sampling = {
-        heading: pd.Series(run.series(headings[heading]), dtype=float).iloc[-1:].mean()
-        for heading in sorted(headings, key=lambda heading: (len(heading), heading))  # pass@8 before pass@16
-    }
+    sampling = {f"pass@{k}": share for k, share in run.pass_at_k.items() if k >= 8}
+    distinct = [list(run.series(name).values())[-1:] for name in run.metrics if name.endswith("/distinct_right")]
+    if distinct:
+        sampling["distinct right"] = pd.Series(sum(distinct, []), dtype=float).mean()
     # Slices instead of single elements: the mean of an empty series is NaN.
     return {
         "accuracy before": accuracy[accuracy.index == 0].mean(),
