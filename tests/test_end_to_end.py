@@ -34,10 +34,10 @@ GREEDY = (
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory, command, root):
-    """The laptop task with a model that has hardly been trained."""
+    """The laptop task with a model that has been trained until it solves a few problems, so that advantages differ."""
     folder = tmp_path_factory.mktemp("task") / "laptop"
     program = root / "scripts/make_laptop_task.py"
-    result = command(sys.executable, program, "--out", folder, "--quiet", "--steps", 20, "--train-size", 64)
+    result = command(sys.executable, program, "--out", folder, "--quiet", "--steps", 300, "--train-size", 64)
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -195,10 +195,11 @@ def test_one_update_a_step_needs_no_pass_for_old_log_probs(command, root, task, 
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     steps = metrics(tmp_path / "steer_exp")
     for step in steps.values():
-        assert step["actor/ppo_kl"] == step["actor/pg_clipfrac"] == 0 and step["actor/grad_norm"] > 0
+        assert step["actor/ppo_kl"] == step["actor/pg_clipfrac"] == 0
         assert 0.8 <= step["actor/token_weights_min"] <= step["actor/token_weights_max"] <= 1
         assert step["actor/entropy"] == step["actor/entropy_loss"] > 0
         assert "training/rollout_probs_diff_max" not in step
+    assert max(step["actor/grad_norm"] for step in steps.values()) > 0
     change = steps[2]["actor/entropy"] - steps[1]["actor/entropy"]
     assert steps[2]["actor/entropy_change_per_step"] == pytest.approx(change)
 
