@@ -154,7 +154,7 @@ for part in $parts; do
   options=()
   case $part in
     collapse | field) options=(--baseline countdown_grpo) ;;
-    trainability) options=(--baseline second_grpo --reach -0.7) ;;
+    trainability) options=(--baseline second_grpo --reach -0.4) ;;
     learned_reward) options=(--baseline learned_grpo) ;;
     countdown_*) options=(--baseline countdown_grpo) ;;
   esac

@@ -491,7 +491,8 @@ def trainer(monkeypatch, tmp_path):
                 },
                 "rollout": {"n": 4, "temperature": 0.7, "log_prob_micro_batch_size_per_gpu": None},
                 "ref": {"log_prob_micro_batch_size_per_gpu": None},
-            }
+            },
+            "trainer": {"skip_old_log_prob": False},
         }
     )
     built.entropy_coefficient, built.last_entropy, built.target_entropy = None, None, None
@@ -505,7 +506,7 @@ def trainer(monkeypatch, tmp_path):
 
     def update(self, batch, metrics):
         built.sent.append(dict(batch.extra_info))
-        metrics |= {"actor/entropy_audit/tokens": 3.0, "actor/pg_loss": 1.0}
+        metrics |= {"actor/entropy_audit/tokens": 3.0, "actor/pg_loss": 1.0, "actor/entropy_loss": 0.9}
         return batch
 
     monkeypatch.setattr(trainer_steer.PPOTrainerSync, "_compute_old_log_prob", old_log_prob)
@@ -548,6 +549,18 @@ def test_workers_fetch_what_they_read_of_what_the_batched_manager_wrote(trainer,
         for trainer.batched, expected in ((False, None), (True, fields)):
             batch = KVBatchMeta(partition_id="train", keys=["a", "b"], tags=[{}] * 2)
             assert method(batch, {}).fields == expected
+
+
+def test_old_log_probs_are_skipped_only_where_a_step_has_one_update(trainer):
+    """16 rows are two mini-batches of 2 * 4."""
+    trainer.config.trainer.skip_old_log_prob = True
+    for trainer.global_steps, rows, entropy in ((1, 8, 0.9), (3, 16, 0.5), (5, 8, 0.9)):
+        batch, metrics = KVBatchMeta(partition_id="train", keys=list("abcdefghijklmnop")[:rows], tags=[{}] * rows), {}
+        trainer._compute_old_log_prob(batch, metrics)
+        assert ("actor/entropy" in metrics) == (rows == 16)
+        trainer._update_actor(batch, metrics)
+        assert metrics["actor/entropy"] == entropy
+    assert metrics["actor/entropy_change_per_step"] == pytest.approx(0.4) and len(trainer.sent) == 4
 
 
 def test_the_entropys_change_from_step_to_step(trainer):

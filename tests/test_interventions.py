@@ -654,6 +654,7 @@ def trainer(monkeypatch):
     built.config = OmegaConf.create(
         {
             "algorithm": {"adv_estimator": "gtpo"},
+            "trainer": {"skip_old_log_prob": False},
             "actor_rollout_ref": {
                 "actor": {"calculate_sum_pi_squared": True, "policy_loss": {"loss_mode": "entropy_control"}}
             },
