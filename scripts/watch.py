@@ -54,8 +54,8 @@ def main() -> int:
     args.log.parent.mkdir(parents=True, exist_ok=True)
     before = {file: state(file) for file in args.metrics.glob("metrics*.jsonl")}
     received: list[int] = []
-    # A closed terminal and a cancelled job end the command as Ctrl-C does. An exception would leave the command alone if
-    # it were raised while this starts it. `nohup` ignores SIGHUP.
+    # A closed terminal and a cancelled job end the command as Ctrl-C does. A handler that raised an exception while the
+    # command starts would leave it running. `nohup` ignores SIGHUP.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, lambda number, _: received.append(number))

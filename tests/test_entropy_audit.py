@@ -554,12 +554,12 @@ def test_workers_fetch_what_they_read_of_what_the_batched_manager_wrote(trainer,
 def test_old_log_probs_are_skipped_only_where_a_step_has_one_update(trainer):
     """16 rows are two mini-batches of 2 * 4."""
     trainer.config.trainer.skip_old_log_prob = True
-    for trainer.global_steps, rows, entropy in ((1, 8, 0.9), (3, 16, 0.5), (5, 8, 0.9)):
+    for trainer.global_steps, rows, expected in ((1, 8, 0.9), (3, 16, 0.5), (5, 8, 0.9)):
         batch, metrics = KVBatchMeta(partition_id="train", keys=list("abcdefghijklmnop")[:rows], tags=[{}] * rows), {}
         trainer._compute_old_log_prob(batch, metrics)
         assert ("actor/entropy" in metrics) == (rows == 16)
         trainer._update_actor(batch, metrics)
-        assert metrics["actor/entropy"] == entropy
+        assert metrics["actor/entropy"] == expected
     assert metrics["actor/entropy_change_per_step"] == pytest.approx(0.4) and len(trainer.sent) == 4
 
 
