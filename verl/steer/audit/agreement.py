@@ -23,5 +23,7 @@ def agreement(estimate: pd.Series, truth: pd.Series) -> dict[str, float]:
     square = (estimate * estimate).sum()
     factor = (estimate * truth).sum() / square if square else 0.0
     with np.errstate(divide="ignore", invalid="ignore"):
-        pearson, spearman = estimate.corr(truth), estimate.rank().corr(truth.rank())
+        # With one value, pandas 2 warns before it returns NaN.
+        pearson = estimate.corr(truth, min_periods=2)
+        spearman = estimate.rank().corr(truth.rank(), min_periods=2)
     return {"mse": ((factor * estimate - truth) ** 2).mean(), "pearson": pearson, "spearman": spearman}
