@@ -9,8 +9,9 @@ from test_configuration import ACTOR, METHODS, POLICY_LOSS, resolved
 from transfer_queue.controller import TransferQueueController
 from transfer_queue.storage.simple_storage import SimpleStorageUnit
 from verl.experimental.reward_loop.reward_manager.remote import RewardComputeWorker
-from verl.steer import ray_cpus, requirements
+from verl.steer import ray_cpus
 from verl.steer.methods.registry import fields_needed
+from verl.steer.requirements import check_and_complete, hardware
 from verl.trainer.main_ppo import TaskRunnerV1
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
@@ -22,15 +23,15 @@ SERVED_BY_VERL = {"entropys", "current_entropys", "entropy_coeff"}
 @pytest.fixture(autouse=True)
 def gpu_machine(monkeypatch):
     """verl's platform is CUDA with flash-attn, and Ray would count 30 CPUs; `monkeypatch` sets another number."""
-    monkeypatch.setattr(requirements, "get_platform", lambda: SimpleNamespace(device_name="cuda"))
-    monkeypatch.setattr(requirements, "find_spec", lambda _: True)
+    monkeypatch.setattr(hardware, "get_platform", lambda: SimpleNamespace(device_name="cuda"))
+    monkeypatch.setattr(hardware, "find_spec", lambda _: True)
     monkeypatch.setattr(ray_cpus, "get_num_cpus", lambda _: 30)
     monkeypatch.setattr(ray_cpus.services, "canonicalize_bootstrap_address", lambda _: None)
 
 
 def checked(name, *overrides):
     config = resolved(name, *overrides)
-    requirements.check_and_complete(config)
+    check_and_complete(config)
     return config
 
 

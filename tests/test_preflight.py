@@ -12,11 +12,10 @@ from omegaconf import OmegaConf
 from small_engine import make_engine, mini_batches
 from test_configuration import resolved
 from transformers import AutoModelForCausalLM, Qwen2Config
-from verl.steer import requirements
 from verl.steer.loss import ppo_loss
 from verl.steer.preflight import dataset, disk, machine, main, memory, processes, ranks
 from verl.steer.preflight.rows import GIB, Row, report, run_check
-from verl.steer.requirements import check_and_complete
+from verl.steer.requirements import check_and_complete, hardware
 from verl.workers.config import FSDPActorConfig
 
 ACTOR = "actor_rollout_ref.actor"
@@ -243,8 +242,8 @@ def test_a_machine_without_a_driver_is_told_about_cpu(monkeypatch, tmp_path):
 
 def completed(monkeypatch, installed, *overrides):
     """A GPU's configuration after the checks, on whatever platform this is."""
-    monkeypatch.setattr(requirements, "get_platform", lambda: SimpleNamespace(device_name="cuda"))
-    monkeypatch.setattr(requirements, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(hardware, "get_platform", lambda: SimpleNamespace(device_name="cuda"))
+    monkeypatch.setattr(hardware, "find_spec", lambda name: installed or None)
     config = resolved("grpo", "ray_kwargs.ray_init.num_cpus=64", *overrides)
     check_and_complete(config)
     return config.actor_rollout_ref.model.override_config.get("attn_implementation")
@@ -252,7 +251,7 @@ def completed(monkeypatch, installed, *overrides):
 
 def test_torchs_attention_takes_the_place_of_flash_attn(monkeypatch):
     warned = []
-    monkeypatch.setattr(requirements.logger, "warning", lambda *arguments: warned.append(arguments))
+    monkeypatch.setattr(hardware.logger, "warning", lambda *arguments: warned.append(arguments))
     name = "+actor_rollout_ref.model.override_config.attn_implementation"
     assert completed(monkeypatch, True) is None and not warned
     assert completed(monkeypatch, False) == "packed_sdpa" and "flash-attn is not installed" in warned[0][0]

@@ -79,9 +79,10 @@ def test_a_checkpoint_has_both_ranks(out):
 
 
 def test_the_lost_node_is_named(out):
-    """One rank was on it, the other was not."""
+    """One rank was on it, the other was not. If Ray had put the task runner there, its death alone may be reported."""
     lines = [line for line in (out / "lost_node.log").read_text().splitlines() if line.startswith("steer-verl:")]
     assert len(set(lines)) == 1
     dead = lines[0].removeprefix("steer-verl: ").split("; ")
     assert all(actor.endswith(f" on node {SECOND}) died with its node") for actor in dead)
-    assert sum(actor.startswith("WorkerDict ") for actor in dead) == 1
+    ranks = sum(actor.startswith("WorkerDict ") for actor in dead)
+    assert ranks == 1 or ranks == 0 and any(actor.startswith("SteerTaskRunner ") for actor in dead)

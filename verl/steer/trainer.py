@@ -293,7 +293,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
                 batch.extra_info[state.field] = metrics[f"actor/{state.field}"] = value
         if not self.entropy_audit.due(self.global_steps):
             batch = super()._update_actor(batch, metrics)
-            return self._observed(batch, metrics)
+            return self._after_update(batch, metrics)
         batch.extra_info["entropy_audit"] = self._audit_request(len(batch))
         batch = super()._update_actor(batch, metrics)
         # verl prefixes the workers' metrics with `actor/`.
@@ -301,9 +301,10 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
             metrics[name.removeprefix("actor/")] = metrics.pop(name)
         temperature = self.config.actor_rollout_ref.rollout.temperature
         metrics |= audit_step(batch, self.actor_rollout_wg, temperature)
-        return self._observed(batch, metrics)
+        return self._after_update(batch, metrics)
 
-    def _observed(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+    def _after_update(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+        """Log the entropy that a left out pass would have logged, and tell the controller of the coefficient."""
         if self.config.trainer.skip_old_log_prob and "actor/entropy" not in metrics:
             metrics["actor/entropy"] = metrics["actor/entropy_loss"]
             self._compare_entropy(metrics)

@@ -12,7 +12,7 @@ import psutil
 import torch
 from omegaconf import DictConfig
 from verl.steer.preflight.rows import GIB
-from verl.steer.requirements import FLASH_ATTENTION
+from verl.steer.requirements.hardware import FLASH_ATTENTION
 
 
 def gpus() -> list[tuple[str, str, int, int]]:

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ def run_figures(run: Run) -> dict[str, float]:
     sampling = {f"pass@{k}": share for k, share in run.pass_at_k.items() if k >= 8}
     distinct = [list(run.series(name).values())[-1:] for name in run.metrics if name.endswith("/distinct_right")]
     if distinct:
-        sampling["distinct right"] = pd.Series(sum(distinct, []), dtype=float).mean()
+        sampling["distinct right"] = pd.Series([*chain(*distinct)], dtype=float).mean()
     # Slices instead of single elements: the mean of an empty series is NaN.
     return {
         "accuracy before": accuracy[accuracy.index == 0].mean(),

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checks of hardware, engine and attention."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from importlib.util import find_spec
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+from verl.plugin.platform import get_platform
+from verl.steer.requirements.loss import FSDP_STRATEGIES
+
+logger = logging.getLogger(__name__)
+
+#: verl's default attention.
+FLASH_ATTENTION = "flash_attention_2"
+
+#: verl's engines, values of `model_engine` -> keys below `actor` of the ranks that share a rollout.
+MODEL_ENGINES = {
+    "dp": ("ulysses_sequence_parallel_size",),
+    "megatron": tuple(f"megatron.{kind}_parallel_size" for kind in ("tensor_model", "pipeline_model", "context")),
+    "veomni": ("veomni.ulysses_parallel_size",),
+    "torchtitan": tuple(f"torchtitan.{kind}_parallel_size" for kind in ("tensor", "pipeline", "context")),
+}
+
+
+def check_platform(config: DictConfig) -> None:
+    """Check that the configuration is for this machine's hardware, and the environment's number of threads.
+
+    Raises:
+        ValueError: if not.
+    """
+    platform = get_platform().device_name
+    if (platform == "cpu") != (config.trainer.device == "cpu"):
+        remedy = "hardware=cpu" if platform == "cpu" else "VERL_PLATFORM=cpu in the environment, or another hardware"
+        raise ValueError(
+            f"trainer.device={config.trainer.device}: verl's platform here is {platform}; expected {remedy}"
+        )
+    threads = os.environ.get("ROLLOUT_OMP_NUM_THREADS")
+    if threads and not (threads.isdecimal() and int(threads)):
+        raise ValueError(f"ROLLOUT_OMP_NUM_THREADS={threads}: expected a number of threads, at least 1")
+
+
+def check_model_engine(config: DictConfig) -> None:
+    """Check that `actor.strategy` is of the chosen engine, and no option of the FSDP engine is set for another.
+
+    Raises:
+        ValueError: if not; `hardware=cpu` and `hardware=gpu1` set options of the FSDP engine.
+    """
+    engine, actor = config.model_engine, config.actor_rollout_ref.actor
+    others = MODEL_ENGINES.keys() - {"dp"}
+    if actor.strategy in others - {engine} or engine in others and actor.strategy != engine:
+        expected = engine if engine in others else " or ".join(FSDP_STRATEGIES)
+        raise ValueError(f"actor.strategy={actor.strategy}: expected {expected} with model_engine={engine}")
+    for section in ("actor", "ref"):
+        ignored = config.actor_rollout_ref[section].get("fsdp_config")
+        if engine in others and ignored:
+            raise ValueError(
+                f"{section}.fsdp_config: expected none with model_engine={engine}, which ignores its keys "
+                f"{', '.join(ignored)}; the override ~actor_rollout_ref.{section}.fsdp_config removes them"
+            )
+
+
+def check_attention(config: DictConfig) -> None:
+    """Choose torch's attention where flash-attn, which verl takes by default, is not installed.
+
+    Raises:
+        ValueError: if the configuration needs flash-attn.
+    """
+    model, actor = config.actor_rollout_ref.model, config.actor_rollout_ref.actor
+    if actor.strategy not in FSDP_STRATEGIES or find_spec("flash_attn"):
+        return
+    named, ranks = model.override_config.get("attn_implementation"), actor.ulysses_sequence_parallel_size
+    if named == FLASH_ATTENTION or ranks > 1:
+        key, value, expected = "model.override_config.attn_implementation", named, "packed_sdpa, torch's attention,"
+        if ranks > 1:
+            key, value, expected = "actor.ulysses_sequence_parallel_size", ranks, "1"
+        raise ValueError(f"{key}={value}: expected {expected} where flash-attn is not installed")
+    if named is None:
+        chosen = "packed_sdpa" if model.use_remove_padding else "sdpa"
+        logger.warning(
+            "flash-attn is not installed: attn_implementation=%s, torch's attention, takes its place", chosen
+        )
+        with open_dict(model):
+            model.override_config["attn_implementation"] = chosen
+
+
+def check_log_prob_micro_batches(config: DictConfig) -> None:
+    """Check the micro-batches of the log-probs, of which a wrong size would stop a worker.
+
+    verl checks those of the update only.
+
+    Raises:
+        ValueError: if the size doesn't divide a rank's rollouts.
+    """
+    rollout, trainer = config.actor_rollout_ref.rollout, config.trainer
+    size = rollout.log_prob_micro_batch_size_per_gpu
+    if trainer.val_only or rollout.log_prob_use_dynamic_bsz or size is None:
+        return
+    shared = MODEL_ENGINES.get(config.model_engine, ())
+    ranks = trainer.nnodes * trainer.n_gpus_per_node
+    ranks //= math.prod(OmegaConf.select(config.actor_rollout_ref.actor, key) for key in shared)
+    rollouts = config.data.train_batch_size * rollout.n // ranks
+    if rollouts % size:
+        raise ValueError(
+            f"rollout.log_prob_micro_batch_size_per_gpu={size}: expected a divisor of the {rollouts} rollouts of a "
+            f"rank (data.train_batch_size={config.data.train_batch_size} * rollout.n={rollout.n} / {ranks} ranks)"
+        )

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checks of code rewards and of the reward model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow.parquet as pq
+from omegaconf import DictConfig, open_dict
+from verl.steer.grading import sandbox
+from verl.steer.grading.code import CodeOptions, is_code
+from verl.steer.options import from_config
+
+#: The reward function of this fork.
+GRADING = "pkg://verl.steer.grading.score"
+LEARNED = "pkg://verl.steer.grading.learned"
+
+LEARNED = "pkg://verl.steer.grading.learned"
+
+
+def check_code_rewards(config: DictConfig) -> None:
+    """Check the options of code rewards and, if rows of this run need it, their sandbox.
+
+    With verl's `reward.sandbox_fusion.url` that service runs the programs: the reward function gets the section.
+
+    Raises:
+        ValueError: if an option is out of range, or the sandbox doesn't start.
+    """
+    function, service = config.reward.custom_reward_function, config.reward.sandbox_fusion
+    if function.path != GRADING:
+        return
+    options = from_config(CodeOptions, (function.get("reward_kwargs") or {}).get("code"), sandbox.SECTION)
+    if service.url:
+        with open_dict(config):
+            function.reward_kwargs = {
+                **(function.get("reward_kwargs") or {}),
+                "sandbox_fusion_url": service.url,
+                "memory_limit_mb": service.memory_limit_mb,
+                "max_concurrent": max(1, service.max_concurrent // config.reward.num_workers),
+            }
+    elif options.sandbox == "bwrap" and any(map(is_code, _data_sources(config))):
+        sandbox.check()
+
+
+def check_reward_model(config: DictConfig) -> None:
+    """Check that the reward model of `verl.steer.grading.learned` is there.
+
+    Raises:
+        ValueError: if its folder is not named or holds no model.
+    """
+    function = config.reward.custom_reward_function
+    if function.path == LEARNED:
+        folder = (function.get("reward_kwargs") or {}).get("model_path")
+        if not folder or not Path(folder, "config.json").is_file():
+            raise ValueError(
+                f"reward.custom_reward_function.reward_kwargs.model_path={folder}: expected the folder of a reward "
+                "model, such as scripts/make_reward_model.py makes"
+            )
+
+
+def _data_sources(config: DictConfig) -> set[str]:
+    """The data sources of the run's parquet files, as far as these are at hand."""
+    found: set[str] = set()
+    for files in (config.data.val_files, *(() if config.trainer.val_only else (config.data.train_files,))):
+        for file in [files] if isinstance(files, str) else files or ():
+            if Path(file).is_file() and "data_source" in pq.read_schema(file).names:
+                found.update(pq.read_table(file, columns=["data_source"])["data_source"].unique().to_pylist())
+    return found
