@@ -7,11 +7,13 @@ Trains GRPO on the laptop task (made by `run/quickstart.sh` or `scripts/make_lap
 for each way and number of rollouts a step, one run after the other. `verl` has upstream's trainer, replay buffer,
 agent loops, storage units, reductions, padding, optimizer step, vLLM executor, garbage collection of the start and
 waiting threads; `fork` has this fork's. Step times are medians without the first step, which compiles and warms up.
+Ray's own timeline of the run divides a step into the calls of the processes; calls that overlap count once.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import importlib.util
 import json
 import os
@@ -19,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
 from rich.console import Console
@@ -60,10 +63,19 @@ STAGES = {
 PARTS = ("gen", "old_log_prob", "adv", "update_actor", "update_weights", "step")
 
 
-def train(way: str, rollouts: int, steps: int, folder: Path, overrides: list[str]) -> tuple[dict[str, float], Path]:
-    """Run one training to its end; seconds from its start at which each stage was over, and its metrics file."""
+#: The call of each step at whose end the trainer's work on the batch is over.
+LAST_CALL = "WorkerDict.actor_rollout_update_actor"
+
+#: Calls of fewer seconds a step are left out.
+LEAST = 0.005
+
+
+def train(way: str, rollouts: int, steps: int, folder: Path, overrides: list[str]) -> dict[str, float]:
+    """Run one training to its end; seconds from its start at which each stage was over.
+
+    `folder` then has metrics.jsonl, timeline.json and log.txt.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    metrics = folder / "metrics.jsonl"
     words = [
         "bash",
         REPOSITORY / "run/run_grpo.sh",
@@ -73,11 +85,13 @@ def train(way: str, rollouts: int, steps: int, folder: Path, overrides: list[str
         f"trainer.total_training_steps={steps}",
         "trainer.test_freq=-1",
         "trainer.val_before_train=false",
+        f"ray_kwargs.timeline_json_file={folder.resolve() / 'timeline.json'}",
         *WAYS[way],
         *overrides,
     ]
     environment = {**os.environ, "PYTHON": sys.executable, "OUTPUT_DIR": str(folder)}
-    environment |= {"VERL_FILE_LOGGER_PATH": str(metrics), "VERL_LOGGING_LEVEL": "INFO"} | ENVIRONMENT[way]
+    environment |= {"VERL_FILE_LOGGER_PATH": str(folder / "metrics.jsonl"), "VERL_LOGGING_LEVEL": "INFO"}
+    environment |= ENVIRONMENT[way]
     start = time.monotonic()
     reached: dict[str, float] = {}
     with (
@@ -99,13 +113,29 @@ def train(way: str, rollouts: int, steps: int, folder: Path, overrides: list[str
                     reached[stage] = time.monotonic() - start
     if process.returncode:
         sys.exit(f"loop_profile.py: {way} with {rollouts} rollouts failed: see {folder / 'log.txt'}")
-    return reached, metrics
+    return reached
 
 
 def step_parts(metrics: Path) -> dict[str, float]:
     """Median seconds of each part over the steps but the first."""
     rows = [json.loads(line)["data"] for line in metrics.read_text().splitlines()][1:]
     return {part: statistics.median(row[f"timing_s/{part}"] for row in rows) for part in PARTS}
+
+
+def step_calls(timeline: Path) -> dict[str, float]:
+    """Median seconds a step, over the steps but the first, during which calls of each method of an actor run."""
+    events = [event for event in json.loads(timeline.read_text()) if event.get("cat", "").startswith("task::")]
+    calls = [(event["ts"], event["ts"] + event["dur"], event["cat"].removeprefix("task::")) for event in events]
+    ends = sorted(end for _, end, name in calls if name == LAST_CALL)
+    seconds: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(ends))
+    busy_until: dict[str, float] = defaultdict(float)
+    for start, end, name in sorted(calls):
+        step = bisect.bisect_left(ends, start)
+        if 0 < step < len(ends):
+            seconds[name][step] += max(0.0, end - max(start, busy_until[name])) / 1e6
+        busy_until[name] = max(busy_until[name], end)
+    medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
+    return {name: value for name, value in medians.items() if value >= LEAST}
 
 
 def show(title: str, columns: dict[tuple[str, int], dict[str, float]], rows: list[str]) -> None:
@@ -118,8 +148,13 @@ def show(title: str, columns: dict[tuple[str, int], dict[str, float]], rows: lis
     for count in pairs:
         table.add_column(f"fork / verl {count}", justify="right")
     for row in rows:
-        values = [f"{column.get(row, float('nan')):.2f}" for column in columns.values()]
-        ratios = [f"{columns['fork', count][row] / columns['verl', count][row]:.2f}" for count in pairs]
+        values = [f"{column[row]:.2f}" if row in column else "–" for column in columns.values()]
+        ratios = [
+            f"{columns['fork', count][row] / columns['verl', count][row]:.2f}"
+            if row in columns["fork", count] and row in columns["verl", count]
+            else "–"
+            for count in pairs
+        ]
         table.add_row(row, *values, *ratios)
     Console(width=140).print(table)
 
@@ -134,14 +169,17 @@ def main() -> None:
     arguments = parser.parse_args()
     if importlib.util.find_spec("verl_steer") is None:
         sys.exit(f"loop_profile.py: {sys.executable} has no verl_steer: run it with the environment's own python")
-    starts, parts = {}, {}
+    starts, parts, calls = {}, {}, {}
     for rollouts in arguments.rollouts:
         for way in arguments.ways:
             folder = arguments.out / f"{way}_{rollouts}"
-            starts[way, rollouts], metrics = train(way, rollouts, arguments.steps, folder, arguments.overrides)
-            parts[way, rollouts] = step_parts(metrics)
+            starts[way, rollouts] = train(way, rollouts, arguments.steps, folder, arguments.overrides)
+            parts[way, rollouts] = step_parts(folder / "metrics.jsonl")
+            calls[way, rollouts] = step_calls(folder / "timeline.json")
     show("seconds from the start to the end of each stage", starts, list(STAGES))
     show("seconds of a step's parts, medians", parts, list(PARTS))
+    names = dict.fromkeys(name for column in calls.values() for name in column)
+    show("seconds of a step in calls of the processes, medians", calls, list(names))
 
 
 if __name__ == "__main__":
