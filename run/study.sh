@@ -8,6 +8,7 @@
 #   PARTS       collapse     on the countdown task: GRPO and an entropy bonus, the criteria of docs/task_choice.md
 #               field        on the countdown task: the methods of docs/interventions.md, STEER and the control
 #               trainability the models that field's runs end with, trained by GRPO on numbers up to 12
+#               stable       GRPO and STEER on those numbers, where the entropy of GRPO's model does not fall
 #               learned_reward GRPO, STEER and the control with the reward of a model in place of the rule's
 #               countdown_lambda_min and the like: lambda_min, extreme, quadrants, maps, normalizers or lora, below, on
 #                            the countdown task
@@ -41,6 +42,7 @@ members() {
       countdown_{kl_cov,clip_b,clip_v,opefo,ce_gppo,bapo,archer,dynamic_clip,high_entropy_tokens,quadrant} \
       countdown_{entropy_shaped_advantage,positive_advantage,psr,nsr,w_reinforce,unlikeliness,gtpo,grpo_s} ;;
     trainability) echo {countdown,second}_{grpo,steer_exp,influence_0.2,bonus_0.01} ;;
+    stable) echo countdown_grpo second_grpo stable_steer_exp ;;
     learned_reward) echo learned_{grpo,steer_exp,influence_0.2,bonus_0.01} ;;
     countdown_lambda_min | countdown_extreme | countdown_quadrants | countdown_maps | countdown_normalizers | countdown_lora)
       members "${1#countdown_}" | sed -E 's/\<clip_higher\>/grpo/; s/[^ ]+/countdown_&/g' ;;
@@ -55,10 +57,16 @@ members() {
     prediction) echo prediction_{1e-6,5e-6,2e-5,1e-4,5e-4} single_tokens ;;
     control) echo grpo_1e-4 influence_{0.35,0.27,0.2,steps} {pi_released,pi_exact,adaptive}_0.27 ;;
     control_others) echo {pi_released,pi_exact,adaptive}_{0.35,0.2} ;;
-    *) echo "study.sh: PARTS names $1; expected collapse, field, trainability, learned_reward, fidelity, methods," \
+    *) echo "study.sh: PARTS names $1; expected collapse, field, trainability, stable, learned_reward, fidelity, methods," \
       "lambda_min, extreme, quadrants, maps, normalizers, lora (these six also as countdown_lambda_min and so on)," \
       "prediction, control or control_others" >&2; return 1 ;;
   esac
+}
+
+# METHOD START: the second task, from the model that START ends with on the first.
+second() {
+  echo "$1 actor_rollout_ref.model.path=$OUTPUT_DIR/seed${seed:-N}/countdown_$2/global_step_250/actor/huggingface" \
+    "trainer.total_training_steps=100 trainer.save_freq=-1"
 }
 
 # A run's configuration, and its overrides where it has any: NAME [audit of the runs that have one].
@@ -76,8 +84,8 @@ definition() {
     countdown_entrocraft) echo "entrocraft" algorithm.entropy_{lower_start=0.25,lower_end=0.15,upper_start=0.3,upper_end=0.25} ;;
     countdown_*) definition "${1#countdown_}" "" ;;
     learned_*) definition "countdown_${1#learned_}" ;;
-    second_*) echo "grpo $model.path=$OUTPUT_DIR/seed${seed:-N}/countdown_${1#second_}/global_step_250/actor/huggingface" \
-      "trainer.total_training_steps=100 trainer.save_freq=-1" ;;
+    second_*) second grpo "${1#second_}" ;;
+    stable_*) second "${1#stable_}" grpo ;;
     grpo_symmetric | steer_exp | steer_exp_extreme) echo "$1${audit:+ $audit}" ;;
     entropy_bonus) echo "$1 $actor.entropy_coeff=0.01" ;;
     grpo_extreme) echo "grpo $actor.clip_ratio_low=0.99 $actor.clip_ratio_high=5.0" ;;
@@ -134,6 +142,7 @@ for seed in $seeds; do
     task=arithmetic data=arithmetic length=(trainer.total_training_steps=30)
     case $name in
       countdown_* | second_*) task=countdown data=${name%%_*} length=() ;;
+      stable_*) task=countdown data=second length=() ;;
       learned_*) task=countdown_learned data=learned length=() ;;
     esac
     folder=$(task_folder "$data")
@@ -154,7 +163,7 @@ for part in $parts; do
   options=()
   case $part in
     collapse | field) options=(--baseline countdown_grpo) ;;
-    trainability) options=(--baseline second_grpo --reach -0.4) ;;
+    trainability | stable) options=(--baseline second_grpo --reach -0.4) ;;
     learned_reward) options=(--baseline learned_grpo) ;;
     countdown_*) options=(--baseline countdown_grpo) ;;
   esac

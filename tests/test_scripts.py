@@ -298,7 +298,7 @@ def test_study_shares_runs_and_ends_with_a_table_a_picture_and_a_page_for_each_p
 
 
 def test_every_run_of_the_study_passes_the_checks(command, root):
-    parts = "collapse field trainability fidelity methods lambda_min extreme quadrants maps normalizers lora"
+    parts = "collapse field trainability stable fidelity methods lambda_min extreme quadrants maps normalizers lora"
     listed = command("bash", root / "run/study.sh", "--list", PARTS=parts)
     assert listed.returncode == 0 and listed.stderr == ""
     runs = dict(line.split(": ") for line in listed.stdout.splitlines())
