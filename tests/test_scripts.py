@@ -302,10 +302,10 @@ def test_every_run_of_the_study_passes_the_checks(command, root):
     listed = command("bash", root / "run/study.sh", "--list", PARTS=parts)
     assert listed.returncode == 0 and listed.stderr == ""
     runs = dict(line.split(": ") for line in listed.stdout.splitlines())
-    assert len(runs) == len(listed.stdout.splitlines()) == 66
+    assert len(runs) == len(listed.stdout.splitlines()) == 67
     configs = {}
     for name, words in runs.items():
-        task = "countdown" if name.startswith(("countdown_", "second_")) else "arithmetic"
+        task = "countdown" if name.startswith(("countdown_", "second_", "stable_")) else "arithmetic"
         config, *overrides = words.split()
         configs[name] = validated(config, f"task={task}", "hardware=cpu", *overrides)
     assert configs["countdown_bonus_0.03"][0].actor_rollout_ref.actor.entropy_coeff == 0.03
