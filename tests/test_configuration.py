@@ -11,6 +11,8 @@ from functools import cache
 from pathlib import Path
 from unittest import mock
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -23,6 +25,7 @@ from verl.steer.config import ADVANTAGE_OPTIONS, PolicyLossConfig
 from verl.steer.methods.registry import POLICY_LOSSES
 from verl.steer.options import from_config
 from verl.steer.requirements import check_and_complete
+from verl.steer.requirements.files import check_files
 from verl.trainer.ppo.core_algos import (
     BASE_LOSSES,
     ENTROPY_CHANGE_ESTIMATORS,
@@ -730,13 +733,63 @@ def test_cfg_prints_the_resolved_configuration(monkeypatch, capsys):
     assert "loss_mode: entropy_control" in capsys.readouterr().out
 
 
-def test_the_launching_process_resolves_its_variables(monkeypatch):
+def test_the_launching_process_resolves_its_variables(laptop_files, monkeypatch):
     """Where Ray runs already, the trainer's process has other ones."""
     started = []
     monkeypatch.setattr(entry_point.main_ppo, "run_ppo", lambda config, task_runner_class: started.append(config))
-    monkeypatch.setenv("TASK_DIR", "/task")
     monkeypatch.setenv("OUTPUT_DIR", "/out")
     entry_point.main.__wrapped__(resolved("steer_exp", "hardware=cpu", "task=arithmetic"))
     monkeypatch.undo()
     (config,) = started
-    assert config.data.train_files == "/task/train.parquet" and config.trainer.default_local_dir == "/out/steer_exp"
+    assert config.data.train_files == f"{laptop_files}/train.parquet"
+    assert config.trainer.default_local_dir == "/out/steer_exp"
+
+
+@pytest.fixture
+def laptop_files(tmp_path, monkeypatch):
+    """A task's folder with 40 rows for training and a model's configuration."""
+    for name, rows in (("train", 40), ("test", 8)):
+        pq.write_table(pa.table({"prompt": ["1+1="] * rows}), tmp_path / f"{name}.parquet")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").touch()
+    monkeypatch.setenv("TASK_DIR", str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.train_files=/no/train.parquet"], "data.train_files: no file /no/train.parquet: expected one of da"),
+        (["data.val_files=[/no/a.parquet,/no/b.parquet]"], "data.val_files: no file /no/a.parquet, /no/b.parquet: exp"),
+        (["data.train_batch_size=41"], "data.train_batch_size=41: expected at most 40, the rows of data.train_files"),
+        (["data.train_max_samples=8"], "data.train_batch_size=16: expected at most 8, the rows of data.train_files"),
+        (["data.gen_batch_size=64"], "data.gen_batch_size=64: expected at most 40, the rows of data.train_files"),
+        (["actor_rollout_ref.model.path=/no/model"], "actor_rollout_ref.model.path=/no/model: expected the folder of"),
+        (["actor_rollout_ref.model.path=runs/x/hf"], "actor_rollout_ref.model.path=runs/x/hf: expected the folder of"),
+    ],
+)
+def test_missing_files_are_named(laptop_files, overrides, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        check_files(resolved("grpo", "hardware=cpu", "task=arithmetic", *overrides))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["data.train_files=${oc.env:TASK_DIR}/tr*.parquet"],
+        ["data.train_files=hdfs://cluster/train.parquet"],
+        ["actor_rollout_ref.model.path=Qwen/Qwen2.5-Math-7B"],
+        ["actor_rollout_ref.model.path=hdfs://cluster/models/qwen"],
+        ["data.train_batch_size=41", "data.gen_batch_size=1"],
+        ["data.train_batch_size=41", "trainer.val_only=true"],
+    ],
+)
+def test_files_that_verl_finds_are_accepted(laptop_files, overrides):
+    check_files(resolved("grpo", "hardware=cpu", "task=arithmetic", *overrides))
+
+
+def test_a_missing_file_ends_a_launcher_in_one_line(command, root, tmp_path):
+    result = command("bash", root / "run/run_grpo.sh", "hardware=cpu", "task=arithmetic", TASK_DIR=str(tmp_path))
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith(f"steer-verl: data.val_files: no file {tmp_path}/")

@@ -204,7 +204,7 @@ def test_lengths_of_prompts(data_of):
 def test_a_missing_file_is_named(tmp_path, model_folder):
     config = resolved("grpo", f"data.val_files={tmp_path}/none.parquet", f"actor_rollout_ref.model.path={model_folder}")
     row = run_check("validation data", dataset.check_files, config, "val_files")
-    assert row.detail.startswith(f"data.val_files: no file {tmp_path}/none.parquet: make it")
+    assert row.detail.startswith(f"data.val_files: no file {tmp_path}/none.parquet: expected one")
 
 
 NVIDIA_SMI = """#!/bin/sh

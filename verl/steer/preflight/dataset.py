@@ -9,27 +9,18 @@ from typing import Any
 import pyarrow.parquet as pq
 from omegaconf import DictConfig
 from transformers import AutoTokenizer
+from verl.steer.requirements.files import present_files
 
 #: Prompts of a file that are tokenized, evenly over all of them ordered by characters.
 SAMPLE = 1000
-
-
-def files_of(config: DictConfig, key: str) -> list[Path]:
-    """The files of `data.train_files` or `data.val_files`; a ValueError names one that is missing."""
-    named = config.data[key] or []
-    files = [Path(str(file)) for file in ([named] if isinstance(named, str) else named)]
-    if missing := [str(file) for file in files if not file.is_file()]:
-        raise ValueError(
-            f"data.{key}: no file {', '.join(missing)}: make it as datasets/README.md says, or set DATA_DIR"
-        )
-    return files
 
 
 def check_files(config: DictConfig, key: str) -> str:
     """Columns, rows and lengths of prompts; a ValueError names the key, the file and what it lacks."""
     model = config.actor_rollout_ref.model
     tokenizer = AutoTokenizer.from_pretrained(model.tokenizer_path or model.path)
-    return "; ".join(_check_file(file, key, config.data, tokenizer) for file in files_of(config, key)) or "none"
+    files = map(Path, present_files(config, key))
+    return "; ".join(_check_file(file, key, config.data, tokenizer) for file in files) or "none"
 
 
 def _check_file(file: Path, key: str, data: DictConfig, tokenizer: Any) -> str:

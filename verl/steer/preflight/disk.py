@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 from omegaconf import DictConfig
-from verl.steer.preflight.dataset import files_of
 from verl.steer.preflight.memory import model_of, weight_bytes
 from verl.steer.preflight.rows import GIB
+from verl.steer.requirements.files import present_files
 
 #: Numbers for each weight in the parts of a checkpoint: AdamW has two moments, verl exports the trained weights.
 NUMBERS = {"model": 1, "optimizer": 2, "hf_model": 1}
@@ -18,7 +18,7 @@ NUMBERS = {"model": 1, "optimizer": 2, "hf_model": 1}
 
 def training_steps(config: DictConfig) -> int:
     """Steps of the run; fewer if verl leaves prompts out for their length."""
-    rows = sum(pq.read_metadata(file).num_rows for file in files_of(config, "train_files"))
+    rows = sum(pq.read_metadata(file).num_rows for file in present_files(config, "train_files"))
     steps = rows // config.data.train_batch_size * config.trainer.total_epochs
     return min(steps, config.trainer.total_training_steps or steps)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 from verl.steer.checkpoint_ledger import UNFINISHED
+from verl.steer.requirements.files import data_files
 from verl.trainer.ppo.utils import need_critic
 
 #: Keys below `trainer` that only this fork's trainer reads, with the values that switch them off.
@@ -89,11 +90,11 @@ def check_evaluation(config: DictConfig) -> None:
     Raises:
         ValueError: if two files have one name, or the folder has results of that name already.
     """
-    trainer, files = config.trainer, config.data.val_files
+    trainer = config.trainer
     if not (trainer.val_only and trainer.use_v1 and trainer.v1.trainer_mode == "steer"):
         return
     by_name = defaultdict(list)
-    for file in [files] if isinstance(files, str) else files:
+    for file in data_files(config, "val_files"):
         by_name[Path(file).stem].append(file)
     for name, same in by_name.items():
         if len(same) > 1:

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, open_dict
 from verl.steer.grading import sandbox
 from verl.steer.grading.code import CodeOptions, is_code
 from verl.steer.options import from_config
+from verl.steer.requirements.files import data_files
 
 #: The reward function of this fork.
 GRADING = "pkg://verl.steer.grading.score"
@@ -61,8 +62,8 @@ def check_reward_model(config: DictConfig) -> None:
 def _data_sources(config: DictConfig) -> set[str]:
     """The data sources of the run's parquet files, as far as these are at hand."""
     found: set[str] = set()
-    for files in (config.data.val_files, *(() if config.trainer.val_only else (config.data.train_files,))):
-        for file in [files] if isinstance(files, str) else files or ():
+    for key in ("val_files", *(() if config.trainer.val_only else ("train_files",))):
+        for file in data_files(config, key):
             if Path(file).is_file() and "data_source" in pq.read_schema(file).names:
                 found.update(pq.read_table(file, columns=["data_source"])["data_source"].unique().to_pylist())
     return found
