@@ -38,7 +38,7 @@ members() {
   case $1 in
     collapse) echo countdown_{grpo,bonus_0.003,bonus_0.01,bonus_0.03} ;;
     field) echo countdown_{grpo,grpo_symmetric,steer_exp,steer_linear,steer_rank,steer_winsorised,steer_exact} \
-      countdown_{influence_0.2,influence_band,pi_exact,adaptive,entropic,entrocraft,aepo,siren,bonus_0.01,clip_cov} \
+      countdown_{steer_rank_exact,influence_0.2,influence_band,pi_exact,adaptive,entropic,entrocraft,aepo,siren,bonus_0.01,clip_cov} \
       countdown_{kl_cov,clip_b,clip_v,opefo,ce_gppo,bapo,archer,dynamic_clip,high_entropy_tokens,quadrant} \
       countdown_{entropy_shaped_advantage,positive_advantage,psr,nsr,w_reinforce,unlikeliness,gtpo,grpo_s} ;;
     trainability) echo {countdown,second}_{grpo,steer_exp,influence_0.2,bonus_0.01} ;;
@@ -77,6 +77,7 @@ definition() {
   case $1 in
     countdown_bonus_*) echo "entropy_bonus $actor.entropy_coeff=${1##*_}" ;;
     countdown_influence_band) echo influence_band ;;
+    countdown_steer_rank_exact) echo "steer_rank $loss.entropy_change_estimator=exact" ;;
     countdown_influence_*) echo "influence_target $target=${1##*_}" ;;
     countdown_adaptive) echo "adaptive_entropy $target=0.2 $loss.entropy_coeff_step=0.001 $loss.entropy_coeff_max=0.05" ;;
     countdown_pi_exact | countdown_entropic) echo "${1#countdown_} $target=0.2" ;;
