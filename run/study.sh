@@ -38,9 +38,9 @@ members() {
   case $1 in
     collapse) echo countdown_{grpo,bonus_0.003,bonus_0.01,bonus_0.03} ;;
     field) echo countdown_{grpo,grpo_symmetric,steer_exp,steer_linear,steer_rank,steer_winsorised,steer_exact} \
-      countdown_{steer_rank_exact,influence_0.2,influence_band,pi_exact,adaptive,entropic,entrocraft,aepo,siren,bonus_0.01} \
-      countdown_{clip_cov,kl_cov,clip_b,clip_v,opefo,ce_gppo,bapo,archer,dynamic_clip,high_entropy_tokens,quadrant} \
-      countdown_{entropy_shaped_advantage,positive_advantage,psr,nsr,w_reinforce,unlikeliness,gtpo,grpo_s} ;;
+      countdown_{steer_rank_exact,influence_0.2,influence_band,pi_exact,adaptive,entropic,entrocraft,aepo,siren} \
+      countdown_{bonus_0.01,clip_cov,kl_cov,clip_b,clip_v,opefo,ce_gppo,bapo,archer,dynamic_clip,high_entropy_tokens} \
+      countdown_{quadrant,entropy_shaped_advantage,positive_advantage,psr,nsr,w_reinforce,unlikeliness,gtpo,grpo_s} ;;
     trainability) echo {countdown,second}_{grpo,steer_exp,influence_0.2,bonus_0.01} ;;
     stable) echo countdown_grpo second_grpo stable_steer_exp ;;
     learned_reward) echo learned_{grpo,steer_exp,influence_0.2,bonus_0.01} ;;
