@@ -63,8 +63,21 @@ STAGES = {
 PARTS = ("gen", "old_log_prob", "adv", "update_actor", "update_weights", "step")
 
 
-#: The call of each step at whose end the trainer's work on the batch is over.
-LAST_CALL = "WorkerDict.actor_rollout_update_actor"
+#: Calls of either way -> the work that they do; other calls are shown by their own names.
+WORK = {
+    "vLLMHttpServer.generate": "generation",
+    "VLLMServerActor.generate_batch": "generation",
+    "RewardLoopWorker.compute_score": "grading",
+    "RewardLoopWorker.compute_score_batch": "grading",
+    "WorkerDict.actor_rollout_compute_log_prob": "old log-probs",
+    "WorkerDict.actor_rollout_update_actor": "updates",
+    "WorkerDict.actor_rollout_update_weights": "weights to vLLM",
+    "GlobalRequestLoadBalancer.acquire_server": "load balancer",
+    "GlobalRequestLoadBalancer.release_server": "load balancer",
+}
+
+#: The work at whose end the trainer is done with a step's batch.
+LAST_WORK = "updates"
 
 #: Calls of fewer seconds a step are left out.
 LEAST = 0.005
@@ -123,10 +136,13 @@ def step_parts(metrics: Path) -> dict[str, float]:
 
 
 def step_calls(timeline: Path) -> dict[str, float]:
-    """Median seconds a step, over the steps but the first, during which calls of each method of an actor run."""
-    events = [event for event in json.loads(timeline.read_text()) if event.get("cat", "").startswith("task::")]
-    calls = [(event["ts"], event["ts"] + event["dur"], event["cat"].removeprefix("task::")) for event in events]
-    ends = sorted(end for _, end, name in calls if name == LAST_CALL)
+    """Median seconds a step, over the steps but the first, during which calls for each kind of work run."""
+    calls = []
+    for event in json.loads(timeline.read_text()):
+        if (category := event.get("cat", "")).startswith("task::"):
+            name = category.removeprefix("task::")
+            calls.append((event["ts"], event["ts"] + event["dur"], WORK.get(name, name)))
+    ends = sorted(end for _, end, name in calls if name == LAST_WORK)
     seconds: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(ends))
     busy_until: dict[str, float] = defaultdict(float)
     for start, end, name in sorted(calls):

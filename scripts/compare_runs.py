@@ -157,14 +157,14 @@ def single_token_table(methods: dict[str, list[Run]]) -> Table:
 def held_table(methods: dict[str, list[Run]]) -> Table:
     """A row per method and target: how far the entropy was from it over the last `HELD_STEPS` steps.
 
-    Methods without a target are held against the targets of all others.
+    Methods without a target are compared with those of the others; the row says so.
     """
     title = f"|entropy - target| over the last {HELD_STEPS} steps"
     result = _empty_table(title, ("target",), ("nats", "of the target", "mean token weight"))
     series = {name: [pd.Series(run.series(TARGET), dtype=float) for run in runs] for name, runs in methods.items()}
     constants = sorted({one.iloc[0] for seeds in series.values() for one in seeds if one.nunique() == 1}, reverse=True)
     for name, runs in methods.items():
-        targets = [(f"{c:g}", [c] * len(runs)) for c in constants]
+        targets = [(f"{c:g}, not its own", [c] * len(runs)) for c in constants]
         if any(map(len, series[name])):
             changes = series[name][0].drop_duplicates()
             targets = [(", then ".join(f"{value:g}" for value in changes), series[name])]

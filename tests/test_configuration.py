@@ -25,7 +25,7 @@ from verl.steer.config import ADVANTAGE_OPTIONS, PolicyLossConfig
 from verl.steer.methods.registry import POLICY_LOSSES
 from verl.steer.options import from_config
 from verl.steer.requirements import check_and_complete
-from verl.steer.requirements.files import check_files
+from verl.steer.requirements.files import check_data_and_model
 from verl.trainer.ppo.core_algos import (
     BASE_LOSSES,
     ENTROPY_CHANGE_ESTIMATORS,
@@ -770,7 +770,7 @@ def laptop_files(tmp_path, monkeypatch):
 )
 def test_missing_files_are_named(laptop_files, overrides, message):
     with pytest.raises(ValueError, match="^" + re.escape(message)):
-        check_files(resolved("grpo", "hardware=cpu", "task=arithmetic", *overrides))
+        check_data_and_model(resolved("grpo", "hardware=cpu", "task=arithmetic", *overrides))
 
 
 @pytest.mark.parametrize(
@@ -786,7 +786,7 @@ def test_missing_files_are_named(laptop_files, overrides, message):
     ],
 )
 def test_files_that_verl_finds_are_accepted(laptop_files, overrides):
-    check_files(resolved("grpo", "hardware=cpu", "task=arithmetic", *overrides))
+    check_data_and_model(resolved("grpo", "hardware=cpu", "task=arithmetic", *overrides))
 
 
 def test_a_missing_file_ends_a_launcher_in_one_line(command, root, tmp_path):

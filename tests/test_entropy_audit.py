@@ -559,7 +559,7 @@ def test_old_log_probs_are_skipped_only_where_a_step_has_one_update(trainer):
         trainer._compute_old_log_prob(batch, metrics)
         assert ("actor/entropy" in metrics) == (rows == 16)
         trainer._update_actor(batch, metrics)
-        assert metrics["actor/entropy"] == expected
+        assert metrics["actor/entropy"] == expected and trainer.sent[-1].get("skip_old_log_prob", False) == (rows == 8)
     assert metrics["actor/entropy_change_per_step"] == pytest.approx(0.4) and len(trainer.sent) == 4
 
 

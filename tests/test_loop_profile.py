@@ -27,26 +27,26 @@ def test_seconds_of_a_step_in_calls(tmp_path, step_calls):
     timeline.write_text(
         json.dumps(
             [
-                event("Server.generate", 0, 9),  # the first step, which warms up
+                event("VLLMServerActor.generate_batch", 0, 9),  # the first step, which warms up
                 update(9),
-                event("Server.generate", 10, 3),
-                event("Server.generate", 11, 3),  # overlaps by 2 s: 4 s together
-                event("Server.generate", 11.5, 1),  # inside the others
+                event("VLLMServerActor.generate_batch", 10, 3),
+                event("vLLMHttpServer.generate", 11, 3),  # overlaps by 2 s: 4 s together
+                event("vLLMHttpServer.generate", 11.5, 1),  # inside the others
                 event("Server.sleep", 14, 0.004),  # too short for a row
                 update(15),
-                event("Server.generate", 16, 2),
+                event("vLLMHttpServer.generate", 16, 2),
                 event("Reward.score", 18, 1),
                 update(19),
-                event("Server.generate", 20, 3),
+                event("vLLMHttpServer.generate", 20, 3),
                 event("Reward.score", 23, 3),
                 event("generate", 23, 3, category="submit_"),
                 update(26),
-                event("Server.generate", 27, 50),  # after the last update
+                event("vLLMHttpServer.generate", 27, 50),  # after the last update
             ]
         )
     )
     assert step_calls(timeline) == {
-        "Server.generate": pytest.approx(3),
+        "generation": pytest.approx(3),
         "Reward.score": pytest.approx(1),
-        "WorkerDict.actor_rollout_update_actor": pytest.approx(1),
+        "updates": pytest.approx(1),
     }

@@ -48,6 +48,16 @@ def test_figures_are_corrected_together():
     assert found["a", "final"].p_holm == pytest.approx(found["a", "final"].p)
 
 
+def test_equal_differences_tell_nothing_about_their_variance(recwarn):
+    accuracies = {"grpo": (0.1, 0.2, 0.3), "a": (0.4, 0.5, 0.6), "b": (0.2, 0.4, 0.5)}
+    methods = {name: [run(name, seed, one) for seed, one in enumerate(seeds)] for name, seeds in accuracies.items()}
+    found = differences(methods, "grpo", ["final"])
+    assert found["a", "final"].values == pytest.approx([0.3] * 3)
+    assert all(map(math.isnan, found["a", "final"][1:]))
+    assert found["b", "final"].p_holm == found["b", "final"].p < 0.1
+    assert not recwarn.list
+
+
 def test_figures_of_validations_with_many_samples():
     metrics = {f"val-aux/countdown/acc/pass@{k}": k / 100 for k in (1, 16, 4, 64, 8)}
     figures = run_figures(run("grpo", 1, 0.1, **metrics, **{"val-aux/countdown/distinct_right": 2.5}))

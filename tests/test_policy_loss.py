@@ -392,7 +392,7 @@ def test_ppo_loss_of_other_modes_is_verls():
 
 
 @pytest.mark.parametrize("mode", ["entropy_control", "clip_v", "vanilla", "gspo"])
-def test_ppo_loss_without_old_log_probs_takes_those_of_its_forward_pass(mode):
+def test_ppo_loss_that_skips_old_log_probs_takes_those_of_its_forward_pass(mode):
     """The ratio is 1 and the gradient is that of the same log-probs from a pass of their own."""
     gradients = []
     for own_pass in (True, False):
@@ -401,12 +401,22 @@ def test_ppo_loss_without_old_log_probs_takes_those_of_its_forward_pass(mode):
         del data["old_log_probs"]
         if own_pass:
             data["old_log_probs"] = response_from_nested(output["log_probs"], data["response_mask"])
+        else:
+            tu.assign_non_tensor(data, skip_old_log_prob=True)
         leaf = output["log_probs"].values().requires_grad_()
         output["log_probs"] = torch.nested.nested_tensor_from_jagged(leaf, output["log_probs"].offsets())
         loss, metrics = ppo_loss(actor_config(mode), output, data)
         loss.backward()
         gradients.append(leaf.grad)
     assert metrics["actor/ppo_kl"].values == [0.0] and torch.equal(*gradients) and gradients[0].any()
+
+
+@pytest.mark.parametrize("mode", ["entropy_control", "clip_v", "vanilla", "gspo"])
+def test_ppo_loss_does_not_replace_old_log_probs_that_are_missing(mode):
+    data, output = micro_batch()
+    del data["old_log_probs"]
+    with pytest.raises((KeyError, TypeError), match="old_log_prob"):
+        ppo_loss(actor_config(mode), dict(output), data)
 
 
 @pytest.mark.parametrize("use_kl_loss", [False, True])

@@ -165,6 +165,15 @@ def test_disk_counts_what_the_run_still_writes(data_of, tmp_path, monkeypatch):
     assert disk.check_disk(config).startswith("6 checkpoints")
 
 
+def test_steps_where_the_rows_are_not_counted(data_of):
+    named = ["data.train_files=hdfs://cluster/train.parquet", "trainer.total_epochs=2"]
+    config = data_of(rows_of("1+2"), *named, "trainer.total_training_steps=7")
+    assert disk.training_steps(config) == 7
+    config = data_of(rows_of("1+2"), *named, "trainer.total_training_steps=null")
+    with pytest.raises(ValueError, match=r"^trainer\.total_training_steps=null: expected a number"):
+        disk.training_steps(config)
+
+
 def test_checkpoints_are_as_large_as_estimated(model_folder, tmp_path, one_rank):
     """After an update, which makes the moments; pickles and the tokenizer add little."""
     engine = make_engine(model_folder, packed=True)
@@ -199,6 +208,17 @@ def test_lengths_of_prompts(data_of):
         )
         row = run_check("training data", dataset.check_files, config, "train_files")
         assert row.passed == passes and ("raise data.max_prompt_length" in row.detail) != passes
+
+
+def test_patterns_and_files_of_other_machines(data_of, tmp_path):
+    rows = rows_of(*["1+2"] * 40)
+    config = data_of(rows, f"data.train_files=[{tmp_path}/tr*.parquet,hdfs://cluster/more.parquet]")
+    assert dataset.check_files(config, "train_files") == (
+        "train.parquet: 40 rows, prompts of 6 to 6 tokens (limit 32); "
+        "hdfs://cluster/more.parquet: not read, since it is no parquet file of this machine"
+    )
+    config = data_of(rows, f"data.train_files={tmp_path}/tr*.parquet", "trainer.total_epochs=1")
+    assert disk.training_steps(config) == 2
 
 
 def test_a_missing_file_is_named(tmp_path, model_folder):

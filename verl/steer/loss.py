@@ -80,10 +80,10 @@ def ppo_loss(
 
     Args:
         config: the actor's configuration.
-        model_output, data: as in `loss_inputs`. Without `old_log_probs`, as with `trainer.skip_old_log_prob`, `data` is
-            given the log-probs of this forward pass, detached. The flag `token_metrics` of `data` requests
-            `verl.steer.token_metrics` of losses other than STEER's, `return_model_output` the loss's weights as
-            `model_output["token_weights"]`, nested (batch, tokens of the response).
+        model_output, data: as in `loss_inputs`. Three flags of `data`: with `skip_old_log_prob` its `old_log_probs`
+            become the log-probs of this forward pass, detached; `token_metrics` requests `verl.steer.token_metrics` of
+            losses other than STEER's, `return_model_output` the loss's weights as `model_output["token_weights"]`,
+            nested (batch, tokens of the response).
         dp_group: the data-parallel process group.
 
     Returns:
@@ -91,7 +91,7 @@ def ppo_loss(
         micro-batches and ranks by minimum and maximum.
     """
     with_token_metrics = tu.get_non_tensor_data(data, "token_metrics", False)
-    if "old_log_probs" not in data:
+    if tu.get_non_tensor_data(data, "skip_old_log_prob", False):
         log_prob = no_padding_2_padding(model_output["log_probs"].detach(), data)
         data["old_log_probs"] = response_to_nested(log_prob, data["response_mask"])
     if config.policy_loss.loss_mode not in POLICY_LOSSES:

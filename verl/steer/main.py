@@ -12,7 +12,7 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from verl.steer.requirements import check_and_complete
-from verl.steer.requirements.files import check_files
+from verl.steer.requirements.files import check_data_and_model
 from verl.steer.run_ending import ActorsDied, WatchedRunner, reason_of
 from verl.steer.task_runner import SteerTaskRunner
 from verl.trainer import main_ppo
@@ -39,7 +39,7 @@ def main(config: DictConfig) -> None:
     verl_steer.check()
     try:
         check_and_complete(config)
-        check_files(config)
+        check_data_and_model(config)
     except ValueError as error:
         sys.exit(f"steer-verl: {error}")
     if not config.trainer.use_v1:

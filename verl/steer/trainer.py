@@ -222,17 +222,22 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
 
         With `trainer.skip_old_log_prob` compute nothing: in the only update of a step the policy is the old one.
         """
-        actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
-        # An agent loop may return several rows for a rollout, and then a step has several updates.
-        if self.config.trainer.skip_old_log_prob and len(batch) <= actor.ppo_mini_batch_size * rollout.n:
+        if self._skips_old_log_prob(batch):
             return batch
         if self.entropy_audit.due(self.global_steps):
             batch.extra_info["calculate_sum_pi_squared"] = True
         self._leave_out(batch, UNREAD_BY_FORWARD_PASSES)
-        with self._fitting_micro_batches(batch, rollout):
+        with self._fitting_micro_batches(batch, self.config.actor_rollout_ref.rollout):
             batch = super()._compute_old_log_prob(batch, metrics)
         self._compare_entropy(metrics)
         return batch
+
+    def _skips_old_log_prob(self, batch: KVBatchMeta) -> bool:
+        """Whether the pass is left out; not if an agent loop's further rows of a rollout lead to a second update."""
+        if not self.config.trainer.skip_old_log_prob:
+            return False
+        actor, rollout = self.config.actor_rollout_ref.actor, self.config.actor_rollout_ref.rollout
+        return len(batch) <= actor.ppo_mini_batch_size * rollout.n
 
     def _compare_entropy(self, metrics: dict) -> None:
         entropy = metrics.get("actor/entropy")
@@ -282,6 +287,8 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         self._leave_out(batch, UNREAD_BY_UPDATES)
         batch.extra_info["calculate_sum_pi_squared"] = actor.calculate_sum_pi_squared
         batch.extra_info["token_metrics"] = True
+        if self._skips_old_log_prob(batch):
+            batch.extra_info["skip_old_log_prob"] = True
         if self.target_entropy is not None:
             target = at_step(self.target_entropy, self.global_steps)
             batch.extra_info["target_entropy"] = metrics["actor/target_entropy"] = target

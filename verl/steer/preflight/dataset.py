@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from omegaconf import DictConfig
 from transformers import AutoTokenizer
-from verl.steer.requirements.files import present_files
+from verl.steer.requirements.files import is_readable, present_files
 
 #: Prompts of a file that are tokenized, evenly over all of them ordered by characters.
 SAMPLE = 1000
@@ -19,8 +19,13 @@ def check_files(config: DictConfig, key: str) -> str:
     """Columns, rows and lengths of prompts; a ValueError names the key, the file and what it lacks."""
     model = config.actor_rollout_ref.model
     tokenizer = AutoTokenizer.from_pretrained(model.tokenizer_path or model.path)
-    files = map(Path, present_files(config, key))
-    return "; ".join(_check_file(file, key, config.data, tokenizer) for file in files) or "none"
+    found = (
+        _check_file(Path(file), key, config.data, tokenizer)
+        if is_readable(file)
+        else f"{file}: not read, since it is no parquet file of this machine"
+        for file in present_files(config, key)
+    )
+    return "; ".join(found) or "none"
 
 
 def _check_file(file: Path, key: str, data: DictConfig, tokenizer: Any) -> str:

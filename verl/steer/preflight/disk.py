@@ -6,21 +6,29 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import pyarrow.parquet as pq
 from omegaconf import DictConfig
 from verl.steer.preflight.memory import model_of, weight_bytes
 from verl.steer.preflight.rows import GIB
-from verl.steer.requirements.files import present_files
+from verl.steer.requirements.files import present_files, row_count
 
 #: Numbers for each weight in the parts of a checkpoint: AdamW has two moments, verl exports the trained weights.
 NUMBERS = {"model": 1, "optimizer": 2, "hf_model": 1}
 
 
 def training_steps(config: DictConfig) -> int:
-    """Steps of the run; fewer if verl leaves prompts out for their length."""
-    rows = sum(pq.read_metadata(file).num_rows for file in present_files(config, "train_files"))
-    steps = rows // config.data.train_batch_size * config.trainer.total_epochs
-    return min(steps, config.trainer.total_training_steps or steps)
+    """Steps of the run; fewer if verl leaves prompts out for their length.
+
+    Raises:
+        ValueError: if neither `trainer.total_training_steps` nor the data tell.
+    """
+    rows, most = row_count(present_files(config, "train_files")), config.trainer.total_training_steps
+    if rows is None and not most:
+        raise ValueError(
+            "trainer.total_training_steps=null: expected a number, since not all of data.train_files are parquet files "
+            "of this machine, whose rows are counted"
+        )
+    steps = most if rows is None else rows // config.data.train_batch_size * config.trainer.total_epochs
+    return min(steps, most or steps)
 
 
 def most_checkpoints(trainer: DictConfig, steps: int) -> int:

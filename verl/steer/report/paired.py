@@ -18,7 +18,8 @@ class Difference(NamedTuple):
     Args:
         values: one for each seed.
         effect: mean difference divided by the standard deviation of the differences (Cohen's d for pairs).
-        p: of the paired t-test, two-sided; `p_holm` is corrected over all methods and figures of a table.
+        p: of the paired t-test, two-sided; `p_holm` is corrected over all methods and figures of a table. If all
+            differences are equal, they tell nothing about their variance, and these three are NaN.
     """
 
     values: list[float]
@@ -58,8 +59,13 @@ def differences(
                 values = difference[figure].dropna()
                 if len(values) > 1:
                     pairs[name, figure] = values
-    p_values = [float(ttest_rel(values, np.zeros(len(values))).pvalue) for values in pairs.values()]
-    return {
-        key: Difference(values.tolist(), float(values.mean() / values.std()), p, corrected)
-        for (key, values), p, corrected in zip(pairs.items(), p_values, holm(p_values), strict=True)
-    }
+    tests = {key: _test(values) for key, values in pairs.items()}
+    corrected = dict(zip(tests, holm([p for _, p in tests.values()]), strict=True))
+    return {key: Difference(values.tolist(), *tests[key], corrected[key]) for key, values in pairs.items()}
+
+
+def _test(values: pd.Series) -> tuple[float, float]:
+    """Effect size and p-value of the differences `values`."""
+    if values.round(9).nunique() == 1:
+        return np.nan, np.nan
+    return float(values.mean() / values.std()), float(ttest_rel(values, np.zeros(len(values))).pvalue)

@@ -17,21 +17,32 @@ def data_files(config: DictConfig, key: str) -> list[str]:
 
 
 def present_files(config: DictConfig, key: str) -> list[str]:
-    """The files that `data.train_files` or `data.val_files` names; paths such as hdfs:// are not looked up.
+    """The same with the files that match in place of a pattern; paths such as hdfs:// are not looked up.
 
     Raises:
         ValueError: if one is missing.
     """
-    files = data_files(config, key)
-    if missing := [file for file in files if "://" not in file and not Path(file).exists() and not glob.glob(file)]:
+    named = data_files(config, key)
+    found = [[file] if "://" in file or Path(file).exists() else sorted(glob.glob(file)) for file in named]
+    if missing := [file for file, matches in zip(named, found, strict=True) if not matches]:
         raise ValueError(
             f"data.{key}: no file {', '.join(missing)}: expected one of datasets/make_datasets.py, in the folder "
             "DATA_DIR, or of scripts/make_laptop_task.py, in the folder TASK_DIR"
         )
-    return files
+    return [file for matches in found for file in matches]
 
 
-def check_files(config: DictConfig) -> None:
+def is_readable(file: str) -> bool:
+    """Whether a check reads this file: a parquet file on this machine."""
+    return "://" not in file and file.endswith(".parquet")
+
+
+def row_count(files: list[str]) -> int | None:
+    """Rows of all files together; None if a check doesn't read one of them."""
+    return sum(pq.read_metadata(file).num_rows for file in files) if all(map(is_readable, files)) else None
+
+
+def check_data_and_model(config: DictConfig) -> None:
     """Check that data and model are there, and the data suffice for a step.
 
     Raises:
@@ -51,10 +62,9 @@ def check_files(config: DictConfig) -> None:
 
 def _check_rows(config: DictConfig, files: list[str]) -> None:
     """verl drops a batch that is not whole, and finds out after Ray's start that there is no other."""
-    most = config.data.train_max_samples
-    if config.trainer.val_only or not all(file.endswith(".parquet") and Path(file).is_file() for file in files):
+    rows, most = row_count(files), config.data.train_max_samples
+    if config.trainer.val_only or rows is None:
         return
-    rows = sum(pq.read_metadata(file).num_rows for file in files)
     rows = min(rows, most) if most > 0 else rows
     name = "gen_batch_size" if config.data.gen_batch_size else "train_batch_size"
     if rows < config.data[name]:
