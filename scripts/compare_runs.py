@@ -6,7 +6,8 @@
 Each argument is a run's folder with the files of verl's `file` logger (`metrics*.jsonl`), or one such file. Runs whose
 names differ only by a seed, such as `seed0/grpo` and `seed1/grpo`, are seeds of one method: the table gives their mean
 and its 95 % interval by Student's t, and the picture a band from the least to the greatest. With `--baseline METHOD` a
-second table compares each method with that one, seed by seed. Further tables have the errors and correlations of each
+second table compares each method with that one, seed by seed, and a third the methods with one run with the interval in
+which a further run of it lies. Further tables have the errors and correlations of each
 estimate with the true change of the entropy, for runs with an entropy audit (docs/entropy_audit.md), the predicted
 changes of whole updates, and how well a target of the entropy was held (docs/control.md). `scripts/report.py` makes a
 page of everything that a run logged.
@@ -38,6 +39,7 @@ from verl.steer.report.run_metrics import (
     run_figures,
     summary,
 )
+from verl.steer.report.single_runs import single_runs
 
 #: Mean score of a step's rollouts.
 SCORE = "critic/score/mean"
@@ -75,15 +77,39 @@ def table(methods: dict[str, list[Run]]) -> Table:
     return result
 
 
+def _compared(methods: dict[str, list[Run]]) -> list[str]:
+    """The headings of the figures in which methods are compared with a baseline.
+
+    Of pass@k the least and the greatest k: those between tell little more, and Holm's correction counts each.
+    """
+    headings = dict.fromkeys(heading for runs in methods.values() for run in runs for heading in run_figures(run))
+    shares = [name for name in headings if name.startswith("pass@")]
+    wanted = {"final", "distinct right", "last ten", *shares[:1], *shares[-1:]}
+    return [name for name in headings if name in wanted]
+
+
 def paired_table(methods: dict[str, list[Run]], baseline: str) -> Table:
     """A row per method and figure: its difference from the baseline's, seed by seed."""
     numbers = ("seeds", "difference", "effect size", "p", "p, Holm")
     result = _empty_table(f"differences from {baseline}, paired by seed", ("figure",), numbers)
-    headings = dict.fromkeys(heading for runs in methods.values() for run in runs for heading in run_figures(run))
-    wanted = [name for name in headings if name in ("final", "last ten", "distinct right") or name.startswith("pass@")]
-    for (name, figure), found in differences(methods, baseline, wanted).items():
+    for (name, figure), found in differences(methods, baseline, _compared(methods)).items():
         cells = (f"{found.effect:+.1f}", f"{found.p:.3f}", f"{found.p_holm:.3f}")
         result.add_row(name, figure, str(len(found.values)), mean_and_interval(found.values, 3), *cells)
+    return result
+
+
+def single_table(methods: dict[str, list[Run]], baseline: str) -> Table:
+    """A row per method with one run; a star at figures that are outside of the baseline's interval."""
+    wanted = _compared(methods)
+    result = _empty_table(f"single runs; * is outside of the 95 % interval of a further run of {baseline}", (), wanted)
+    found, interval = single_runs(methods, baseline, wanted)
+    if found.empty or interval.isna().all(axis=None):
+        return result
+    least, greatest = interval.loc["least"], interval.loc["greatest"]
+    result.add_row("interval", *(f"{least[name]:.3f} to {greatest[name]:.3f}" for name in wanted))
+    for name, row in found.iterrows():
+        inside = row.between(least, greatest)
+        result.add_row(name, *(f"{row[figure]:.3f}{'' if inside[figure] else ' *'}" for figure in wanted))
     return result
 
 
@@ -154,10 +180,11 @@ def single_token_table(methods: dict[str, list[Run]]) -> Table:
     return result
 
 
-def held_table(methods: dict[str, list[Run]]) -> Table:
+def held_table(methods: dict[str, list[Run]], baseline: str | None) -> Table:
     """A row per method and target: how far the entropy was from it over the last `HELD_STEPS` steps.
 
-    Methods without a target are compared with those of the others; the row says so.
+    The baseline, or without one every method without a target, is compared with the targets of the others; its row
+    says so.
     """
     title = f"|entropy - target| over the last {HELD_STEPS} steps"
     result = _empty_table(title, ("target",), ("nats", "of the target", "mean token weight"))
@@ -168,6 +195,8 @@ def held_table(methods: dict[str, list[Run]]) -> Table:
         if any(map(len, series[name])):
             changes = series[name][0].drop_duplicates()
             targets = [(", then ".join(f"{value:g}" for value in changes), series[name])]
+        elif baseline not in (None, name):
+            continue
         for label, asked in targets:
             held = [pd.Series(run.series(ENTROPY), dtype=float) for run in runs]
             distances = [(one - target).abs().iloc[-HELD_STEPS:] for one, target in zip(held, asked, strict=True)]
@@ -212,11 +241,11 @@ def main() -> None:
         drawing.figure.savefig(args.out, dpi=150)
     tables = [table(methods), audit_table(methods), prediction_table(methods), single_token_table(methods)]
     if args.baseline:
-        tables.insert(1, paired_table(methods, args.baseline))
+        tables[1:1] = [paired_table(methods, args.baseline), single_table(methods, args.baseline)]
     if args.reach is not None:
         tables.append(reached_table(methods, args.reach))
     if any(TARGET in run.metrics for runs in methods.values() for run in runs):
-        tables.append(held_table(methods))
+        tables.append(held_table(methods, args.baseline))
     show([one for one in tables if one.row_count], args.markdown)
     print(f"picture: {args.out}")
 

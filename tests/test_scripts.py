@@ -127,6 +127,21 @@ def test_comparison_takes_means_and_intervals_over_seeds(command, root, tmp_path
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_comparison_marks_single_runs_outside_of_the_baselines_interval(command, root, tmp_path):
+    """Accuracies of 0.1 and 0.3 have the variance 0.02, and a further one lies within 12.706 √(0.02 * 1.5) of 0.2."""
+    for name, accuracy in (("0/grpo", 0.1), ("1/grpo", 0.3), ("0/far", 2.5), ("0/near", 2.3)):
+        write_run(tmp_path / name, [0.5, 0.4], [0.0, accuracy])
+    runs = sorted(tmp_path.glob("*/*"))
+    compare = (sys.executable, root / "scripts/compare_runs.py", "--out", tmp_path / "p.png")
+    result = command(*compare, "--baseline", "grpo", *runs, COLUMNS="250")
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
+    assert rows[-3:] == [
+        ["interval", "-2.001 to 2.401", "0.450 to 0.450"], ["far", "2.500 *", "0.450"], ["near", "2.300", "0.450"],
+    ]  # fmt: skip
+    result = command(*compare, "--baseline", "far", *runs[1:3], COLUMNS="250")
+    assert result.returncode == 0 and "interval of a further" not in result.stdout, result.stdout + result.stderr
+
+
 def test_comparison_scores_predictions_single_tokens_and_held_targets(command, root, tmp_path):
     write_run(tmp_path / "grpo", [0.4] * 30, [0.1] * 30)
     write_run(tmp_path / "held", [0.4] * 10 + [0.32] * 20, [0.1] * 30, weights=[0.9] * 30)
@@ -153,7 +168,7 @@ def test_comparison_scores_predictions_single_tokens_and_held_targets(command, r
     assert ["grpo", "influence", "3", "1.000", "0.500"] in rows
     # Ranks 3, 1, 4, 2 against 3, 1, 4, 2 but for the signs of one token.
     assert ["grpo", "influence", "4", "1.000", "0.973", "75"] in rows
-    assert ["grpo", "0.3", "0.1000", "33.3 %", "-"] in rows
+    assert ["grpo", "0.3, not its own", "0.1000", "33.3 %", "-"] in rows
     assert ["held", "0.3", "0.0200", "6.7 %", "0.900"] in rows
 
 
