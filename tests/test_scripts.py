@@ -138,7 +138,7 @@ def test_comparison_marks_single_runs_outside_of_the_baselines_interval(command,
     assert rows[-3:] == [
         ["interval", "-2.001 to 2.401", "0.450 to 0.450"], ["far", "2.500 *", "0.450"], ["near", "2.300", "0.450"],
     ]  # fmt: skip
-    result = command(*compare, "--baseline", "far", *runs[1:3], COLUMNS="250")
+    result = command(*compare, "--baseline", "far", tmp_path / "0/far", tmp_path / "0/near", COLUMNS="250")
     assert result.returncode == 0 and "interval of a further" not in result.stdout, result.stdout + result.stderr
 
 
