@@ -7,8 +7,9 @@
 #   bash run/study.sh --list      # print each run's name, configuration and overrides, and train nothing
 #   PARTS       collapse     on the countdown task: GRPO and an entropy bonus, the criteria of docs/task_choice.md
 #               field        on the countdown task: the methods of docs/interventions.md, STEER and the control
-#               trainability the models that field's runs end with, trained by GRPO on numbers up to 12
-#               stable       GRPO and STEER on those numbers, where the entropy of GRPO's model does not fall
+#               trainability the models that field's runs end with, trained by GRPO on problems made without sums
+#               continued    the same models, trained on by GRPO on the countdown task
+#               stable       GRPO's model trained by GRPO and STEER on numbers up to 12, where its entropy does not fall
 #               learned_reward GRPO, STEER and the control with the reward of a model in place of the rule's
 #               countdown_lambda_min and the like: lambda_min, extreme, quadrants, maps, normalizers or lora, below, on
 #                            the countdown task
@@ -28,7 +29,7 @@
 #   OUTPUT_DIR  where results go (outputs/study in the repository): runs as seed42/steer_exp, a part's results as
 #               methods.md, methods.png and methods/report.html
 #   TASK_DIR    what scripts/make_laptop_task.py made, for all runs (made in OUTPUT_DIR: task with 1,024 test problems of
-#               arithmetic, countdown, and second, of numbers up to 12)
+#               arithmetic, countdown, second, of problems without sums, and stable, of numbers up to 12)
 #   PYTHON      interpreter (that of the environment made by setup.sh)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -41,8 +42,9 @@ members() {
       countdown_{steer_rank_exact,influence_0.2,influence_band,pi_exact,adaptive,entropic,entrocraft,aepo,siren} \
       countdown_{bonus_0.01,clip_cov,kl_cov,clip_b,clip_v,opefo,ce_gppo,bapo,archer,dynamic_clip,high_entropy_tokens} \
       countdown_{quadrant,entropy_shaped_advantage,positive_advantage,psr,nsr,w_reinforce,unlikeliness,gtpo,grpo_s} ;;
-    trainability) echo {countdown,second}_{grpo,steer_exp,influence_0.2,bonus_0.01} ;;
-    stable) echo countdown_grpo second_grpo stable_steer_exp ;;
+    trainability) echo {countdown,second}_{grpo,steer_exp,unlikeliness,opefo,pi_exact,influence_0.2} ;;
+    continued) echo {countdown,continued}_{grpo,steer_exp,unlikeliness,opefo,pi_exact,influence_0.2} ;;
+    stable) echo countdown_grpo stable_{grpo,steer_exp} ;;
     learned_reward) echo learned_{grpo,steer_exp,influence_0.2,bonus_0.01} ;;
     countdown_lambda_min | countdown_extreme | countdown_quadrants | countdown_maps | countdown_normalizers | countdown_lora)
       members "${1#countdown_}" | sed -E 's/\<clip_higher\>/grpo/; s/[^ ]+/countdown_&/g' ;;
@@ -57,14 +59,14 @@ members() {
     prediction) echo prediction_{1e-6,5e-6,2e-5,1e-4,5e-4} single_tokens ;;
     control) echo grpo_1e-4 influence_{0.35,0.27,0.2,steps} {pi_released,pi_exact,adaptive}_0.27 ;;
     control_others) echo {pi_released,pi_exact,adaptive}_{0.35,0.2} ;;
-    *) echo "study.sh: PARTS names $1; expected collapse, field, trainability, stable, learned_reward, fidelity, methods," \
-      "lambda_min, extreme, quadrants, maps, normalizers, lora (these six also as countdown_lambda_min and so on)," \
+    *) echo "study.sh: PARTS names $1; expected collapse, field, trainability, continued, stable, learned_reward, fidelity," \
+      "methods, lambda_min, extreme, quadrants, maps, normalizers, lora (these six also as countdown_lambda_min and so on)," \
       "prediction, control or control_others" >&2; return 1 ;;
   esac
 }
 
-# METHOD START: the second task, from the model that START ends with on the first.
-second() {
+# METHOD START: from the model that START ends with on the countdown task.
+after() {
   echo "$1 actor_rollout_ref.model.path=$OUTPUT_DIR/seed${seed:-N}/countdown_$2/global_step_250/actor/huggingface" \
     "trainer.total_training_steps=100 trainer.save_freq=-1"
 }
@@ -85,8 +87,8 @@ definition() {
     countdown_entrocraft) echo "entrocraft" algorithm.entropy_{lower_start=0.25,lower_end=0.15,upper_start=0.3,upper_end=0.25} ;;
     countdown_*) definition "${1#countdown_}" "" ;;
     learned_*) definition "countdown_${1#learned_}" ;;
-    second_*) second grpo "${1#second_}" ;;
-    stable_*) second "${1#stable_}" grpo ;;
+    second_* | continued_*) after grpo "${1#*_}" ;;
+    stable_*) after "${1#stable_}" grpo ;;
     grpo_symmetric | steer_exp | steer_exp_extreme) echo "$1${audit:+ $audit}" ;;
     entropy_bonus) echo "$1 $actor.entropy_coeff=0.01" ;;
     grpo_extreme) echo "grpo $actor.clip_ratio_low=0.99 $actor.clip_ratio_high=5.0" ;;
@@ -121,20 +123,19 @@ if [ -z "${PYTHON:-}" ]; then
   bash "$root/run/setup.sh"
   export PYTHON=${STEER_VENV:-$root/.venv}/bin/python
 fi
-# The folder of a task, made where the user names none.
+# The folder of a task, made where the user names none. The models of second and stable are not used.
 task_folder() {
-  if [ -n "${TASK_DIR:-}" ]; then
-    echo "$TASK_DIR"
-  elif [ "$1" = countdown ] || [ "$1" = learned ]; then
-    "$PYTHON" "$root/scripts/make_laptop_task.py" --task countdown --out "$OUTPUT_DIR/countdown" >/dev/null
-    echo "$OUTPUT_DIR/countdown"
-  elif [ "$1" = second ]; then # its model is not used
-    "$PYTHON" "$root/scripts/make_laptop_task.py" --task countdown --difficulty 6 --steps 1 --out "$OUTPUT_DIR/second" >/dev/null
-    echo "$OUTPUT_DIR/second"
-  else
-    "$PYTHON" "$root/scripts/make_laptop_task.py" --out "$OUTPUT_DIR/task" --test-size 1024 >/dev/null
-    echo "$OUTPUT_DIR/task"
+  local folder=$1 options=(--task countdown)
+  case $1 in
+    arithmetic) folder=task options=(--test-size 1024) ;;
+    learned) folder=countdown ;;
+    second) options+=(--difficulty 7 --steps 1) ;;
+    stable) options+=(--difficulty 6 --steps 1) ;;
+  esac
+  if [ -z "${TASK_DIR:-}" ]; then
+    "$PYTHON" "$root/scripts/make_laptop_task.py" --out "$OUTPUT_DIR/$folder" "${options[@]}" >/dev/null
   fi
+  echo "${TASK_DIR:-$OUTPUT_DIR/$folder}"
 }
 
 for seed in $seeds; do
@@ -142,8 +143,8 @@ for seed in $seeds; do
     read -ra words <<<"$(definition "$name")"
     task=arithmetic data=arithmetic length=(trainer.total_training_steps=30)
     case $name in
-      countdown_* | second_*) task=countdown data=${name%%_*} length=() ;;
-      stable_*) task=countdown data=second length=() ;;
+      countdown_* | second_* | stable_*) task=countdown data=${name%%_*} length=() ;;
+      continued_*) task=countdown data=countdown length=() ;;
       learned_*) task=countdown_learned data=learned length=() ;;
     esac
     folder=$(task_folder "$data")
@@ -164,7 +165,8 @@ for part in $parts; do
   options=()
   case $part in
     collapse | field) options=(--baseline countdown_grpo) ;;
-    trainability | stable) options=(--baseline second_grpo --reach -0.4) ;;
+    trainability) options=(--baseline second_grpo --reach -0.2) ;; # 40 % right
+    continued | stable) options=(--baseline "${part}_grpo") ;;
     learned_reward) options=(--baseline learned_grpo) ;;
     countdown_*) options=(--baseline countdown_grpo) ;;
   esac

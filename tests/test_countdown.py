@@ -85,5 +85,5 @@ def test_right_responses_are_solutions(response, seed):
 
 
 def test_an_unknown_difficulty_is_refused():
-    with pytest.raises(ValueError, match=r"difficulty is 9, expected one of \[1, 2, 3, 4, 5, 6\]"):
+    with pytest.raises(ValueError, match=r"difficulty is 9, expected one of \[1, 2, 3, 4, 5, 6, 7\]"):
         make_problem(random.Random(0), 9)

@@ -313,14 +313,17 @@ def test_study_shares_runs_and_ends_with_a_table_a_picture_and_a_page_for_each_p
 
 
 def test_every_run_of_the_study_passes_the_checks(command, root):
-    parts = "collapse field trainability stable fidelity methods lambda_min extreme quadrants maps normalizers lora"
+    parts = (
+        "collapse field trainability continued stable fidelity methods lambda_min extreme quadrants maps normalizers"
+    )
+    parts += " lora"
     listed = command("bash", root / "run/study.sh", "--list", PARTS=parts)
     assert listed.returncode == 0 and listed.stderr == ""
     runs = dict(line.split(": ") for line in listed.stdout.splitlines())
-    assert len(runs) == len(listed.stdout.splitlines()) == 68
+    assert len(runs) == len(listed.stdout.splitlines()) == 77
     configs = {}
     for name, words in runs.items():
-        task = "countdown" if name.startswith(("countdown_", "second_", "stable_")) else "arithmetic"
+        task = "countdown" if re.match("countdown_|second_|continued_|stable_", name) else "arithmetic"
         config, *overrides = words.split()
         configs[name] = validated(config, f"task={task}", "hardware=cpu", *overrides)
     assert configs["countdown_bonus_0.03"][0].actor_rollout_ref.actor.entropy_coeff == 0.03

@@ -29,7 +29,7 @@ class Difficulty(NamedTuple):
     operations: str
 
 
-_LEVELS = ((3, 9, "+-"), (3, 9, "+-*"), (4, 9, "+-"), (4, 9, "+-*"), (5, 9, "+-*"), (3, 12, "+-*"))
+_LEVELS = ((3, 9, "+-"), (3, 9, "+-*"), (4, 9, "+-"), (4, 9, "+-*"), (5, 9, "+-*"), (3, 12, "+-*"), (3, 9, "-*"))
 DIFFICULTIES = {number: Difficulty(*level) for number, level in enumerate(_LEVELS, start=1)}
 DEFAULT_DIFFICULTY = 2
 
