@@ -159,7 +159,10 @@ done
 for part in $parts; do
   runs=()
   for seed in $seeds; do
-    for name in $(members "$part"); do runs+=("$OUTPUT_DIR/seed$seed/$name"); done
+    for name in $(members "$part"); do
+      # runs of another task, from whose models those of the part begin
+      [[ $part =~ ^(trainability|continued|stable)$ && $name = countdown_* ]] || runs+=("$OUTPUT_DIR/seed$seed/$name")
+    done
   done
   echo "$part"
   options=()

@@ -6,8 +6,8 @@
 Each argument is a run's folder with the files of verl's `file` logger (`metrics*.jsonl`), or one such file. Runs whose
 names differ only by a seed, such as `seed0/grpo` and `seed1/grpo`, are seeds of one method: the table gives their mean
 and its 95 % interval by Student's t, and the picture a band from the least to the greatest. With `--baseline METHOD` a
-second table compares each method with that one, seed by seed, and a third the methods with one run with the interval in
-which a further run of it lies. Further tables have the errors and correlations of each
+second table compares each method with that one, seed by seed, and a third marks the figures of methods with one run if
+they lie outside of the 95 % interval of a further run of it. Further tables have the errors and correlations of each
 estimate with the true change of the entropy, for runs with an entropy audit (docs/entropy_audit.md), the predicted
 changes of whole updates, and how well a target of the entropy was held (docs/control.md). `scripts/report.py` makes a
 page of everything that a run logged.
@@ -108,8 +108,8 @@ def single_table(methods: dict[str, list[Run]], baseline: str) -> Table:
     least, greatest = interval.loc["least"], interval.loc["greatest"]
     result.add_row("interval", *(f"{least[name]:.3f} to {greatest[name]:.3f}" for name in wanted))
     for name, row in found.iterrows():
-        inside = row.between(least, greatest)
-        result.add_row(name, *(f"{row[figure]:.3f}{'' if inside[figure] else ' *'}" for figure in wanted))
+        outside = (row < least) | (row > greatest)
+        result.add_row(name, *(f"{row[figure]:.3f}{' *' if outside[figure] else ''}" for figure in wanted))
     return result
 
 

@@ -312,6 +312,14 @@ def test_study_shares_runs_and_ends_with_a_table_a_picture_and_a_page_for_each_p
     assert result.returncode == 0 and trained == []
 
 
+def test_study_goes_on_from_the_models_of_other_runs_and_compares_what_became_of_them(launched, tmp_path):
+    result, trained = launched("study.sh", PARTS="stable", SEEDS="7")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert trained == [f"{method} 7 countdown cpu" for method in ("grpo", "grpo", "steer_exp")]
+    names = re.findall(r"^\| (\w+_\w+) ", (tmp_path / "out/stable.md").read_text(), re.MULTILINE)
+    assert names == ["stable_grpo", "stable_steer_exp"]
+
+
 def test_every_run_of_the_study_passes_the_checks(command, root):
     parts = (
         "collapse field trainability continued stable fidelity methods lambda_min extreme quadrants maps normalizers"
