@@ -394,6 +394,7 @@ def test_a_run_that_needs_the_sandbox_tries_it_before_ray_starts(without_bwrap, 
     for name, source in (("code", "taco"), ("math", "math500")):
         pd.DataFrame({"data_source": [source, "math_dapo"]}).to_parquet(tmp_path / f"{name}.parquet")
     pd.DataFrame({"prompt": ["x"]}).to_parquet(tmp_path / "bare.parquet")
+    (tmp_path / "rows.jsonl").write_text('{"data_source": "taco"}')
 
     def check(train, val, *overrides):
         files = [f"data.train_files={tmp_path}/{train}.parquet", f"data.val_files=[{tmp_path}/{val}.parquet]"]
@@ -409,6 +410,10 @@ def test_a_run_that_needs_the_sandbox_tries_it_before_ray_starts(without_bwrap, 
     check("code", "math", "trainer.val_only=true")
     check("math", "bare")
     check("absent", "math")
+    check("math", "math", f"data.train_files={tmp_path}/rows.jsonl")
+    (tmp_path / "broken.parquet").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match=rf"^data.val_files: {tmp_path}/broken.parquet: expected a whole parquet file"):
+        check("math", "broken")
     given = ("reward.sandbox_fusion.url=http://x", "reward.sandbox_fusion.max_concurrent=40", "reward.num_workers=8")
     function = check("code", "code", *given, f"{KWARGS}.rule=eval")
     assert function.reward_kwargs == {

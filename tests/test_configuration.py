@@ -773,6 +773,16 @@ def test_missing_files_are_named(laptop_files, overrides, message):
         check_data_and_model(resolved("grpo", "hardware=cpu", "task=arithmetic", *overrides))
 
 
+@pytest.mark.parametrize("key", ["train_files", "val_files"])
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1", b"PAR1" + bytes(20)])
+def test_a_broken_file_is_named(laptop_files, tmp_path, content, key):
+    (tmp_path / "broken.parquet").write_bytes(content)
+    config = resolved("grpo", "hardware=cpu", "task=arithmetic", f"data.{key}={tmp_path}/broken.parquet")
+    message = f"data.{key}: {tmp_path}/broken.parquet: expected a whole parquet file: "
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        check_data_and_model(config)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from omegaconf import DictConfig
 from transformers import AutoTokenizer
-from verl.steer.requirements.files import is_readable, present_files
+from verl.steer.data_files import is_readable, metadata, present_files
 
 #: Prompts of a file that are tokenized, evenly over all of them ordered by characters.
 SAMPLE = 1000
@@ -29,7 +29,7 @@ def check_files(config: DictConfig, key: str) -> str:
 
 
 def _check_file(file: Path, key: str, data: DictConfig, tokenizer: Any) -> str:
-    names = pq.read_schema(file).names
+    names = metadata(str(file), key).schema.to_arrow_schema().names
     if missing := [name for name in (data.prompt_key, "data_source", "reward_model") if name not in names]:
         raise ValueError(f"data.{key}: {file}: no column {', '.join(missing)}: add it as the README describes")
     prompts = pq.read_table(file, columns=[data.prompt_key])[data.prompt_key].to_pylist()

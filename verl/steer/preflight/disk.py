@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 from omegaconf import DictConfig
+from verl.steer.data_files import row_count
 from verl.steer.preflight.memory import model_of, weight_bytes
 from verl.steer.preflight.rows import GIB
-from verl.steer.requirements.files import present_files, row_count
 
 #: Numbers for each weight in the parts of a checkpoint: AdamW has two moments, verl exports the trained weights.
 NUMBERS = {"model": 1, "optimizer": 2, "hf_model": 1}
@@ -21,7 +21,7 @@ def training_steps(config: DictConfig) -> int:
     Raises:
         ValueError: if neither `trainer.total_training_steps` nor the data tell.
     """
-    rows, most = row_count(present_files(config, "train_files")), config.trainer.total_training_steps
+    rows, most = row_count(config, "train_files"), config.trainer.total_training_steps
     if rows is None and not most:
         raise ValueError(
             "trainer.total_training_steps=null: expected a number, since not all of data.train_files are parquet files "

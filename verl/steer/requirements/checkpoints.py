@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 from verl.steer.checkpoint_ledger import UNFINISHED
-from verl.steer.requirements.files import data_files
+from verl.steer.data_files import data_files
 from verl.trainer.ppo.utils import need_critic
 
 #: Keys below `trainer` that only this fork's trainer reads, with the values that switch them off.

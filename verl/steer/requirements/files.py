@@ -3,43 +3,10 @@
 
 from __future__ import annotations
 
-import glob
 from pathlib import Path
 
-import pyarrow.parquet as pq
 from omegaconf import DictConfig
-
-
-def data_files(config: DictConfig, key: str) -> list[str]:
-    """The files that `data.train_files` or `data.val_files` names."""
-    named = config.data[key] or []
-    return [str(file) for file in ([named] if isinstance(named, str) else named)]
-
-
-def present_files(config: DictConfig, key: str) -> list[str]:
-    """The same with the files that match in place of a pattern; paths such as hdfs:// are not looked up.
-
-    Raises:
-        ValueError: if one is missing.
-    """
-    named = data_files(config, key)
-    found = [[file] if "://" in file or Path(file).exists() else sorted(glob.glob(file)) for file in named]
-    if missing := [file for file, matches in zip(named, found, strict=True) if not matches]:
-        raise ValueError(
-            f"data.{key}: no file {', '.join(missing)}: expected one of datasets/make_datasets.py, in the folder "
-            "DATA_DIR, or of scripts/make_laptop_task.py, in the folder TASK_DIR"
-        )
-    return [file for matches in found for file in matches]
-
-
-def is_readable(file: str) -> bool:
-    """Whether a check reads this file: a parquet file on this machine."""
-    return "://" not in file and file.endswith(".parquet")
-
-
-def row_count(files: list[str]) -> int | None:
-    """Rows of all files together; None if a check doesn't read one of them."""
-    return sum(pq.read_metadata(file).num_rows for file in files) if all(map(is_readable, files)) else None
+from verl.steer.data_files import row_count
 
 
 def check_data_and_model(config: DictConfig) -> None:
@@ -48,8 +15,8 @@ def check_data_and_model(config: DictConfig) -> None:
     Raises:
         ValueError: if not.
     """
-    present_files(config, "val_files")
-    _check_rows(config, present_files(config, "train_files"))
+    row_count(config, "val_files")
+    _check_rows(config, row_count(config, "train_files"))
     path = str(config.actor_rollout_ref.model.path)
     # A name on the Hugging Face Hub is AUTHOR/MODEL.
     is_local = path.startswith(("/", ".", "~")) or path.count("/") > 1 and "://" not in path
@@ -60,11 +27,11 @@ def check_data_and_model(config: DictConfig) -> None:
         )
 
 
-def _check_rows(config: DictConfig, files: list[str]) -> None:
+def _check_rows(config: DictConfig, rows: int | None) -> None:
     """verl drops a batch that is not whole, and finds out after Ray's start that there is no other."""
-    rows, most = row_count(files), config.data.train_max_samples
     if config.trainer.val_only or rows is None:
         return
+    most = config.data.train_max_samples
     rows = min(rows, most) if most > 0 else rows
     name = "gen_batch_size" if config.data.gen_batch_size else "train_batch_size"
     if rows < config.data[name]:

@@ -5,17 +5,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pyarrow.parquet as pq
 from omegaconf import DictConfig, open_dict
+from verl.steer.data_files import column_values
 from verl.steer.grading import sandbox
 from verl.steer.grading.code import CodeOptions, is_code
 from verl.steer.options import from_config
-from verl.steer.requirements.files import data_files
 
 #: The reward function of this fork.
 GRADING = "pkg://verl.steer.grading.score"
-LEARNED = "pkg://verl.steer.grading.learned"
-
 LEARNED = "pkg://verl.steer.grading.learned"
 
 
@@ -60,10 +57,6 @@ def check_reward_model(config: DictConfig) -> None:
 
 
 def _data_sources(config: DictConfig) -> set[str]:
-    """The data sources of the run's parquet files, as far as these are at hand."""
-    found: set[str] = set()
-    for key in ("val_files", *(() if config.trainer.val_only else ("train_files",))):
-        for file in data_files(config, key):
-            if Path(file).is_file() and "data_source" in pq.read_schema(file).names:
-                found.update(pq.read_table(file, columns=["data_source"])["data_source"].unique().to_pylist())
-    return found
+    """The data sources of the run's files, as far as these are at hand."""
+    keys = ("val_files",) if config.trainer.val_only else ("val_files", "train_files")
+    return {source for key in keys for _, source in column_values(config, key, "data_source")}

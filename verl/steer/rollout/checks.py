@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pyarrow.parquet as pq
 from omegaconf import DictConfig
+from verl.steer.data_files import column_values
 from verl.trainer.distillation import is_distillation_enabled
 
 BATCHED_MANAGER = "verl.steer.rollout.batched_manager.BatchedAgentLoopManager"
@@ -48,17 +46,6 @@ def check_rollouts(config: DictConfig) -> None:
         if value != served:
             raise ValueError(f"{key}={value}: {ONLY_SINGLE_TURN}")
     for key in ("train_files", "val_files"):
-        files = config.data[key] or []
-        for file in [files] if isinstance(files, str) else files:
-            for name in _agent_names(str(file)):
-                if name != AGENT_LOOP:
-                    raise ValueError(f"data.{key}: {file} has rows with agent_name={name}: {ONLY_SINGLE_TURN}")
-
-
-def _agent_names(file: str) -> list[str | None]:
-    """The values of a local Parquet file's column `agent_name`; the data set itself reports a missing file."""
-    if not file.endswith(".parquet") or not Path(file).is_file():
-        return []
-    with pq.ParquetFile(file) as parquet:
-        table = parquet.read(columns=["agent_name"])
-    return table["agent_name"].unique().to_pylist() if table.column_names else []
+        for file, name in column_values(config, key, "agent_name"):
+            if name != AGENT_LOOP:
+                raise ValueError(f"data.{key}: {file} has rows with agent_name={name}: {ONLY_SINGLE_TURN}")

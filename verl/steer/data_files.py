@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files that `data.train_files` and `data.val_files` name, and what those of this machine tell before a run."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from omegaconf import DictConfig
+
+
+def data_files(config: DictConfig, key: str) -> list[str]:
+    """The files that `data.train_files` or `data.val_files` names."""
+    named = config.data[key] or []
+    return [str(file) for file in ([named] if isinstance(named, str) else named)]
+
+
+def present_files(config: DictConfig, key: str) -> list[str]:
+    """The same with the files that match in place of a pattern; paths such as hdfs:// are not looked up.
+
+    Raises:
+        ValueError: if one is missing.
+    """
+    named = data_files(config, key)
+    if missing := [file for file in named if not _matches(file)]:
+        raise ValueError(
+            f"data.{key}: no file {', '.join(missing)}: expected one of datasets/make_datasets.py, in the folder "
+            "DATA_DIR, or of scripts/make_laptop_task.py, in the folder TASK_DIR"
+        )
+    return [match for file in named for match in _matches(file)]
+
+
+def _matches(file: str) -> list[str]:
+    return [file] if "://" in file or Path(file).exists() else sorted(glob.glob(file))
+
+
+def is_readable(file: str) -> bool:
+    """Whether a check reads this file: a parquet file on this machine."""
+    return "://" not in file and file.endswith(".parquet")
+
+
+def metadata(file: str, key: str) -> pq.FileMetaData:
+    """The metadata of a parquet file.
+
+    Raises:
+        ValueError: if the file is broken.
+    """
+    try:
+        return pq.read_metadata(file)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"data.{key}: {file}: expected a whole parquet file: {error}") from error
+
+
+def row_count(config: DictConfig, key: str) -> int | None:
+    """Rows of all files together; None if a check doesn't read one of them.
+
+    Raises:
+        ValueError: if a file is missing or broken.
+    """
+    files = present_files(config, key)
+    return sum(metadata(file, key).num_rows for file in files) if all(map(is_readable, files)) else None
+
+
+def column_values(config: DictConfig, key: str, column: str) -> Iterator[tuple[str, Any]]:
+    """Each file that a check reads with each different value of its column; files that lack the column are left out.
+
+    Raises:
+        ValueError: if a file is broken.
+    """
+    for file in (match for named in data_files(config, key) for match in _matches(named)):
+        if is_readable(file) and column in metadata(file, key).schema.names:
+            for value in pq.read_table(file, columns=[column])[column].unique().to_pylist():
+                yield file, value
