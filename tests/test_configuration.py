@@ -774,9 +774,10 @@ def test_missing_files_are_named(laptop_files, overrides, message):
 
 
 @pytest.mark.parametrize("key", ["train_files", "val_files"])
-@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1", b"PAR1" + bytes(20)])
+@pytest.mark.parametrize("content", [None, b"", b"version https://git-lfs.github.com/spec/v1", b"PAR1" + bytes(20)])
 def test_a_broken_file_is_named(laptop_files, tmp_path, content, key):
-    (tmp_path / "broken.parquet").write_bytes(content)
+    file = tmp_path / "broken.parquet"
+    file.mkdir() if content is None else file.write_bytes(content)
     config = resolved("grpo", "hardware=cpu", "task=arithmetic", f"data.{key}={tmp_path}/broken.parquet")
     message = f"data.{key}: {tmp_path}/broken.parquet: expected a whole parquet file: "
     with pytest.raises(ValueError, match="^" + re.escape(message)):

@@ -51,5 +51,7 @@ def test_methods_with_one_run():
     found, interval = single_runs(methods, "grpo", ["final", "last ten"])
     assert found.to_dict() == {"final": {"one": 0.7}, "last ten": {"one": 0.5}}
     assert interval["final"].tolist() == pytest.approx(prediction_interval([0.1, 0.3], [[0.4, 0.4]]))
+    methods["again"] = [run("again", "1", 0.6), run("again", "1", 0.6)]
+    assert list(single_runs(methods, "grpo", ["final"])[0].index) == ["one"]
     found, _ = single_runs({"one": methods["one"], "grpo": methods["grpo"]}, "one", ["final"])
     assert found.empty and list(found) == ["final"]

@@ -25,13 +25,13 @@ def present_files(config: DictConfig, key: str) -> list[str]:
     Raises:
         ValueError: if one is missing.
     """
-    named = data_files(config, key)
-    if missing := [file for file in named if not _matches(file)]:
+    named = [(file, _matches(file)) for file in data_files(config, key)]
+    if missing := [file for file, matches in named if not matches]:
         raise ValueError(
             f"data.{key}: no file {', '.join(missing)}: expected one of datasets/make_datasets.py, in the folder "
             "DATA_DIR, or of scripts/make_laptop_task.py, in the folder TASK_DIR"
         )
-    return [match for file in named for match in _matches(file)]
+    return [match for _, matches in named for match in matches]
 
 
 def _matches(file: str) -> list[str]:
@@ -47,11 +47,11 @@ def metadata(file: str, key: str) -> pq.FileMetaData:
     """The metadata of a parquet file.
 
     Raises:
-        ValueError: if the file is broken.
+        ValueError: if the file is broken, a folder or not readable.
     """
     try:
         return pq.read_metadata(file)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"data.{key}: {file}: expected a whole parquet file: {error}") from error
 
 

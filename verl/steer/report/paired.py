@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from scipy.stats import ttest_rel
-from verl.steer.report.run_metrics import Run, run_figures
+from verl.steer.report.run_metrics import Run, figures_by_seed
 
 
 class Difference(NamedTuple):
@@ -43,14 +43,11 @@ def differences(
     """(method, figure) -> difference from the baseline, for methods that share at least two seeds with it.
 
     Args:
-        methods: runs by method; runs of one seed are paired.
+        methods: runs by method; those of one seed are paired, and several of a method and seed count as their mean.
         baseline: one of the methods.
         figures: headings of `run_figures`.
     """
-    tables = {
-        name: pd.DataFrame({run.seed: run_figures(run) for run in runs}).T.reindex(columns=list(figures))
-        for name, runs in methods.items()
-    }
+    tables = {name: figures_by_seed(runs, figures).groupby(level=0).mean() for name, runs in methods.items()}
     pairs = {}
     for name in methods:
         if name != baseline:

@@ -193,6 +193,12 @@ def run_figures(run: Run) -> dict[str, float]:
     }
 
 
+def figures_by_seed(runs: Sequence[Run], headings: Sequence[str]) -> pd.DataFrame:
+    """A row per run of a method, with its seed as index, and a column per heading of `run_figures`."""
+    rows = pd.DataFrame([run_figures(run) for run in runs], index=[run.seed for run in runs])
+    return rows.reindex(columns=list(headings))
+
+
 def summary(runs: Sequence[Run]) -> dict[str, str]:
     """A method's figures by heading: means over its seeds, with intervals if there are several."""
     table = pd.DataFrame([run_figures(run) for run in runs])

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 from scipy.stats import t as student_t
-from verl.steer.report.run_metrics import Run, run_figures
+from verl.steer.report.run_metrics import Run, figures_by_seed
 
 
 def prediction_interval(baseline: Sequence[float], others: Sequence[Sequence[float]]) -> tuple[float, float]:
@@ -44,10 +44,7 @@ def single_runs(
     Returns:
         A row per method and a column per figure; and the interval's ends, as rows `least` and `greatest`.
     """
-    tables = {
-        name: pd.DataFrame([run_figures(run) for run in runs]).reindex(columns=list(figures))
-        for name, runs in methods.items()
-    }
+    tables = {name: figures_by_seed(runs, figures) for name, runs in methods.items()}
     others = [table for name, table in tables.items() if name != baseline]
     ends = {
         figure: prediction_interval(tables[baseline][figure].tolist(), [table[figure].tolist() for table in others])
