@@ -7,6 +7,8 @@
 #   bash run/study.sh --list      # print each run's name, configuration and overrides, and train nothing
 #   PARTS       collapse     on the countdown task: GRPO and an entropy bonus, the criteria of docs/task_choice.md
 #               field        on the countdown task: the methods of docs/interventions.md, STEER and the control
+#               sweep        field's methods with half and twice the learning rate and, where they have one, with two more
+#                            values of their coefficient; for a seed that no table uses, such as SEEDS=1
 #               trainability the models that field's runs end with, trained by GRPO on problems made without sums
 #               continued    the same models, trained on by GRPO on the countdown task
 #               stable       GRPO's model trained by GRPO and STEER on numbers up to 12, where its entropy does not fall
@@ -34,6 +36,45 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+# NAME of field: the key of its coefficient and two values of it, about half and twice its own.
+coefficient() {
+  local actor=actor_rollout_ref.actor loss=actor_rollout_ref.actor.policy_loss
+  case $1 in
+    steer_*) echo $loss.token_weight_min 0.6 0.9 ;;
+    influence_band) echo $loss.entropy_band 0.0005 0.002 ;;
+    influence_* | pi_exact | adaptive | entropic) echo $loss.target_entropy 0.15 0.25 ;;
+    aepo) echo algorithm.aepo_entropy 0.15 0.25 ;;
+    entrocraft) echo algorithm.entropy_lower_end 0.1 0.2 ;;
+    siren) echo $loss.siren_coeff 0.0025 0.01 ;;
+    bonus_*) echo $actor.entropy_coeff 0.005 0.02 ;;
+    clip_cov) echo $loss.clip_cov_ratio 0.0001 0.0004 ;;
+    kl_cov) echo $loss.ppo_kl_coef 0.5 2.0 ;;
+    clip_b) echo algorithm.clip_b_mu 1.25 5.0 ;;
+    clip_v) echo $loss.clip_v_mu 4.25 17.0 ;;
+    ce_gppo) echo $loss.ce_gppo_beta1 0.375 1.0 ;;
+    bapo) echo $loss.bapo_share 0.4 0.6 ;;
+    archer) echo $loss.archer_clip_reasoning 0.25 0.9 ;;
+    dynamic_clip) echo $loss.dynamic_clip_high 0.1 0.4 ;;
+    high_entropy_tokens) echo $loss.high_entropy_share 0.1 0.4 ;;
+    quadrant) echo $loss.quadrant_weight 0.25 0.75 ;;
+    entropy_shaped_advantage) echo $loss.advantage_entropy_alpha 0.2 0.8 ;;
+    positive_advantage) echo $loss.positive_advantage_weight 0.25 0.75 ;;
+    w_reinforce) echo algorithm.positive_weight 0.05 0.2 ;;
+    unlikeliness) echo algorithm.unlikeliness_beta 0.125 0.5 ;;
+    gtpo | grpo_s) echo algorithm.entropy_reward_share 0.05 0.2 ;;
+  esac
+}
+
+# The runs of sweep.
+swept() {
+  local name values
+  for name in $(members field); do
+    echo "$name" "${name}"_lr{5e-5,2e-4}
+    read -ra values <<<"$(coefficient "${name#countdown_}")"
+    printf '%s\n' "${values[@]:1}" | sed "s/^./${name}_coefficient&/"
+  done
+}
+
 # The runs that a part compares.
 members() {
   case $1 in
@@ -42,6 +83,7 @@ members() {
       countdown_{steer_rank_exact,influence_0.2,influence_band,pi_exact,adaptive,entropic,entrocraft,aepo,siren} \
       countdown_{bonus_0.01,clip_cov,kl_cov,clip_b,clip_v,opefo,ce_gppo,bapo,archer,dynamic_clip,high_entropy_tokens} \
       countdown_{quadrant,entropy_shaped_advantage,positive_advantage,psr,nsr,w_reinforce,unlikeliness,gtpo,grpo_s} ;;
+    sweep) swept ;;
     trainability) echo {countdown,second}_{grpo,steer_exp,unlikeliness,opefo,pi_exact,influence_0.2} ;;
     continued) echo {countdown,continued}_{grpo,steer_exp,unlikeliness,opefo,pi_exact,influence_0.2} ;;
     stable) echo countdown_grpo stable_{grpo,steer_exp} ;;
@@ -59,8 +101,8 @@ members() {
     prediction) echo prediction_{1e-6,5e-6,2e-5,1e-4,5e-4} single_tokens ;;
     control) echo grpo_1e-4 influence_{0.35,0.27,0.2,steps} {pi_released,pi_exact,adaptive}_0.27 ;;
     control_others) echo {pi_released,pi_exact,adaptive}_{0.35,0.2} ;;
-    *) echo "study.sh: PARTS names $1; expected collapse, field, trainability, continued, stable, learned_reward, fidelity," \
-      "methods, lambda_min, extreme, quadrants, maps, normalizers, lora (these six also as countdown_lambda_min and so on)," \
+    *) echo "study.sh: PARTS names $1; expected collapse, field, sweep, trainability, continued, stable, learned_reward," \
+      "fidelity, methods, lambda_min, extreme, quadrants, maps, normalizers, lora (these six also as countdown_lambda_min and so on)," \
       "prediction, control or control_others" >&2; return 1 ;;
   esac
 }
@@ -75,8 +117,12 @@ after() {
 definition() {
   local actor=actor_rollout_ref.actor audit=${2-trainer.entropy_audit.freq=3}
   local loss=$actor.policy_loss model=actor_rollout_ref.model lr=$actor.optim.lr
-  local target=$loss.target_entropy forty="trainer.total_training_steps=40 trainer.test_freq=20"
+  local key target=$loss.target_entropy forty="trainer.total_training_steps=40 trainer.test_freq=20"
   case $1 in
+    countdown_*_lr*) echo "$(definition "${1%_lr*}") $lr=${1##*_lr}" ;;
+    countdown_*_coefficient*)
+      read -r key _ <<<"$(coefficient "$(sed -E 's/^countdown_(.*)_coefficient.*/\1/' <<<"$1")")"
+      echo "$(definition "${1%_coefficient*}" | sed "s/ $key=[^ ]*//") $key=${1##*_coefficient}" ;;
     countdown_bonus_*) echo "entropy_bonus $actor.entropy_coeff=${1##*_}" ;;
     countdown_influence_band) echo influence_band ;;
     countdown_steer_rank_exact) echo "steer_rank $loss.entropy_change_estimator=exact" ;;
@@ -167,7 +213,7 @@ for part in $parts; do
   echo "$part"
   options=()
   case $part in
-    collapse | field) options=(--baseline countdown_grpo) ;;
+    collapse | field | sweep) options=(--baseline countdown_grpo) ;;
     trainability) options=(--baseline second_grpo --reach -0.2) ;; # 40 % right
     continued | stable) options=(--baseline "${part}_grpo") ;;
     learned_reward) options=(--baseline learned_grpo) ;;

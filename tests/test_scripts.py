@@ -321,19 +321,21 @@ def test_study_goes_on_from_the_models_of_other_runs_and_compares_what_became_of
 
 
 def test_every_run_of_the_study_passes_the_checks(command, root):
-    parts = (
-        "collapse field trainability continued stable fidelity methods lambda_min extreme quadrants maps normalizers"
-    )
-    parts += " lora"
+    parts = "collapse field sweep trainability continued stable fidelity methods lambda_min extreme quadrants maps "
+    parts += "normalizers lora"
     listed = command("bash", root / "run/study.sh", "--list", PARTS=parts)
     assert listed.returncode == 0 and listed.stderr == ""
     runs = dict(line.split(": ") for line in listed.stdout.splitlines())
-    assert len(runs) == len(listed.stdout.splitlines()) == 77
+    assert len(runs) == len(listed.stdout.splitlines()) == 211
     configs = {}
     for name, words in runs.items():
         task = "countdown" if re.match("countdown_|second_|continued_|stable_", name) else "arithmetic"
         config, *overrides = words.split()
         configs[name] = validated(config, f"task={task}", "hardware=cpu", *overrides)
+    swept = [name for name in configs if re.search("_lr|_coefficient", name)]
+    assert len(swept) == 2 * (36 + 31)
+    assert all(configs[name] != configs[re.sub("_(lr|coefficient).*", "", name)] for name in swept)
+    assert configs["countdown_pi_exact_coefficient0.15"][1].target_entropy == 0.15
     assert configs["countdown_bonus_0.03"][0].actor_rollout_ref.actor.entropy_coeff == 0.03
     assert configs["steer_exp_0.6"][1].token_weight_min == 0.6
     quadrant = configs["negative_likely_1.5"][1]
