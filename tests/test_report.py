@@ -82,7 +82,8 @@ def steer_metrics(steps=6, shift=0.0):
 @pytest.fixture(scope="module")
 def audited_run(tmp_path_factory):
     """A run with metrics and an audit in two files, the later steps' first by name."""
-    folder = write_metrics(tmp_path_factory.mktemp("runs") / "steer_exp", steer_metrics())
+    records = [(step, data | {"val-aux/a/acc/pass@16": 0.6}) for step, data in steer_metrics()]
+    folder = write_metrics(tmp_path_factory.mktemp("runs") / "steer_exp", records)
     (folder / "audit").mkdir()
     audit = tabular_audit(steps=(1, 2, 3))
     audit[audit["step"] > 1].to_parquet(folder / "audit/a.parquet")
@@ -330,6 +331,41 @@ def test_pass_at_k_is_drawn_over_k_and_replaces_a_single_accuracy(validations):
     assert "grpo: pass@k at the end 0.3 at k 1, 0.7 at 16" in drawing.description
 
 
+def sampled(name, accuracy, share, entropy):
+    data = {"val-core/x/acc/mean@16": accuracy, "val-aux/x/acc/pass@8": 0.5, "val-aux/x/acc/pass@16": share}
+    return Run(name, None, {5: {"actor/entropy": entropy, **data}})
+
+
+def test_tradeoff_names_the_first_method_and_those_that_no_other_equals_or_surpasses_in_both():
+    drawing = figures.tradeoff(
+        {
+            "grpo": [sampled("grpo", 0.2, 0.3, 0.1), sampled("grpo", 0.4, 0.5, 0.3)],  # surpassed by `both`
+            "exploits": [sampled("exploits", 0.8, 0.45, 0.05)],
+            "explores": [sampled("explores", 0.1, 0.9, 0.4)],
+            "lost": [sampled("lost", 0.1, 0.1, 0.8)],
+            "both": [sampled("both", 0.5, 0.6, 0.2)],
+            "low": [sampled("low", 0.5, 0.59, 0.2)],
+        }
+    )
+    accuracy, entropy = drawing.figure.axes
+    names = ["grpo", "exploits", "explores", "both", "other methods"]
+    assert [line.get_label() for line in accuracy.lines] == names == [line.get_label() for line in entropy.lines]
+    assert np.allclose(accuracy.lines[0].get_xydata(), [(0.3, 0.4)])
+    assert np.allclose(entropy.lines[0].get_xydata(), [(0.2, 0.4)])
+    assert np.allclose(accuracy.lines[-1].get_xydata(), [(0.1, 0.1), (0.5, 0.59)])
+    assert accuracy.get_ylabel() == "pass@16 at the end" and entropy.get_xscale() == "log"
+    assert "both: accuracy 0.5, pass@16 0.6, entropy 0.2" in drawing.description
+
+
+def test_tradeoff_of_equals_and_of_runs_without_pass_at_k():
+    runs = {name: [sampled(name, 0.5, 0.6, 0.2)] for name in ("a", "b")}
+    axis, _ = figures.tradeoff(runs).figure.axes
+    assert [line.get_label() for line in axis.lines] == ["a", "other methods"]
+    axis, _ = figures.tradeoff({"a": runs["a"]}).figure.axes
+    assert [line.get_label() for line in axis.lines] == ["a"]
+    assert figures.tradeoff({"grpo": [Run("grpo", None, dict(steer_metrics()))]}) is None
+
+
 def test_a_panel_without_data_is_left_out():
     run = Run("grpo", None, {1: {"actor/entropy": 1.0}, 2: {"actor/entropy": 0.9}})
     assert [axis.get_ylabel() for axis in figures.training({"grpo": [run]}).figure.axes] == ["policy entropy (nats)"]
@@ -510,7 +546,7 @@ def test_the_page_tells_what_is_missing_and_what_gives_it(tmp_path):
     (tmp_path / "figures/quadrants.png").touch()  # of an earlier report
     page = html.unescape(write_report([run], tmp_path, ReportOptions()).read_text())
     assert sorted(file.name for file in (tmp_path / "figures").iterdir()) == ["training.png", "training.svg"]
-    assert page.count('class="lacks"') == 8
+    assert page.count('class="lacks"') == 9
     assert page.count("loss_mode=entropy_control logs them") == 2 and page.count("audit/*.parquet") == 4
 
 
@@ -518,6 +554,7 @@ def test_every_figure_is_there_as_png_and_svg_and_told_in_words(report):
     page = Reader(report.read_text())
     names = (
         "training",
+        "tradeoff",
         "weight_maps",
         "weight_against_entropy",
         "estimators",
@@ -614,7 +651,7 @@ def test_the_command_writes_the_same_bytes_each_time(audited_run, report, comman
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"report: {tmp_path / 'report.html'}\n"
     here, there = (sorted(folder.rglob("*.*")) for folder in (report.parent, tmp_path))
-    assert len(here) == 17
+    assert len(here) == 19
     for one, other in zip(here, there, strict=True):
         assert one.name == other.name and one.read_bytes() == other.read_bytes(), one.name
 

@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from verl.steer.audit.agreement import agreement
-from verl.steer.report.run_metrics import ENTROPY, TARGET, WEIGHT, Run, over_seeds
+from verl.steer.report.run_metrics import ENTROPY, TARGET, WEIGHT, Run, over_seeds, run_figures
 from verl.trainer.ppo.core_algos import ENTROPY_CHANGE_FLOOR, map_to_token_weights
 
 Groups = Mapping[str, Sequence[Run]]
@@ -136,6 +136,39 @@ def training(groups: Groups) -> Drawing | None:
                 drawing.descriptions.append(
                     f"{name}: {measure} {first:.3g} at {x.split()[-1]} {start}, {last:.3g} at {end}"
                 )
+    return drawing.with_legend()
+
+
+def tradeoff(groups: Groups) -> Drawing | None:
+    """pass@k at the end, for the greatest k, against accuracy and against entropy: a point per method, its seeds' mean.
+
+    The first method has a name, and so has each to which no other is equal or superior in both accuracy and pass@k.
+    """
+    table = pd.DataFrame({name: pd.DataFrame(map(run_figures, runs)).mean() for name, runs in groups.items()}).T
+    shares = [heading for heading in table if heading.startswith("pass@")]
+    if not shares:
+        return None
+    measures = {"final": "accuracy", "last ten": "policy entropy (nats)"}
+    table = table[[*measures, shares[-1]]].dropna()
+    best = table[["final", shares[-1]]]
+    named = [name for name, row in best.iterrows() if not (best.drop(index=name) >= row).all(axis=1).any()]
+    named = list(dict.fromkeys([*table.index[:1], *named]))
+    drawing = Drawing(1, 2, height=3.6, sharey=True)
+    for axis, (measure, text) in zip(drawing.axes[0], measures.items(), strict=True):
+        for index, name in enumerate(named):
+            style = method_style(index, linestyle="", markersize=6, zorder=3)
+            axis.plot(*table.loc[name, [measure, shares[-1]]], label=label(name), **style)
+        others = table.drop(index=named)
+        if len(others):
+            axis.plot(others[measure], others[shares[-1]], ".", color=INK, alpha=0.5, label="other methods")
+        axis.set(xlabel=f"{text} at the end")
+    drawing.axes[0, 0].set(ylabel=f"{shares[-1]} at the end")
+    drawing.axes[0, 1].set_xscale("log", base=2)
+    drawing.axes[0, 1].xaxis.set_major_formatter(lambda entropy, _: f"{entropy:g}")
+    drawing.descriptions = [
+        f"{name}: accuracy {row['final']:.3g}, {shares[-1]} {row[shares[-1]]:.3g}, entropy {row['last ten']:.3g}"
+        for name, row in table.iterrows()
+    ]
     return drawing.with_legend()
 
 

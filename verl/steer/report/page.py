@@ -54,6 +54,7 @@ def write_report(runs: Sequence[Run], out: Path, options: ReportOptions) -> Path
     with matplotlib.rc_context(figures.STYLE):
         drawings = {
             "training": figures.training(groups),
+            "tradeoff": figures.tradeoff(groups),
             "weight_maps": figures.weight_maps(groups, options.estimator),
             "weight_against_entropy": figures.weight_against_entropy(groups),
             "estimators": figures.estimator_truth(groups),
