@@ -30,6 +30,7 @@ from verl.steer.report import figures
 from verl.steer.report.paired import differences
 from verl.steer.report.run_metrics import (
     ENTROPY,
+    GAIN,
     TARGET,
     WEIGHT,
     Run,
@@ -77,30 +78,33 @@ def table(methods: dict[str, list[Run]]) -> Table:
     return result
 
 
-def _compared(methods: dict[str, list[Run]]) -> list[str]:
-    """The headings of the figures in which methods are compared with a baseline.
+def _compared(methods: dict[str, list[Run]], asked: list[str] | None) -> list[str]:
+    """The headings of the figures in which methods are compared with a baseline; ValueError if one is unknown.
 
     Of pass@k the least and the greatest k: those between tell little more, and Holm's correction counts each.
     """
     headings = dict.fromkeys(heading for runs in methods.values() for run in runs for heading in run_figures(run))
+    if asked:
+        if unknown := [name for name in asked if name not in [*headings, GAIN]]:
+            raise ValueError(f"--compare {', '.join(unknown)}: expected some of {', '.join([*headings, GAIN])}")
+        return asked
     shares = [name for name in headings if name.startswith("pass@")]
     wanted = {"final", "distinct right", "last ten", *shares[:1], *shares[-1:]}
     return [name for name in headings if name in wanted]
 
 
-def paired_table(methods: dict[str, list[Run]], baseline: str) -> Table:
+def paired_table(methods: dict[str, list[Run]], baseline: str, wanted: list[str]) -> Table:
     """A row per method and figure: its difference from the baseline's, seed by seed."""
     numbers = ("seeds", "difference", "effect size", "p", "p, Holm")
     result = _empty_table(f"differences from {baseline}, paired by seed", ("figure",), numbers)
-    for (name, figure), found in differences(methods, baseline, _compared(methods)).items():
+    for (name, figure), found in differences(methods, baseline, wanted).items():
         cells = (f"{found.effect:+.1f}", f"{found.p:.3f}", f"{found.p_holm:.3f}")
         result.add_row(name, figure, str(len(found.values)), mean_and_interval(found.values, 3), *cells)
     return result
 
 
-def single_table(methods: dict[str, list[Run]], baseline: str) -> Table:
+def single_table(methods: dict[str, list[Run]], baseline: str, wanted: list[str]) -> Table:
     """A row per method with one run; a star at figures that are outside of the baseline's interval."""
-    wanted = _compared(methods)
     result = _empty_table(f"single runs; * is outside of the 95 % interval of a further run of {baseline}", (), wanted)
     found, interval = single_runs(methods, baseline, wanted)
     if found.empty or interval.isna().all(axis=None):
@@ -225,10 +229,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the picture, .png or .svg")
     parser.add_argument("--markdown", type=Path, help="also write the table into this file")
     parser.add_argument("--baseline", metavar="METHOD", help="the method that the others are compared with")
+    parser.add_argument(
+        "--compare", action="append", metavar="FIGURE",
+        help="a figure to compare with the baseline in place of the usual ones: a heading of the first table, or "
+        f"{GAIN!r}, the final accuracy less that before; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--reach", type=float, metavar="SCORE", help="a table of the steps to this mean score")
     args = parser.parse_args()
+    if args.compare and not args.baseline:
+        parser.error(f"--compare {args.compare[0]}: expected a --baseline to compare with")
     try:
         methods = group_seeds(read_run(run) for run in args.runs)
+        compared = _compared(methods, args.compare)
     except ValueError as error:
         sys.exit(f"compare_runs: {error}")
     if args.baseline and args.baseline not in methods:
@@ -241,7 +253,7 @@ def main() -> None:
         drawing.figure.savefig(args.out, dpi=150)
     tables = [table(methods), audit_table(methods), prediction_table(methods), single_token_table(methods)]
     if args.baseline:
-        tables[1:1] = [paired_table(methods, args.baseline), single_table(methods, args.baseline)]
+        tables[1:1] = [one(methods, args.baseline, compared) for one in (paired_table, single_table)]
     if args.reach is not None:
         tables.append(reached_table(methods, args.reach))
     if any(TARGET in run.metrics for runs in methods.values() for run in runs):

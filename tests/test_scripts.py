@@ -256,7 +256,9 @@ def test_comparison_with_a_baseline_and_steps_to_a_score(command, root, tmp_path
                 {"step": step, "data": {"actor/entropy": 0.5, "critic/score/mean": (step - 10.5) * gain}}
                 for step in range(1, 21)
             ]
-            records[-1]["data"] |= {"val-core/countdown/acc/mean@8": 0.1 * seed + gain * seed}
+            accuracy = "val-core/countdown/acc/mean@8"
+            records[-1]["data"] |= {accuracy: 0.1 * seed + gain * seed}
+            records.insert(0, {"step": 0, "data": {accuracy: gain}})
             folder = tmp_path / f"seed{seed}" / method
             folder.mkdir(parents=True)
             (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -269,6 +271,14 @@ def test_comparison_with_a_baseline_and_steps_to_a_score(command, root, tmp_path
     assert ["other", "final", "2", "0.150 ± 0.635", "+2.1", "0.205", "0.205"] in rows
     # The mean of steps 6 to 15 is 0, of 7 to 16 0.1.
     assert ["other", "2", "2", "16 ± 0"] in rows and ["grpo", "2", "0", "-"] in rows
+    result = command(*compare, "--baseline", "grpo", "--compare", "gain", COLUMNS="160")
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
+    # Accuracies before of 0 and 0.1: 0 and 0.1 are left, t = 1.
+    assert [row for row in rows if len(row) == 7] == [["other", "gain", "2", "0.050 ± 0.635", "+0.7", "0.500", "0.500"]]
+    refused = command(*compare, "--baseline", "grpo", "--compare", "again")
+    assert refused.returncode == 1 and "--compare again: expected some of accuracy before, final, " in refused.stderr
+    refused = command(*compare, "--compare", "gain")
+    assert refused.returncode == 2 and "--compare gain: expected a --baseline to compare with" in refused.stderr
     refused = command(*compare, "--baseline", "gone")
     assert refused.returncode == 1 and "--baseline gone: expected one of grpo, other" in refused.stderr
 

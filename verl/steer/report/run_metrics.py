@@ -21,6 +21,7 @@ ENTROPY, WEIGHT = "actor/entropy", "actor/token_weights_mean"
 TARGET = "actor/target_entropy"
 #: Tokens of prompts and responses on all devices together, and seconds, of a step.
 TOKENS, SECONDS = "perf/total_num_tokens", "perf/time_per_step"
+GAIN = "gain"
 
 #: Columns of `audit/*.parquet`. Each estimator adds `omega_NAME`, and a loss with PPO's clip adds `clipped`.
 AUDIT_COLUMNS = (
@@ -194,8 +195,12 @@ def run_figures(run: Run) -> dict[str, float]:
 
 
 def figures_by_seed(runs: Sequence[Run], headings: Sequence[str]) -> pd.DataFrame:
-    """A row per run of a method, with its seed as index, and a column per heading of `run_figures`."""
+    """A row per run of a method, with its seed as index, and a column per heading of `run_figures`.
+
+    `GAIN` is a heading too: the final accuracy less that before.
+    """
     rows = pd.DataFrame([run_figures(run) for run in runs], index=[run.seed for run in runs])
+    rows[GAIN] = rows["final"] - rows["accuracy before"]
     return rows.reindex(columns=list(headings))
 
 
