@@ -18,6 +18,8 @@ from scipy.stats import t as student_t
 from verl.steer.report.metrics_files import accuracy_metrics, in_order, start_of
 
 ENTROPY, WEIGHT = "actor/entropy", "actor/token_weights_mean"
+#: Standard deviation over a step's tokens: how strongly a method of token weights acts.
+WEIGHT_STD = "actor/token_weights_std"
 TARGET = "actor/target_entropy"
 #: Tokens of prompts and responses on all devices together, and seconds, of a step.
 TOKENS, SECONDS = "perf/total_num_tokens", "perf/time_per_step"
@@ -190,6 +192,7 @@ def run_figures(run: Run) -> dict[str, float]:
         "last ten": entropy.iloc[-10:].mean(),
         "least": entropy.min(),
         "mean token weight": weight.mean(),
+        "weight std": pd.Series(run.series(WEIGHT_STD), dtype=float).mean(),
         "tokens/s": speed[TOKENS] / speed[SECONDS],
     }
 
