@@ -9,6 +9,8 @@
 #               field        on the countdown task: the methods of docs/interventions.md, STEER and the control
 #               sweep        field's methods with half and twice the learning rate and, where they have one, with two more
 #                            values of their coefficient; for a seed that no table uses, such as SEEDS=1
+#               sign         weights by the size of the estimate `exact`, by its sign with a strength that stays the same, and
+#                            OPEFO, which adapts it
 #               trainability the models that field's runs end with, trained by GRPO on problems made without sums
 #               continued    the same models, trained on by GRPO on the countdown task
 #               stable       GRPO's model trained by GRPO and STEER on numbers up to 12, where its entropy does not fall
@@ -84,6 +86,7 @@ members() {
       countdown_{bonus_0.01,clip_cov,kl_cov,clip_b,clip_v,opefo,ce_gppo,bapo,archer,dynamic_clip,high_entropy_tokens} \
       countdown_{quadrant,entropy_shaped_advantage,positive_advantage,psr,nsr,w_reinforce,unlikeliness,gtpo,grpo_s} ;;
     sweep) swept ;;
+    sign) echo countdown_{grpo,steer_rank_exact,opefo_0.05,opefo_0.09,opefo} ;;
     trainability) echo {countdown,second}_{grpo,steer_exp,unlikeliness,opefo,pi_exact,influence_0.2} ;;
     continued) echo {countdown,continued}_{grpo,steer_exp,unlikeliness,opefo,pi_exact,influence_0.2} ;;
     stable) echo countdown_grpo stable_{grpo,steer_exp} ;;
@@ -101,8 +104,8 @@ members() {
     prediction) echo prediction_{1e-6,5e-6,2e-5,1e-4,5e-4} single_tokens ;;
     control) echo grpo_1e-4 influence_{0.35,0.27,0.2,steps} {pi_released,pi_exact,adaptive}_0.27 ;;
     control_others) echo {pi_released,pi_exact,adaptive}_{0.35,0.2} ;;
-    *) echo "study.sh: PARTS names $1; expected collapse, field, sweep, trainability, continued, stable, learned_reward," \
-      "fidelity, methods, lambda_min, extreme, quadrants, maps, normalizers, lora (these six also as countdown_lambda_min and so on)," \
+    *) echo "study.sh: PARTS names $1; expected collapse, field, sweep, sign, trainability, continued, stable," \
+      "learned_reward, fidelity, methods, lambda_min, extreme, quadrants, maps, normalizers, lora (these six also as countdown_lambda_min and so on)," \
       "prediction, control or control_others" >&2; return 1 ;;
   esac
 }
@@ -125,6 +128,7 @@ definition() {
       echo "$(definition "${1%_coefficient*}" | sed "s/ $key=[^ ]*//") $key=${1##*_coefficient}" ;;
     countdown_bonus_*) echo "entropy_bonus $actor.entropy_coeff=${1##*_}" ;;
     countdown_influence_band) echo influence_band ;;
+    countdown_opefo_*) echo "opefo $loss.opefo_lambda=${1##*_}" ;;
     countdown_steer_rank_exact) echo "steer_rank $loss.entropy_change_estimator=exact" ;;
     countdown_influence_*) echo "influence_target $target=${1##*_}" ;;
     countdown_adaptive) echo "adaptive_entropy $target=0.2 $loss.entropy_coeff_step=0.001 $loss.entropy_coeff_max=0.05" ;;
@@ -213,7 +217,7 @@ for part in $parts; do
   echo "$part"
   options=()
   case $part in
-    collapse | field | sweep) options=(--baseline countdown_grpo) ;;
+    collapse | field | sweep | sign) options=(--baseline countdown_grpo) ;;
     trainability) options=(--baseline second_grpo --reach -0.2) ;; # 40 % right
     continued | stable) options=(--baseline "${part}_grpo") ;;
     learned_reward) options=(--baseline learned_grpo) ;;

@@ -7,22 +7,22 @@ import pytest
 import torch
 from loss_properties import check_loss, loss_of, random_fields, row, token_gradients
 from test_policy_loss import actor_config
-from verl.steer.methods.opefo import balancing_weights
+from verl.steer.methods.opefo import balancing_lambda, sign_weights
 from verl.steer.methods.registry import POLICY_LOSSES
 from verl.trainer.ppo.core_algos import LossInputs
 
 
 def test_weights_by_hand():
     """Changes of 1 and 2 up, 6 and 3 down: lambda = (9 - 3) / (9 + 3) = 1/2; 3 * 1.5 = 9 * 0.5."""
-    weights, strength = balancing_weights(row(1.0, -6.0, 0.0, 2.0, -3.0))
-    assert strength == 0.5
-    torch.testing.assert_close(weights, row(1.5, 0.5, 1.0, 1.5, 0.5))
+    change = row(1.0, -6.0, 0.0, 2.0, -3.0)
+    assert balancing_lambda(change) == 0.5
+    torch.testing.assert_close(sign_weights(change, 0.5), row(1.5, 0.5, 1.0, 1.5, 0.5))
 
 
 @pytest.mark.parametrize("change, weight", [(row(2.0, 3.0), 0.0), (row(-2.0, -3.0), 0.0), (row(0.0, 0.0), 1.0)])
 def test_weights_of_one_sign(change, weight):
     """Changes that nothing can cancel get a weight of 0."""
-    torch.testing.assert_close(balancing_weights(change)[0], torch.full_like(change, weight))
+    torch.testing.assert_close(sign_weights(change, balancing_lambda(change)), torch.full_like(change, weight))
 
 
 #: Distributions over three actions, the action sampled in each, and its advantage; two states rise in entropy.
@@ -61,6 +61,14 @@ def test_loss_by_hand():
     outputs = loss_of("opefo", batch, fields)
     assert outputs.metrics["actor/opefo_lambda"] == pytest.approx(strength, rel=1e-5)
     assert outputs.loss.item() == pytest.approx(-expected.mean().item(), rel=1e-5)
+
+
+def test_a_lambda_that_stays_the_same():
+    batch, fields = inputs_of(STATES)
+    weights = [1.1 if change_of(*state) > 0 else 0.9 for state in STATES]
+    expected = row(*(w * state[2] for w, state in zip(weights, STATES, strict=True)))
+    torch.testing.assert_close(token_gradients("opefo", batch, fields, opefo_lambda=0.1), expected)
+    assert loss_of("opefo", batch, fields, opefo_lambda=0.1).metrics["actor/opefo_lambda"] == pytest.approx(0.1)
 
 
 def test_clipped_tokens_do_not_count():

@@ -331,12 +331,12 @@ def test_study_goes_on_from_the_models_of_other_runs_and_compares_what_became_of
 
 
 def test_every_run_of_the_study_passes_the_checks(command, root):
-    parts = "collapse field sweep trainability continued stable fidelity methods lambda_min extreme quadrants maps "
+    parts = "collapse field sweep sign trainability continued stable fidelity methods lambda_min extreme quadrants maps "
     parts += "normalizers lora"
     listed = command("bash", root / "run/study.sh", "--list", PARTS=parts)
     assert listed.returncode == 0 and listed.stderr == ""
     runs = dict(line.split(": ") for line in listed.stdout.splitlines())
-    assert len(runs) == len(listed.stdout.splitlines()) == 211
+    assert len(runs) == len(listed.stdout.splitlines()) == 213
     configs = {}
     for name, words in runs.items():
         task = "countdown" if re.match("countdown_|second_|continued_|stable_", name) else "arithmetic"

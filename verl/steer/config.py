@@ -19,6 +19,7 @@ from verl.steer.methods.entropic import EntroPICOptions
 from verl.steer.methods.entropy_shaped_advantage import EntropyShapedAdvantageOptions
 from verl.steer.methods.gtpo import EntropyRewardOptions
 from verl.steer.methods.high_entropy_tokens import HighEntropyOptions
+from verl.steer.methods.opefo import OpefoOptions
 from verl.steer.methods.positive_advantage import PositiveAdvantageOptions
 from verl.steer.methods.quadrant import QuadrantOptions
 from verl.steer.methods.registry import base_loss_of
@@ -88,6 +89,7 @@ class PolicyLossConfig(
     EntroPICOptions,
     EntropyShapedAdvantageOptions,
     HighEntropyOptions,
+    OpefoOptions,
     PositiveAdvantageOptions,
     QuadrantOptions,
     SirenOptions,

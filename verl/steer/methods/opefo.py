@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from verl.steer.methods.registry import policy_loss
+from verl.steer.options import option
 from verl.trainer.ppo.core_algos import (
     LossInputs,
     LossOutputs,
@@ -18,22 +20,35 @@ from verl.trainer.ppo.core_algos import (
 )
 
 
+@dataclass
+class OpefoOptions:
+    """Key below `policy_loss`: a lambda that stays the same, in place of the one that balances each micro-batch.
+
+    It serves the study: such weights have the sign of the estimate only, neither its size nor a feedback.
+    """
+
+    opefo_lambda: float | None = option(at_least=0.0, at_most=1.0)
+
+
 @policy_loss("opefo", needs=("current_entropys", "sum_pi_squared", "sum_pi_squared_log_pi"))
 def compute_policy_loss_opefo(inputs: LossInputs, config: Any) -> LossOutputs:
-    """PPO's loss with `balancing_weights` of the first-order entropy changes of a micro-batch (arXiv 2605.11491).
+    """PPO's loss with `sign_weights` of the first-order entropy changes of a micro-batch (arXiv 2605.11491).
 
     The changes are STEER's estimate `exact`. As those of each micro-batch cancel, those of the mini-batch do.
     """
     change = signed_entropy_change(inputs, "exact", clip_ratios(config)) * inputs.response_mask
-    weights, strength = balancing_weights(change)
+    strength = config.policy_loss.opefo_lambda
+    if strength is None:
+        strength = balancing_lambda(change)
+    weights = sign_weights(change, strength)
     outputs = reweighted_policy_loss("vanilla", weights, inputs, config)
     outputs.metrics["actor/opefo_lambda"] = strength
     return outputs
 
 
 @torch.no_grad()
-def balancing_weights(change: PerToken) -> tuple[PerToken, Scalar]:
-    """Weights with which the changes add up to 0, as far as both signs occur: 1 + lambda times sign of the change.
+def balancing_lambda(change: PerToken) -> Scalar:
+    """The lambda of `sign_weights` with which the changes add up to 0, as far as both signs occur.
 
     With D+ and D- the sums of the magnitudes of positive and negative changes, lambda = (D- - D+) / (D- + D+), so that
     (1 + lambda) D+ = (1 - lambda) D- (arXiv 2605.11491).
@@ -42,8 +57,12 @@ def balancing_weights(change: PerToken) -> tuple[PerToken, Scalar]:
         change: signed entropy change by each token; 0 on tokens that are not valid.
 
     Returns:
-        Weights from 0 to 2, 1 where the change is 0, and lambda; 0 where there is no change at all.
+        From -1 to 1; 0 where there is no change at all.
     """
-    total = change.abs().sum()
-    strength = -change.sum() / total.clamp_min(torch.finfo(change.dtype).tiny)
-    return 1 + strength * change.sign(), strength
+    return -change.sum() / change.abs().sum().clamp_min(torch.finfo(change.dtype).tiny)
+
+
+@torch.no_grad()
+def sign_weights(change: PerToken, strength: Scalar | float) -> PerToken:
+    """1 + lambda where the entropy rises, 1 - lambda where it falls, and 1 where it does not change."""
+    return 1 + strength * change.sign()
