@@ -333,6 +333,17 @@ def test_pass_at_k_is_drawn_over_k_and_replaces_a_single_accuracy(validations):
     assert "grpo: pass@k at the end 0.3 at k 1, 0.7 at 16" in drawing.description
 
 
+def test_a_long_legend_leaves_the_panels_their_height(recwarn):
+    def panel_height(count):
+        runs = {f"a_method_with_a_long_name_{i}": [Run("a", None, dict(steer_metrics()))] for i in range(count)}
+        figure = figures.training(runs).figure
+        figure.draw_without_rendering()
+        return figure.get_figheight() * figure.axes[0].get_position().height
+
+    assert panel_height(40) > 0.95 * panel_height(4)
+    assert not recwarn.list
+
+
 def sampled(name, accuracy, share, entropy):
     data = {"val-core/x/acc/mean@16": accuracy, "val-aux/x/acc/pass@8": 0.5, "val-aux/x/acc/pass@16": share}
     return Run(name, None, {5: {"actor/entropy": entropy, **data}})

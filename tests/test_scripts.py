@@ -331,7 +331,9 @@ def test_study_goes_on_from_the_models_of_other_runs_and_compares_what_became_of
 
 
 def test_every_run_of_the_study_passes_the_checks(command, root):
-    parts = "collapse field sweep sign trainability continued stable fidelity methods lambda_min extreme quadrants maps "
+    parts = (
+        "collapse field sweep sign trainability continued stable fidelity methods lambda_min extreme quadrants maps "
+    )
     parts += "normalizers lora"
     listed = command("bash", root / "run/study.sh", "--list", PARTS=parts)
     assert listed.returncode == 0 and listed.stderr == ""

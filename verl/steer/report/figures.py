@@ -33,6 +33,9 @@ INK, GRID, PAPER = STYLE["text.color"], STYLE["grid.color"], STYLE["figure.facec
 COLOURS = STYLE["axes.prop_cycle"].by_key()["color"]
 LINES, MARKERS, HATCHES = ("-", "--", "-.", ":"), ("o", "s", "^", "D", "v", "P", "X"), ("", "////", "....", "xx")
 
+#: Height of a line of a legend, in inches.
+LEGEND_LINE = 0.2
+
 PASS_AT_K = "pass@k at the end"
 
 #: Tokens drawn in a scatter plot; medians, counts and correlations are over all tokens.
@@ -53,9 +56,14 @@ class Drawing:
         return "; ".join(self.descriptions)
 
     def with_legend(self) -> Drawing | None:
-        """The drawing with the first panel's legend above all panels, or None if it has no data to describe."""
+        """The drawing with the first panel's legend above all panels, or None if it has no data to describe.
+
+        Lines of the legend after the second make the figure higher, not the panels smaller.
+        """
         handles, names = self.axes[0, 0].get_legend_handles_labels()
         columns = max(1, min(len(names), 100 // (max(map(len, names), default=0) + 8)))
+        lines = math.ceil(len(names) / columns)
+        self.figure.set_figheight(self.figure.get_figheight() + LEGEND_LINE * max(0, lines - 2))
         self.figure.legend(handles, names, loc="outside upper left", ncols=columns)
         return self if self.descriptions else None
 
