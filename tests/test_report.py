@@ -370,6 +370,15 @@ def test_tradeoff_names_the_first_method_and_those_that_no_other_equals_or_surpa
     assert "both: accuracy 0.5, pass@16 0.6, entropy 0.2" in drawing.description
 
 
+def test_tradeoff_is_by_the_greatest_k_of_any_run():
+    few = Run("few", None, {5: {"actor/entropy": 0.1, "val-core/x/acc/mean@8": 0.9, "val-aux/x/acc/pass@8": 0.9}})
+    runs = {"a": [sampled("a", 0.5, 0.6, 0.2)], "few": [few]}
+    del runs["a"][0].steps[5]["val-aux/x/acc/pass@8"]
+    for groups in (runs, dict(reversed(runs.items()))):
+        axis, _ = figures.tradeoff(groups).figure.axes
+        assert axis.get_ylabel() == "pass@16 at the end" and [line.get_label() for line in axis.lines] == ["a"]
+
+
 def test_tradeoff_of_equals_and_of_runs_without_pass_at_k():
     runs = {name: [sampled(name, 0.5, 0.6, 0.2)] for name in ("a", "b")}
     axis, _ = figures.tradeoff(runs).figure.axes

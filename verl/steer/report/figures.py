@@ -156,25 +156,26 @@ def tradeoff(groups: Groups) -> Drawing | None:
     shares = [heading for heading in table if heading.startswith("pass@")]
     if not shares:
         return None
+    share = max(shares, key=lambda heading: int(heading.removeprefix("pass@")))
     measures = {"final": "accuracy", "last ten": "policy entropy (nats)"}
-    table = table[[*measures, shares[-1]]].dropna()
-    best = table[["final", shares[-1]]]
+    table = table[[*measures, share]].dropna()
+    best = table[["final", share]]
     named = [name for name, row in best.iterrows() if not (best.drop(index=name) >= row).all(axis=1).any()]
     named = list(dict.fromkeys([*table.index[:1], *named]))
     drawing = Drawing(1, 2, height=3.6, sharey=True)
     for axis, (measure, text) in zip(drawing.axes[0], measures.items(), strict=True):
         for index, name in enumerate(named):
             style = method_style(index, linestyle="", markersize=6, zorder=3)
-            axis.plot(*table.loc[name, [measure, shares[-1]]], label=label(name), **style)
+            axis.plot(*table.loc[name, [measure, share]], label=label(name), **style)
         others = table.drop(index=named)
         if len(others):
-            axis.plot(others[measure], others[shares[-1]], ".", color=INK, alpha=0.5, label="other methods")
+            axis.plot(others[measure], others[share], ".", color=INK, alpha=0.5, label="other methods")
         axis.set(xlabel=f"{text} at the end")
-    drawing.axes[0, 0].set(ylabel=f"{shares[-1]} at the end")
+    drawing.axes[0, 0].set(ylabel=f"{share} at the end")
     drawing.axes[0, 1].set_xscale("log", base=2)
     drawing.axes[0, 1].xaxis.set_major_formatter(lambda entropy, _: f"{entropy:g}")
     drawing.descriptions = [
-        f"{name}: accuracy {row['final']:.3g}, {shares[-1]} {row[shares[-1]]:.3g}, entropy {row['last ten']:.3g}"
+        f"{name}: accuracy {row['final']:.3g}, {share} {row[share]:.3g}, entropy {row['last ten']:.3g}"
         for name, row in table.iterrows()
     ]
     return drawing.with_legend()
