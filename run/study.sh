@@ -7,10 +7,10 @@
 #   bash run/study.sh --list      # print each run's name, configuration and overrides, and train nothing
 #   PARTS       collapse     on the countdown task: GRPO and an entropy bonus, the criteria of docs/task_choice.md
 #               field        on the countdown task: the methods of docs/interventions.md, STEER and the control
-#               sweep        field's methods with half and twice the learning rate and, where they have one, with two more
-#                            values of their coefficient; for a seed that no table uses, such as SEEDS=1
-#               sign         weights by the size of the estimate `exact`, by its sign with a strength that stays the same, and
-#                            OPEFO, which adapts it
+#               sweep        field's methods with half and twice the learning rate and, where they have one, with a
+#                            lower and a higher coefficient; for a seed that no table uses, such as SEEDS=1
+#               sign         weights by the size of the estimate `exact`, by its sign with a strength that stays the
+#                            same, and OPEFO, which adapts it
 #               trainability the models that field's runs end with, trained by GRPO on problems made without sums
 #               continued    the same models, trained on by GRPO on the countdown task
 #               stable       GRPO's model trained by GRPO and STEER on numbers up to 12, where its entropy does not fall
@@ -32,13 +32,14 @@
 #   SEEDS       seeds of the data order and the rollouts ("42 43 44")
 #   OUTPUT_DIR  where results go (outputs/study in the repository): runs as seed42/steer_exp, a part's results as
 #               methods.md, methods.png and methods/report.html
-#   TASK_DIR    what scripts/make_laptop_task.py made, for all runs (made in OUTPUT_DIR: task with 1,024 test problems of
-#               arithmetic, countdown, second, of problems without sums, and stable, of numbers up to 12)
+#   TASK_DIR    what scripts/make_laptop_task.py made, for all runs (made in OUTPUT_DIR: task with 1,024 test problems
+#               of arithmetic, countdown, second, of problems without sums, and stable, of numbers up to 12)
 #   PYTHON      interpreter (that of the environment made by setup.sh)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-# NAME of field: the key of its coefficient and two values of it, about half and twice its own.
+# NAME of field: the key of its coefficient, a lower value and a higher one: half and twice its own, or less far where
+# it has bounds; half and twice its distance from 1 for lambda_min, and 0.05 less and more for entropies to keep.
 coefficient() {
   local actor=actor_rollout_ref.actor loss=actor_rollout_ref.actor.policy_loss
   case $1 in
@@ -91,7 +92,8 @@ members() {
     continued) echo {countdown,continued}_{grpo,steer_exp,unlikeliness,opefo,pi_exact,influence_0.2} ;;
     stable) echo countdown_grpo stable_{grpo,steer_exp} ;;
     learned_reward) echo learned_{grpo,steer_exp,influence_0.2,bonus_0.01} ;;
-    countdown_lambda_min | countdown_extreme | countdown_quadrants | countdown_maps | countdown_normalizers | countdown_lora)
+    countdown_lambda_min | countdown_extreme | countdown_quadrants | countdown_maps | countdown_normalizers | \
+      countdown_lora)
       members "${1#countdown_}" | sed -E 's/\<clip_higher\>/grpo/; s/[^ ]+/countdown_&/g' ;;
     fidelity) echo grpo_symmetric steer_exp steer_exp_extreme ;;
     methods) echo grpo_symmetric clip_higher clip_cov kl_cov entropy_bonus steer_exp steer_linear ;;
@@ -105,8 +107,8 @@ members() {
     control) echo grpo_1e-4 influence_{0.35,0.27,0.2,steps} {pi_released,pi_exact,adaptive}_0.27 ;;
     control_others) echo {pi_released,pi_exact,adaptive}_{0.35,0.2} ;;
     *) echo "study.sh: PARTS names $1; expected collapse, field, sweep, sign, trainability, continued, stable," \
-      "learned_reward, fidelity, methods, lambda_min, extreme, quadrants, maps, normalizers, lora (these six also as countdown_lambda_min and so on)," \
-      "prediction, control or control_others" >&2; return 1 ;;
+      "learned_reward, fidelity, methods, lambda_min, extreme, quadrants, maps, normalizers, lora (these six also as" \
+      "countdown_lambda_min and so on), prediction, control or control_others" >&2; return 1 ;;
   esac
 }
 
@@ -131,10 +133,12 @@ definition() {
     countdown_opefo_*) echo "opefo $loss.opefo_lambda=${1##*_}" ;;
     countdown_steer_rank_exact) echo "steer_rank $loss.entropy_change_estimator=exact" ;;
     countdown_influence_*) echo "influence_target $target=${1##*_}" ;;
-    countdown_adaptive) echo "adaptive_entropy $target=0.2 $loss.entropy_coeff_step=0.001 $loss.entropy_coeff_max=0.05" ;;
+    countdown_adaptive) echo "adaptive_entropy $target=0.2 $loss.entropy_coeff_step=0.001" \
+      "$loss.entropy_coeff_max=0.05" ;;
     countdown_pi_exact | countdown_entropic) echo "${1#countdown_} $target=0.2" ;;
     countdown_aepo) echo "aepo algorithm.aepo_entropy=0.2" ;;
-    countdown_entrocraft) echo "entrocraft" algorithm.entropy_{lower_start=0.25,lower_end=0.15,upper_start=0.3,upper_end=0.25} ;;
+    countdown_entrocraft) echo entrocraft algorithm.entropy_lower_{start=0.25,end=0.15} \
+      algorithm.entropy_upper_{start=0.3,end=0.25} ;;
     countdown_*) definition "${1#countdown_}" "" ;;
     learned_*) definition "countdown_${1#learned_}" ;;
     second_* | continued_*) after grpo "${1#*_}" ;;

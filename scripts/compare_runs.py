@@ -240,7 +240,7 @@ def main() -> None:
         parser.error(f"--compare {args.compare[0]}: expected a --baseline to compare with")
     try:
         methods = group_seeds(read_run(run) for run in args.runs)
-        compared = _compared(methods, args.compare)
+        compared = _compared(methods, args.compare) if args.baseline else []
     except ValueError as error:
         sys.exit(f"compare_runs: {error}")
     if args.baseline and args.baseline not in methods:

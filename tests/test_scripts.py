@@ -36,6 +36,11 @@ def write_run(folder, entropies, accuracies, weights=()):
             file.write(json.dumps({"step": step, "data": data}) + "\n")
 
 
+def printed_rows(result):
+    """The cells of the tables that a program printed."""
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
+
+
 def watch(root, tmp_path, *words):
     program = root / "scripts/watch.py"
     return (
@@ -116,7 +121,7 @@ def test_comparison_takes_means_and_intervals_over_seeds(command, root, tmp_path
     result = command(
         sys.executable, root / "scripts/compare_runs.py", *runs, "--out", tmp_path / "p.png", COLUMNS="250"
     )
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
+    rows = printed_rows(result)
     assert rows == [
         [
             "grpo", "2", "0.100 ± 0.000", "0.400 ± 1.271", "0.400 ± 1.271", "1.000 ± 0.000",
@@ -134,7 +139,7 @@ def test_comparison_marks_single_runs_outside_of_the_baselines_interval(command,
     runs = sorted(tmp_path.glob("*/*"))
     compare = (sys.executable, root / "scripts/compare_runs.py", "--out", tmp_path / "p.png")
     result = command(*compare, "--baseline", "grpo", *runs, COLUMNS="250")
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
+    rows = printed_rows(result)
     assert rows[-3:] == [
         ["interval", "-2.001 to 2.401", "0.450 to 0.450"], ["far", "2.500 *", "0.450"], ["near", "2.300", "0.450"],
     ]  # fmt: skip
@@ -164,7 +169,7 @@ def test_comparison_scores_predictions_single_tokens_and_held_targets(command, r
         tmp_path / "p.png", COLUMNS="250",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
+    rows = printed_rows(result)
     assert ["grpo", "influence", "3", "1.000", "0.500"] in rows
     # Ranks 3, 1, 4, 2 against 3, 1, 4, 2 but for the signs of one token.
     assert ["grpo", "influence", "4", "1.000", "0.973", "75"] in rows
@@ -266,13 +271,13 @@ def test_comparison_with_a_baseline_and_steps_to_a_score(command, root, tmp_path
     compare = (sys.executable, root / "scripts/compare_runs.py", *runs, "--out", tmp_path / "p.png")
     result = command(*compare, "--baseline", "grpo", "--reach", "0.05", COLUMNS="160")
     assert result.returncode == 0, result.stderr
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
+    rows = printed_rows(result)
     # Differences of 0.1 and 0.2: mean 0.15, deviation 0.0707; t = 3 with one degree of freedom.
     assert ["other", "final", "2", "0.150 ± 0.635", "+2.1", "0.205", "0.205"] in rows
     # The mean of steps 6 to 15 is 0, of 7 to 16 0.1.
     assert ["other", "2", "2", "16 ± 0"] in rows and ["grpo", "2", "0", "-"] in rows
     result = command(*compare, "--baseline", "grpo", "--compare", "gain", COLUMNS="160")
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
+    rows = printed_rows(result)
     # Accuracies before of 0 and 0.1: 0 and 0.1 are left, t = 1.
     assert [row for row in rows if len(row) == 7] == [["other", "gain", "2", "0.050 ± 0.635", "+0.7", "0.500", "0.500"]]
     refused = command(*compare, "--baseline", "grpo", "--compare", "again")

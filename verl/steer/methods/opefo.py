@@ -64,5 +64,13 @@ def balancing_lambda(change: PerToken) -> Scalar:
 
 @torch.no_grad()
 def sign_weights(change: PerToken, strength: Scalar | float) -> PerToken:
-    """1 + lambda where the entropy rises, 1 - lambda where it falls, and 1 where it does not change."""
+    """Factors of the tokens' losses by the sign of their entropy changes (arXiv 2605.11491).
+
+    Args:
+        change: signed entropy change by each token.
+        strength: lambda, from -1 to 1.
+
+    Returns:
+        1 + lambda where the entropy rises, 1 - lambda where it falls, and 1 where it does not change.
+    """
     return 1 + strength * change.sign()
