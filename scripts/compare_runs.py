@@ -31,6 +31,7 @@ from verl.steer.report.paired import differences
 from verl.steer.report.run_metrics import (
     ENTROPY,
     GAIN,
+    SCORE,
     TARGET,
     WEIGHT,
     Run,
@@ -41,9 +42,6 @@ from verl.steer.report.run_metrics import (
     summary,
 )
 from verl.steer.report.single_runs import single_runs
-
-#: Mean score of a step's rollouts.
-SCORE = "critic/score/mean"
 
 #: Steps at the end of a run over which the entropy is compared with its target.
 HELD_STEPS = 20

@@ -109,7 +109,7 @@ def test_watch_started_by_nohup_survives_the_terminal(command, root, tmp_path):
     assert result.returncode == 3, result.stdout + result.stderr
 
 
-def test_comparison_takes_means_and_intervals_over_seeds(command, root, tmp_path):
+def test_comparison_takes_means_and_intervals_over_seeds(program, tmp_path):
     """Of two values a and b the half width is 12.706 |a - b| / 2: 1.271 for a difference of 0.2, 0.635 for 0.1.
 
     300 tokens in 4 seconds, and 600 in 6, are 75 and 100 a second.
@@ -118,9 +118,7 @@ def test_comparison_takes_means_and_intervals_over_seeds(command, root, tmp_path
     write_run(tmp_path / "1/grpo", [1.0, 0.3], [0.1, 0.5])
     write_run(tmp_path / "0/steer", [1.0, 0.8, 0.9], [0.2, 0.7, 0.6], weights=[0.9, 0.8, 0.7])
     runs = [tmp_path / run for run in ("0/grpo", "1/grpo", "0/steer")]
-    result = command(
-        sys.executable, root / "scripts/compare_runs.py", *runs, "--out", tmp_path / "p.png", COLUMNS="250"
-    )
+    result = program("compare_runs.py", *runs, "--out", tmp_path / "p.png")
     rows = printed_rows(result)
     assert rows == [
         [
@@ -132,22 +130,22 @@ def test_comparison_takes_means_and_intervals_over_seeds(command, root, tmp_path
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_comparison_marks_single_runs_outside_of_the_baselines_interval(command, root, tmp_path):
+def test_comparison_marks_single_runs_outside_of_the_baselines_interval(program, tmp_path):
     """Accuracies of 0.1 and 0.3 have the variance 0.02, and a further one lies within 12.706 √(0.02 * 1.5) of 0.2."""
     for name, accuracy in (("0/grpo", 0.1), ("1/grpo", 0.3), ("0/far", 2.5), ("0/near", 2.3)):
         write_run(tmp_path / name, [0.5, 0.4], [0.0, accuracy])
     runs = sorted(tmp_path.glob("*/*"))
-    compare = (sys.executable, root / "scripts/compare_runs.py", "--out", tmp_path / "p.png")
-    result = command(*compare, "--baseline", "grpo", *runs, COLUMNS="250")
+    compare = ("compare_runs.py", "--out", tmp_path / "p.png")
+    result = program(*compare, "--baseline", "grpo", *runs)
     rows = printed_rows(result)
     assert rows[-3:] == [
         ["interval", "-2.001 to 2.401", "0.450 to 0.450"], ["far", "2.500 *", "0.450"], ["near", "2.300", "0.450"],
     ]  # fmt: skip
-    result = command(*compare, "--baseline", "far", tmp_path / "0/far", tmp_path / "0/near", COLUMNS="250")
+    result = program(*compare, "--baseline", "far", tmp_path / "0/far", tmp_path / "0/near")
     assert result.returncode == 0 and "interval of a further" not in result.stdout, result.stdout + result.stderr
 
 
-def test_comparison_scores_predictions_single_tokens_and_held_targets(command, root, tmp_path):
+def test_comparison_scores_predictions_single_tokens_and_held_targets(program, tmp_path):
     write_run(tmp_path / "grpo", [0.4] * 30, [0.1] * 30)
     write_run(tmp_path / "held", [0.4] * 10 + [0.32] * 20, [0.1] * 30, weights=[0.9] * 30)
     lines = [json.loads(line) for line in (tmp_path / "held/metrics.jsonl").read_text().splitlines()]
@@ -164,10 +162,7 @@ def test_comparison_scores_predictions_single_tokens_and_held_targets(command, r
     tokens["one_token"] = [1.0, -2.0, 3.0, 0.5, float("nan"), float("nan")]
     tokens["influence"] = [2.0, -4.0, 5.0, -1.0, 7.0, 8.0]
     tokens.to_parquet(tmp_path / "grpo/audit/step_1_rank_0.parquet")
-    result = command(
-        sys.executable, root / "scripts/compare_runs.py", tmp_path / "grpo", tmp_path / "held", "--out",
-        tmp_path / "p.png", COLUMNS="250",
-    )  # fmt: skip
+    result = program("compare_runs.py", tmp_path / "grpo", tmp_path / "held", "--out", tmp_path / "p.png")
     assert result.returncode == 0, result.stderr
     rows = printed_rows(result)
     assert ["grpo", "influence", "3", "1.000", "0.500"] in rows
@@ -253,7 +248,7 @@ def launched(launch, root, tmp_path):
     return run
 
 
-def test_comparison_with_a_baseline_and_steps_to_a_score(command, root, tmp_path):
+def test_comparison_with_a_baseline_and_steps_to_a_score(program, tmp_path):
     """Two seeds of each method; the mean score of ten steps reaches 0 after step 15 or never."""
     for method, gain in (("grpo", 0.0), ("other", 0.1)):
         for seed in (1, 2):
@@ -268,23 +263,23 @@ def test_comparison_with_a_baseline_and_steps_to_a_score(command, root, tmp_path
             folder.mkdir(parents=True)
             (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     runs = sorted(tmp_path.glob("seed*/*"))
-    compare = (sys.executable, root / "scripts/compare_runs.py", *runs, "--out", tmp_path / "p.png")
-    result = command(*compare, "--baseline", "grpo", "--reach", "0.05", COLUMNS="160")
+    compare = ("compare_runs.py", *runs, "--out", tmp_path / "p.png")
+    result = program(*compare, "--baseline", "grpo", "--reach", "0.05")
     assert result.returncode == 0, result.stderr
     rows = printed_rows(result)
     # Differences of 0.1 and 0.2: mean 0.15, deviation 0.0707; t = 3 with one degree of freedom.
     assert ["other", "final", "2", "0.150 ± 0.635", "+2.1", "0.205", "0.205"] in rows
     # The mean of steps 6 to 15 is 0, of 7 to 16 0.1.
     assert ["other", "2", "2", "16 ± 0"] in rows and ["grpo", "2", "0", "-"] in rows
-    result = command(*compare, "--baseline", "grpo", "--compare", "gain", COLUMNS="160")
+    result = program(*compare, "--baseline", "grpo", "--compare", "gain")
     rows = printed_rows(result)
     # Accuracies before of 0 and 0.1: 0 and 0.1 are left, t = 1.
     assert [row for row in rows if len(row) == 7] == [["other", "gain", "2", "0.050 ± 0.635", "+0.7", "0.500", "0.500"]]
-    refused = command(*compare, "--baseline", "grpo", "--compare", "again")
+    refused = program(*compare, "--baseline", "grpo", "--compare", "again")
     assert refused.returncode == 1 and "--compare again: expected some of accuracy before, final, " in refused.stderr
-    refused = command(*compare, "--compare", "gain")
+    refused = program(*compare, "--compare", "gain")
     assert refused.returncode == 2 and "--compare gain: expected a --baseline to compare with" in refused.stderr
-    refused = command(*compare, "--baseline", "gone")
+    refused = program(*compare, "--baseline", "gone")
     assert refused.returncode == 1 and "--baseline gone: expected one of grpo, other" in refused.stderr
 
 
@@ -549,3 +544,31 @@ def test_a_checkpoint_is_merged_once_and_again_where_its_shards_change(evaluated
 def test_an_evaluation_refuses_an_option_before_ray_starts(evaluated, tmp_path, override, message):
     assert message in evaluated(write_weights(tmp_path / "model", ""), override, fails=True)
     assert (tmp_path / "calls").read_text() == ""
+
+
+def test_kept_metrics_of_a_resumed_run_give_the_same_table(program, tmp_path):
+    """Of speed nothing is kept, and of an entropy of 1/3 five digits; the second start repeats step 2."""
+    data = {"actor/entropy": 1 / 3, "actor/grad_norm": 1.0, "critic/score/mean": -0.5, "actor/token_weights_mean": 0.9}
+    data |= {"perf/total_num_tokens": 100, "perf/time_per_step": 2.0, "actor/token_weights_std": None}
+    validation = {"val-core/a/acc/mean@8": 0.25, "val-aux/a/acc/pass@8": 0.5, "val-aux/a/distinct_right": 1.25}
+    starts = {"metrics": [(0, validation), (1, data), (2, {"actor/entropy": 9.0})]}
+    starts["metrics_from_1_start_2"] = [(2, data | validation)]
+    run = tmp_path / "seed7/grpo"
+    run.mkdir(parents=True)
+    for name, records in starts.items():
+        lines = [json.dumps({"step": step, "data": data}) + "\n" for step, data in records]
+        (run / f"{name}.jsonl").write_text("".join(lines))
+    result = program("keep_metrics.py", run, "--out", tmp_path / "kept")
+    kept = tmp_path / "kept/seed7/grpo.jsonl"
+    assert result.returncode == 0 and result.stdout == f"{kept}\n", result.stdout + result.stderr
+    second = {"actor/entropy": 0.33333, "actor/token_weights_mean": 0.9, "critic/score/mean": -0.5}
+    expected = [{"step": 0, "data": validation}, {"step": 1, "data": second}, {"step": 2, "data": second | validation}]
+    assert [json.loads(line) for line in kept.read_text().splitlines()] == expected
+    compare = ("compare_runs.py", "--out", tmp_path / "p.png")
+    (whole,), (small,) = (printed_rows(program(*compare, path)) for path in (run, kept))
+    assert whole == [*small, "50"]
+
+
+def test_kept_metrics_need_a_run(program, tmp_path):
+    result = program("keep_metrics.py", tmp_path, "--out", tmp_path / "kept")
+    assert result.returncode == 1 and f"keep_metrics: {tmp_path}: no metrics*.jsonl" in result.stderr

@@ -21,6 +21,8 @@ ENTROPY, WEIGHT = "actor/entropy", "actor/token_weights_mean"
 #: Standard deviation over a step's tokens: how strongly a method of token weights acts.
 WEIGHT_STD = "actor/token_weights_std"
 TARGET = "actor/target_entropy"
+#: Mean score of a step's rollouts.
+SCORE = "critic/score/mean"
 #: Tokens of prompts and responses on all devices together, and seconds, of a step.
 TOKENS, SECONDS = "perf/total_num_tokens", "perf/time_per_step"
 GAIN = "gain"
@@ -30,6 +32,8 @@ AUDIT_COLUMNS = (
     "step mini_batch token_id text response position prob entropy advantage ratio weight true_change".split()
 )
 
+_DISTINCT = "/distinct_right"
+_PASS_AT_K = re.compile(r"val-aux/.+/acc/pass@(\d+)")
 _SEED = re.compile(r"^seed[-_=]?\d+[-_. ]?|[-_. ]?seed[-_=]?\d+", re.IGNORECASE)
 
 
@@ -63,7 +67,7 @@ class Run:
         """k -> pass@k of the last validation, averaged over the data sources; empty with one sample a problem."""
         found: dict[int, list[float]] = {}
         for name in self.metrics:
-            if match := re.fullmatch(r"val-aux/.+/acc/pass@(\d+)", name):
+            if match := _PASS_AT_K.fullmatch(name):
                 found.setdefault(int(match[1]), []).extend(list(self.series(name).values())[-1:])
         return {k: sum(values) / len(values) for k, values in sorted(found.items()) if values}
 
@@ -172,6 +176,12 @@ def mean_and_interval(values: Iterable[float], decimals: int) -> str:
     return f"{mean} ± {student_t.ppf(0.975, len(found) - 1) * found.sem():.{decimals}f}"
 
 
+def compared_metrics(names: Sequence[str]) -> list[str]:
+    """Those among a run's metrics that `run_figures`, its curves and a held target depend on, without its speed."""
+    fixed = {ENTROPY, WEIGHT, WEIGHT_STD, TARGET, SCORE, *accuracy_metrics(names)}
+    return [name for name in names if name in fixed or _PASS_AT_K.fullmatch(name) or name.endswith(_DISTINCT)]
+
+
 def run_figures(run: Run) -> dict[str, float]:
     """The comparison's figures of one run by heading; NaN if the run lacks the metric."""
     accuracy, entropy, weight = (
@@ -179,7 +189,7 @@ def run_figures(run: Run) -> dict[str, float]:
     )
     speed = pd.DataFrame({name: run.series(name) for name in (TOKENS, SECONDS)}, dtype=float).dropna().mean()
     sampling = {f"pass@{k}": share for k, share in run.pass_at_k.items() if k >= 8}
-    distinct = [list(run.series(name).values())[-1:] for name in run.metrics if name.endswith("/distinct_right")]
+    distinct = [list(run.series(name).values())[-1:] for name in run.metrics if name.endswith(_DISTINCT)]
     if distinct:
         sampling["distinct right"] = pd.Series([*chain(*distinct)], dtype=float).mean()
     # Slices instead of single elements: the mean of an empty series is NaN.
