@@ -17,6 +17,11 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
+  sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+  exit
+fi
+
 methods=${METHODS:-grpo_symmetric clip_higher clip_cov kl_cov steer_exp steer_linear}
 task=${TASK:-arithmetic} hardware=${HARDWARE:-cpu}
 export OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs/compare}

@@ -10,6 +10,10 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
+  sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+  exit
+fi
 bash "$root/run/setup.sh"
 python=${STEER_VENV:-$root/.venv}/bin/python
 export OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs/quickstart} PYTHON=$python
@@ -24,19 +28,20 @@ overrides=(
   task=arithmetic hardware=cpu trainer.resume_mode=disable
   +seed="$seed" "$@"
 )
+settings="${overrides[*]} ${MODEL_PATH:-$TASK_DIR/model} $TASK_DIR"
 runs=()
 for method in ${METHODS:-grpo steer_exp}; do
   run=$OUTPUT_DIR/$method
   runs+=("$run")
   finished="$run/finished-with"
-  if [ "$(cat "$finished" 2>/dev/null)" = "${overrides[*]}" ]; then
+  if [ "$(cat "$finished" 2>/dev/null)" = "$settings" ]; then
     echo "$method is trained already; delete $run to train it again"
     continue
   fi
-  rm -f "$finished" "$run"/metrics*.jsonl
+  rm -rf "$finished" "$run"/metrics*.jsonl "$run/audit"
   "$python" "$root/scripts/watch.py" --title "$method" --log "$run/train.log" --metrics "$run" -- \
     bash "$root/run/launch.sh" "$method" "${overrides[@]}" trainer.experiment_name="$method"
-  echo "${overrides[*]}" >"$finished"
+  echo "$settings" >"$finished"
 done
 "$python" "$root/scripts/compare_runs.py" "${runs[@]}" --out "$OUTPUT_DIR/comparison.png"
 echo "logs, configurations and metrics: $OUTPUT_DIR"

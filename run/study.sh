@@ -38,6 +38,11 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
+  sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+  exit
+fi
+
 # NAME of field: the key of its coefficient, a lower value and a higher one: half and twice its own, or less far where
 # it has bounds; half and twice its distance from 1 for lambda_min, and 0.05 less and more for entropies to keep.
 coefficient() {
@@ -114,7 +119,8 @@ members() {
 
 # METHOD START: from the model that START ends with on the countdown task.
 after() {
-  echo "$1 actor_rollout_ref.model.path=$OUTPUT_DIR/seed${seed:-N}/countdown_$2/global_step_250/actor/huggingface" \
+  local run="\${oc.env:OUTPUT_DIR}/seed${seed:-N}/countdown_$2" # as words are split, without the folder's own name
+  echo "$1 actor_rollout_ref.model.path=$run/global_step_250/actor/huggingface" \
     "trainer.total_training_steps=100 trainer.save_freq=-1"
 }
 
@@ -187,7 +193,7 @@ task_folder() {
     stable) options+=(--difficulty 6 --steps 1) ;;
   esac
   if [ -z "${TASK_DIR:-}" ]; then
-    "$PYTHON" "$root/scripts/make_laptop_task.py" --out "$OUTPUT_DIR/$folder" "${options[@]}" >/dev/null
+    "$PYTHON" "$root/scripts/make_laptop_task.py" --out "$OUTPUT_DIR/$folder" "${options[@]}" >/dev/null || exit 1
   fi
   echo "${TASK_DIR:-$OUTPUT_DIR/$folder}"
 }
@@ -224,6 +230,7 @@ for part in $parts; do
     collapse | field | sweep | sign) options=(--baseline countdown_grpo) ;;
     trainability) options=(--baseline second_grpo --reach -0.2) ;; # 40 % right
     continued | stable) options=(--baseline "${part}_grpo") ;;
+    countdown_lora) options=(--baseline countdown_steer_exp) ;;
     learned_reward) options=(--baseline learned_grpo) ;;
     countdown_*) options=(--baseline countdown_grpo) ;;
   esac

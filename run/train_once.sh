@@ -1,18 +1,23 @@
 #!/usr/bin/env bash
 # Trains a run unless it is finished. A stopped run resumes from its last checkpoint, or starts again if it has none; a
-# run with other settings is refused. Further arguments are Hydra overrides.
+# finished or stopped run of other settings is refused. Further arguments are Hydra overrides.
 #   bash run/train_once.sh FOLDER CONFIG [overrides]
-# FOLDER gets settings (the overrides), config.yaml (the resolved configuration), train.log and metrics.jsonl. Variables
-# as in launch.sh.
+# FOLDER gets settings (the configuration's name, the overrides, and the variables that name model and data),
+# config.yaml (the resolved configuration), train.log and metrics.jsonl. Variables as in launch.sh.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 run=${1:?train_once.sh: expected a folder for the run}
 config=${2:?train_once.sh: expected the name of a configuration, such as steer_exp}
 shift 2
-overrides=("$@" trainer.experiment_name="$(basename "$run")" trainer.default_local_dir="$run" trainer.resume_mode=auto)
-title=$(basename "$(dirname "$run")")/$(basename "$run")
-if [ -f "$run/settings" ] && [ "$(cat "$run/settings")" != "$config ${overrides[*]}" ]; then
+name=$(basename "$run")
+# quoted for Hydra, as a path may have an "=" in it
+overrides=("$@" trainer.experiment_name="'$name'" trainer.default_local_dir="'$run'" trainer.resume_mode=auto)
+title=$(basename "$(dirname "$run")")/$name
+settings=$(printf '%s\n' "$config" "${overrides[@]}"; env | grep -E '^(MODEL_PATH|TASK_DIR|DATA_DIR)=' | sort || true)
+begun=
+if [ -f "$run/finished" ] || [ -f "$run/latest_checkpointed_iteration.txt" ]; then begun=yes; fi
+if [ "$begun" ] && [ "$(cat "$run/settings")" != "$settings" ]; then
   echo "train_once.sh: $run was trained with other settings ($run/settings): delete it or choose another folder" >&2
   exit 1
 fi
@@ -21,10 +26,12 @@ if [ -f "$run/finished" ]; then
   exit 0
 fi
 mkdir -p "$run"
-echo "$config ${overrides[*]}" >"$run/settings"
+echo "$settings" >"$run/settings"
 # A run without a checkpoint starts again, and so do its metrics.
-[ -f "$run/latest_checkpointed_iteration.txt" ] || rm -rf "$run"/metrics*.jsonl "$run/audit"
+[ "$begun" ] || rm -rf "$run"/metrics*.jsonl "$run/audit"
 bash "$root/run/launch.sh" "$config" "${overrides[@]}" --cfg job --resolve >"$run/config.yaml"
 "${PYTHON:-${STEER_VENV:-$root/.venv}/bin/python}" "$root/scripts/watch.py" \
   --title "$title" --log "$run/train.log" --metrics "$run" -- bash "$root/run/launch.sh" "$config" "${overrides[@]}"
+compgen -G "$run/metrics*.jsonl" >/dev/null ||
+  { echo "train_once.sh: $run: no metrics*.jsonl; expected a run with \`file\` among trainer.logger" >&2; exit 1; }
 touch "$run/finished"

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -37,7 +37,7 @@ from verl.steer.report.run_metrics import (
     Run,
     group_seeds,
     mean_and_interval,
-    read_run,
+    read_runs,
     run_figures,
     summary,
 )
@@ -68,8 +68,7 @@ def _empty_table(title: str | None, labels: tuple[str, ...], numbers: Iterable[s
 def table(methods: dict[str, list[Run]]) -> Table:
     """A row per method: means of its runs' figures, with intervals if there are several. No column without a value."""
     several = any(len(runs) > 1 for runs in methods.values())
-    rows = pd.DataFrame({name: summary(runs) for name, runs in methods.items()}).T
-    rows = rows.loc[:, (rows != "-").any()]
+    rows = summary(methods)
     result = _empty_table("means over seeds ± 95 % interval" if several else None, (), ("seeds", *rows))
     for name, row in rows.iterrows():
         result.add_row(name, str(len(methods[name])), *row)
@@ -85,7 +84,7 @@ def _compared(methods: dict[str, list[Run]], asked: list[str] | None) -> list[st
     if asked:
         if unknown := [name for name in asked if name not in [*headings, GAIN]]:
             raise ValueError(f"--compare {', '.join(unknown)}: expected some of {', '.join([*headings, GAIN])}")
-        return asked
+        return list(dict.fromkeys(asked))
     shares = [name for name in headings if name.startswith("pass@")]
     wanted = {"final", "distinct right", "last ten", *shares[:1], *shares[-1:]}
     return [name for name in headings if name in wanted]
@@ -145,6 +144,11 @@ def audit_table(methods: dict[str, list[Run]]) -> Table:
     return result
 
 
+def _of_all(seeds: Sequence[Iterable[str]]) -> list[str]:
+    """The names that all seeds of a method have, in the order of the first."""
+    return [name for name in (seeds[0] if seeds else ()) if all(name in names for names in seeds)]
+
+
 def prediction_table(methods: dict[str, list[Run]]) -> Table:
     """A row per method and estimator: predicted against true change of the mean entropy by each audited update."""
     title = "predicted against true change of the mean entropy by an update"
@@ -152,7 +156,7 @@ def prediction_table(methods: dict[str, list[Run]]) -> Table:
     for name, runs in methods.items():
         audits = [run.updates for run in runs if run.updates is not None]
         scores = [figures.prediction_scores(updates) for updates in audits]
-        for estimator in scores[0].index if scores else ():
+        for estimator in _of_all([table.index for table in scores]):
             columns = ([table.loc[estimator, kind] for table in scores] for kind in ("pearson", "slope"))
             count = str(sum(map(len, audits)))
             result.add_row(name, estimator, count, *(mean_and_interval(values, 3) for values in columns))
@@ -170,7 +174,7 @@ def single_token_table(methods: dict[str, list[Run]]) -> Table:
         audits = [
             run.audit.dropna(subset="one_token") for run in runs if run.audit is not None and "one_token" in run.audit
         ]
-        for estimate in (c for c in (audits[0] if audits else ()) if c.startswith(("influence", "omega_"))):
+        for estimate in (c for c in _of_all(audits) if c.startswith(("influence", "omega_"))):
             pairs = [(audit[estimate], audit["one_token"]) for audit in audits]
             cells = [
                 [x.corr(y, "spearman") for x, y in pairs],
@@ -178,7 +182,7 @@ def single_token_table(methods: dict[str, list[Run]]) -> Table:
                 [100 * ((x > 0) == (y > 0))[x != 0].mean() for x, y in pairs],
             ]
             row = [mean_and_interval(values, decimals) for values, decimals in zip(cells, (3, 3, 0), strict=True)]
-            result.add_row(name, str(estimate).removeprefix("omega_"), str(sum(map(len, audits))), *row)
+            result.add_row(name, estimate.removeprefix("omega_"), str(sum(map(len, audits))), *row)
     return result
 
 
@@ -209,22 +213,56 @@ def held_table(methods: dict[str, list[Run]], baseline: str | None) -> Table:
     return result
 
 
-def show(tables: list[Table], markdown: Path | None) -> None:
+def show(found: list[Table], markdown: Path | None) -> None:
     """Print the tables, and write them to the file `markdown`, if given."""
     # A log has no terminal width.
     console = Console() if sys.stdout.isatty() else Console(width=240)
-    console.print(*tables, sep="\n")
+    console.print(*found, sep="\n")
     if markdown:
+        markdown.parent.mkdir(parents=True, exist_ok=True)
         with markdown.open("w") as file:
-            for one in tables:
+            for one in found:
                 one.title, one.box = None, box.MARKDOWN
-            Console(file=file, width=1000).print(*tables, sep="\n")
+            Console(file=file, width=1000).print(*found, sep="\n")
+
+
+def tables(methods: dict[str, list[Run]], args: argparse.Namespace) -> list[Table]:
+    """All tables that have rows; ValueError if an argument or an audit does not fit."""
+    found = [table(methods)]
+    if args.baseline:
+        if args.baseline not in methods:
+            raise ValueError(f"--baseline {args.baseline}: expected one of {', '.join(methods)}")
+        compared = _compared(methods, args.compare)
+        found += [paired_table(methods, args.baseline, compared), single_table(methods, args.baseline, compared)]
+    found += [audit_table(methods), prediction_table(methods), single_token_table(methods)]
+    if args.reach is not None:
+        found.append(reached_table(methods, args.reach))
+    if any(TARGET in run.metrics for runs in methods.values() for run in runs):
+        found.append(held_table(methods, args.baseline))
+    return [one for one in found if one.row_count]
+
+
+def draw(methods: dict[str, list[Run]], out: Path) -> None:
+    """Draw the picture; ValueError if the runs logged nothing that it shows."""
+    with matplotlib.rc_context(figures.STYLE):
+        drawing = figures.training(methods)
+        if drawing is None:
+            raise ValueError("no entropy and no accuracy in the metrics; expected runs of verl's trainer")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        drawing.figure.savefig(out, dpi=150)
+
+
+def picture(name: str) -> Path:
+    """The argument `--out`."""
+    if Path(name).suffix not in (".png", ".svg"):
+        raise argparse.ArgumentTypeError(f"{name}: expected a file whose name ends with .png or .svg")
+    return Path(name)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or its .jsonl file")
-    parser.add_argument("--out", type=Path, required=True, help="the picture, .png or .svg")
+    parser.add_argument("--out", type=picture, required=True, help="the picture, .png or .svg")
     parser.add_argument("--markdown", type=Path, help="also write the table into this file")
     parser.add_argument("--baseline", metavar="METHOD", help="the method that the others are compared with")
     parser.add_argument(
@@ -237,26 +275,12 @@ def main() -> None:
     if args.compare and not args.baseline:
         parser.error(f"--compare {args.compare[0]}: expected a --baseline to compare with")
     try:
-        methods = group_seeds(read_run(run) for run in args.runs)
-        compared = _compared(methods, args.compare) if args.baseline else []
+        methods = group_seeds(read_runs(args.runs))
+        found = tables(methods, args)
+        draw(methods, args.out)
     except ValueError as error:
         sys.exit(f"compare_runs: {error}")
-    if args.baseline and args.baseline not in methods:
-        sys.exit(f"compare_runs: --baseline {args.baseline}: expected one of {', '.join(methods)}")
-    with matplotlib.rc_context(figures.STYLE):
-        drawing = figures.training(methods)
-        if drawing is None:
-            sys.exit("compare_runs: no entropy and no accuracy in the metrics; expected runs of verl's trainer")
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        drawing.figure.savefig(args.out, dpi=150)
-    tables = [table(methods), audit_table(methods), prediction_table(methods), single_token_table(methods)]
-    if args.baseline:
-        tables[1:1] = [one(methods, args.baseline, compared) for one in (paired_table, single_table)]
-    if args.reach is not None:
-        tables.append(reached_table(methods, args.reach))
-    if any(TARGET in run.metrics for runs in methods.values() for run in runs):
-        tables.append(held_table(methods, args.baseline))
-    show([one for one in tables if one.row_count], args.markdown)
+    show(found, args.markdown)
     print(f"picture: {args.out}")
 
 

@@ -80,9 +80,13 @@ def settings_of(overrides: list[str]) -> dict[str, Any]:
 
 
 def name_of(model: str) -> str:
-    """`steer_exp-global_step_9` for a checkpoint and the folders in it, else the last part of the path or hub id."""
+    """`steer_exp-global_step_9` for a checkpoint and the folders in it, else the last part of the path or hub id.
+
+    With a dash for characters that have a meaning in Hydra's overrides, such as "=".
+    """
     checkpoint = re.search(r"([^/]+)/(global_step_\d+)(/|$)", model)
-    return f"{checkpoint[1]}-{checkpoint[2]}" if checkpoint else Path(model).name
+    name = f"{checkpoint[1]}-{checkpoint[2]}" if checkpoint else Path(model).name
+    return re.sub(r"[^\w.-]", "-", name)
 
 
 def main() -> None:

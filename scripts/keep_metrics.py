@@ -5,7 +5,7 @@
     python scripts/compare_runs.py docs/study_runs/seed45/* --baseline countdown_grpo --out outputs/seed45.png
 
 The run `seed45/countdown_grpo` becomes `seed45/countdown_grpo.jsonl`, in the format of verl's `file` logger. It has the
-entropy and its target, the token weights, the rewards and the validations, with five significant digits. Metrics of
+entropy and its target, the token weights and the rewards, with five significant digits, and the validations. Metrics of
 speed, which another machine would not repeat, are left out.
 """
 
@@ -16,17 +16,33 @@ import json
 import sys
 from pathlib import Path
 
-from verl.steer.report.run_metrics import Run, compared_metrics, read_run
+from verl.steer.report.run_metrics import Run, compared_metrics, read_runs
+
+
+def by_file(runs: list[Run]) -> dict[str, Run]:
+    """Runs by the name of the file that keeps each; ValueError if two have the same method and seed."""
+    files: dict[str, Run] = {}
+    for run in runs:
+        name = f"seed{run.seed}/{run.name}.jsonl" if run.seed else f"{run.name}.jsonl"
+        other = files.setdefault(name, run)
+        if other is not run:
+            raise ValueError(f"{other.folder} and {run.folder}: expected one run for {name}")
+    return files
 
 
 def records(run: Run) -> list[dict[str, object]]:
     """The records of the kept file: one for each step at which something is kept."""
     series = {name: run.series(name) for name in compared_metrics(run.metrics)}
     steps = {
-        step: {name: float(f"{values[step]:.5g}") for name, values in series.items() if step in values}
+        step: {name: kept(name, values[step]) for name, values in series.items() if step in values}
         for step in sorted(run.steps)
     }
     return [{"step": step, "data": data} for step, data in steps.items() if data]
+
+
+def kept(name: str, value: float) -> float:
+    """A metric's value: of a validation as it is, since tests of its differences need equal ones to be equal."""
+    return value if name.startswith("val-") else float(f"{value:.5g}")
 
 
 def main() -> None:
@@ -35,11 +51,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the small files")
     args = parser.parse_args()
     try:
-        runs = [read_run(path) for path in args.runs]
+        files = by_file(read_runs(args.runs))
     except ValueError as error:
         sys.exit(f"keep_metrics: {error}")
-    for run in runs:
-        file = args.out / (f"seed{run.seed}" if run.seed else "") / f"{run.name}.jsonl"
+    for name, run in files.items():
+        file = args.out / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(json.dumps(record) + "\n" for record in records(run)))
         print(file)

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from verl.steer.report.page import ReportOptions, write_report
-from verl.steer.report.run_metrics import read_run
+from verl.steer.report.run_metrics import read_runs
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         options = ReportOptions(args.estimator, args.probability_bound, args.responses)
-        page = write_report([read_run(run) for run in args.runs], args.out, options)
+        page = write_report(read_runs(args.runs), args.out, options)
     except ValueError as error:
         sys.exit(f"report: {error}")
     print(f"report: {page}")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import os
 import re
 import runpy
@@ -63,7 +64,11 @@ def main() -> int:
         process = subprocess.Popen(
             args.command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-    show(console, args, process, before, received)
+    try:
+        show(console, args, process, before, received)
+    except BaseException:
+        end(process)  # in a session of its own, it would go on
+        raise
     if received:
         console.print(f"{args.title}: ending all its processes ...")
         end(process)
@@ -132,9 +137,10 @@ def total_steps(log: Path) -> int | None:
 
 
 def step_line(title: str, step: int, steps: int | None, data: dict[str, Any]) -> str:
-    """A step's line: its figures, and the mean accuracies of its validation."""
-    parts = [f"{name} {form.format(data[key])}" for name, key, form in COLUMNS if key in data]
-    parts += [f"accuracy {data[key]:.3f}" for key in accuracy_metrics(data)]
+    """A step's line: its figures, and the mean accuracies of its validation. NaN, which verl logs as null, as "nan"."""
+    numbers = {key: math.nan if value is None else value for key, value in data.items()}
+    parts = [f"{name} {form.format(numbers[key])}" for name, key, form in COLUMNS if key in numbers]
+    parts += [f"accuracy {numbers[key]:.3f}" for key in accuracy_metrics(numbers)]
     return f"{title:<12} step {step:>3}/{steps or '?'}  " + "  ".join(parts) if parts else ""
 
 

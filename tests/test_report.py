@@ -269,16 +269,17 @@ def test_summary_by_hand():
     first = Run("a", None, {0: {"val-core/x/acc/mean@1": 0.2, "val-core/y/acc/mean@1": 0.4}, 1: {"actor/entropy": 1.0}})
     second = Run("a", None, {1: {"actor/entropy": 0.6, "actor/token_weights_mean": 0.9}, 2: {"actor/entropy": 0.2}})
     second.steps[1]["actor/token_weights_std"], second.steps[2]["actor/token_weights_std"] = 0.1, 0.3
-    found = summary([first, second])
-    assert (found["accuracy before"], found["mean token weight"], found["tokens/s"]) == ("0.300", "0.900", "-")
-    assert found["weight std"] == "0.200"
+    found = summary({"a": [first, second]}).loc["a"]
+    assert (found["accuracy before"], found["mean token weight"], found["weight std"]) == ("0.300", "0.900", "0.200")
+    assert "tokens/s" not in found
     # two values 0.4 apart: Student's t with one degree of freedom, 12.706, times 0.2
     assert found["entropy first"] == "0.800 ± 2.541"
-    assert set(summary([Run("a", None, {1: {}})]).values()) == {"-"}
+    assert summary({"a": [Run("a", None, {1: {}})]}).empty
 
 
 def test_a_run_without_a_validation_at_its_start_has_no_accuracy_before():
-    found = summary([Run("a", None, {5: {"val-core/x/acc/mean@1": 0.7}})])
+    started = Run("b", None, {0: {"val-core/x/acc/mean@1": 0.1}})
+    found = summary({"a": [Run("a", None, {5: {"val-core/x/acc/mean@1": 0.7}})], "b": [started]}).loc["a"]
     assert (found["accuracy before"], found["final"]) == ("-", "0.700")
 
 

@@ -21,6 +21,8 @@ print("Total training steps: 2")
 with open(sys.argv[1] + "/metrics.jsonl", "w") as file:
     for step in range(3):
         data = {"actor/entropy": 1 / (step + 1), "critic/score/mean": -0.5, "val-core/x/acc/mean@4": 0.25}
+        if step == 0:
+            data["actor/entropy"] = None
         file.write(json.dumps({"step": step, "data": data}) + "\\n")
 """
 
@@ -61,6 +63,7 @@ def test_watch_shows_a_line_a_step_and_keeps_the_rest_in_the_log(command, root, 
     result = command(*watch(root, tmp_path, sys.executable, "-c", RUN, tmp_path))
     assert result.returncode == 0
     lines = [line for line in result.stdout.splitlines() if line.startswith("toy ")]
+    assert lines[0] == "toy          step   0/2  reward -0.500  entropy nan  accuracy 0.250"
     assert lines[1] == "toy          step   1/2  reward -0.500  entropy 0.500  accuracy 0.250"
     assert "Total training steps" not in result.stdout and "Total training steps" in (tmp_path / "toy.log").read_text()
 
@@ -80,6 +83,20 @@ def test_watch_tells_why_a_run_failed(command, root, tmp_path):
     result = command(*watch(root, tmp_path, sys.executable, "-c", "raise ValueError('no such thing')"))
     assert result.returncode == 1 and "ValueError: no such thing" in result.stdout
     assert str(tmp_path / "toy.log") in result.stdout.replace("\n", "")
+
+
+def test_watch_that_fails_ends_what_it_started(command, root, tmp_path):
+    script = (
+        "import os, pathlib, time\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "(folder / 'pid').write_text(str(os.getpid()))\n"
+        "(folder / 'metrics.jsonl').write_text('no record\\n')\n"
+        "time.sleep(600)\n"
+    )
+    result = command(*watch(root, tmp_path, sys.executable, "-c", script))
+    assert result.returncode == 1 and "JSONDecodeError" in result.stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_interrupt_ends_everything_that_was_started(root, tmp_path):
@@ -212,10 +229,14 @@ INTERPRETER = """
 import json, os, pathlib, sys
 arguments = sys.argv[1:]
 if arguments[:2] == ["-m", "verl.steer.main"]:
-    options = dict(word.split("=", 1) for word in arguments if "=" in word)
+    options = {key: value.strip("'") for key, value in (word.split("=", 1) for word in arguments if "=" in word)}
     folder = pathlib.Path(options["trainer.default_local_dir"])
+    if "+FAIL" in options:
+        sys.exit("no such key: FAIL")
     if "--cfg" in arguments:
         print("experiment:", options["trainer.experiment_name"])
+        sys.exit()
+    if "+QUIET" in options:
         sys.exit()
     with open(os.environ["CALLS"], "a") as calls:
         calls.write(f"{options['method']} {options['+seed']} {options['task']} {options['hardware']}\\n")
@@ -242,7 +263,7 @@ def launched(launch, root, tmp_path):
 
     def run(launcher, *overrides, **more):
         (tmp_path / "calls").write_text("")
-        result = launch(INTERPRETER, "bash", root / "run" / launcher, *overrides, cwd="/", **environment, **more)
+        result = launch(INTERPRETER, "bash", root / "run" / launcher, *overrides, cwd="/", **(environment | more))
         return result, (tmp_path / "calls").read_text().splitlines()
 
     return run
@@ -281,6 +302,26 @@ def test_comparison_with_a_baseline_and_steps_to_a_score(program, tmp_path):
     assert refused.returncode == 2 and "--compare gain: expected a --baseline to compare with" in refused.stderr
     refused = program(*compare, "--baseline", "gone")
     assert refused.returncode == 1 and "--baseline gone: expected one of grpo, other" in refused.stderr
+    refused = program(*compare[:-1], tmp_path / "p.txt")
+    assert refused.returncode == 2 and "p.txt: expected a file whose name ends with .png or .svg" in refused.stderr
+
+
+def test_comparison_of_runs_with_other_figures_and_of_one_named_twice(program, tmp_path):
+    """The first has an accuracy only, the second pass@16 and pass@8 too, which the table has in the order of k."""
+    samples = {"val-aux/a/acc/pass@16": 0.75, "val-aux/a/acc/pass@8": 0.5, "val-aux/a/distinct_right": 1.5}
+    for name, data in (("few", {}), ("many", samples)):
+        (tmp_path / name).mkdir()
+        record = {"step": 1, "data": {"val-core/a/acc/mean@1": 0.25, "actor/entropy": 0.5} | data}
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+    runs = [tmp_path / name for name in ("few", "many", "few")]
+    again = ("--baseline", "few", "--compare", "final", "--compare", "final", "--markdown", tmp_path / "new/t.md")
+    result = program("compare_runs.py", *runs, *again, "--out", tmp_path / "p.png")
+    assert result.returncode == 0, result.stderr
+    assert printed_rows(result)[:2] == [
+        ["few", "1", "0.250", "0.250", "-", "-", "-", "0.500", "0.500", "0.500"],
+        ["many", "1", "0.250", "0.250", "0.500", "0.750", "1.500", "0.500", "0.500", "0.500"],
+    ]
+    assert "| many" in (tmp_path / "new/t.md").read_text()
 
 
 def test_compare_trains_the_methods_over_the_seeds_once(launched, tmp_path):
@@ -307,6 +348,27 @@ def test_compare_goes_on_after_a_stop_and_refuses_other_settings(launched, tmp_p
     result, trained = launched("compare.sh", "data.max_response_length=8", **choice)
     assert result.returncode == 1 and trained == []
     assert "train_once.sh: " in result.stderr and "was trained with other settings" in result.stderr
+    other = choice | {"TASK_DIR": str(tmp_path / "other")}
+    result, trained = launched("compare.sh", "data.max_response_length=9", **other)
+    assert result.returncode == 1 and trained == [] and "was trained with other settings" in result.stderr
+
+
+def test_a_run_that_failed_without_a_checkpoint_starts_again_with_other_settings(launched, tmp_path):
+    choice = {"METHODS": "grpo", "SEEDS": "1"}
+    result, trained = launched("compare.sh", "+FAIL=1", **choice)
+    assert result.returncode != 0 and trained == []
+    assert not (tmp_path / "out/seed1/grpo/finished").exists()
+    result, trained = launched("compare.sh", "+QUIET=1", **choice)
+    assert result.returncode == 1 and "seed1/grpo: no metrics*.jsonl; expected a run with `file`" in result.stderr
+    result, trained = launched("compare.sh", **choice)
+    assert result.returncode == 0 and trained == ["grpo 1 arithmetic cpu"]
+
+
+@pytest.mark.parametrize("launcher", ["compare.sh", "quickstart.sh", "study.sh", "preflight.sh", "two_nodes.sh"])
+def test_launchers_of_several_processes_explain_themselves(command, root, launcher):
+    result = command("bash", root / "run" / launcher, "--help", cwd="/")
+    assert result.returncode == 0 and f"bash run/{launcher}" in result.stdout
+    assert result.stdout.splitlines()[0][-1] != "#" and "set -euo" not in result.stdout
 
 
 def test_study_shares_runs_and_ends_with_a_table_a_picture_and_a_page_for_each_part(launched, tmp_path):
@@ -328,6 +390,20 @@ def test_study_goes_on_from_the_models_of_other_runs_and_compares_what_became_of
     assert trained == [f"{method} 7 countdown cpu" for method in ("grpo", "grpo", "steer_exp")]
     names = re.findall(r"^\| (\w+_\w+) ", (tmp_path / "out/stable.md").read_text(), re.MULTILINE)
     assert names == ["stable_grpo", "stable_steer_exp"]
+
+
+def test_a_part_of_the_study_without_grpo_has_another_baseline(launched, tmp_path):
+    result, trained = launched("study.sh", PARTS="countdown_lora", SEEDS="7")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert trained == ["steer_exp 7 countdown cpu"] * 2
+    assert (tmp_path / "out/countdown_lora/report.html").exists()
+
+
+def test_the_study_stops_where_a_task_cannot_be_made(launched, tmp_path):
+    (tmp_path / "out/countdown").mkdir(parents=True)
+    (tmp_path / "out/countdown/mine").touch()
+    result, trained = launched("study.sh", PARTS="collapse", SEEDS="7", TASK_DIR="")
+    assert result.returncode != 0 and trained == []
 
 
 def test_every_run_of_the_study_passes_the_checks(command, root):
@@ -386,16 +462,17 @@ def test_evaluation_by_hand(command, root, tmp_path):
     assert len(pd.read_parquet(tmp_path / "responses.parquet")) == 6
 
 
-def test_a_response_without_an_answer_has_no_vote(program, tmp_path):
-    """One right answer among two empty ones, then no answer at all, then a tie, of which the first counts."""
-    samples = {
-        "one": [("", False), (None, False), ("1", True)],
-        "none": [("", False), ("", False), (None, True)],
-        "tie": [("", False), ("1", True), ("2", False)],
-    }
+@pytest.mark.parametrize(
+    ("answers", "share"),
+    [
+        ([("", False), (None, False), (None, False), ("1", True)], 1),  # one answer
+        ([("", False), ("", False), (None, True)], 0),  # none
+        ([("", False), ("1", True), ("2", False)], 1),  # a tie, of which the first counts
+    ],
+)
+def test_a_response_without_an_answer_has_no_vote(program, tmp_path, answers, share):
     rows = [
-        {"input": problem, "output": "", "gts": "1", "score": 1.0 if acc else -1.0, "acc": acc, "pred": pred}
-        for problem, answers in samples.items()
+        {"input": "p", "output": "", "gts": "1", "score": 1.0 if acc else -1.0, "acc": acc, "pred": pred}
         for pred, acc in answers
     ]
     (tmp_path / "toy").mkdir()
@@ -403,7 +480,7 @@ def test_a_response_without_an_answer_has_no_vote(program, tmp_path):
     result = program("summarize_eval.py", tmp_path, "--only", "toy")
     assert result.returncode == 0, result.stderr
     benchmark = json.loads((tmp_path / "results.json").read_text())["benchmarks"]["toy"]
-    assert benchmark["maj"]["value"] == pytest.approx(2 / 3)
+    assert benchmark["maj"]["value"] == share
 
 
 def test_programs_have_no_majority(program, tmp_path):
@@ -547,10 +624,10 @@ def test_an_evaluation_refuses_an_option_before_ray_starts(evaluated, tmp_path, 
 
 
 def test_kept_metrics_of_a_resumed_run_give_the_same_table(program, tmp_path):
-    """Of speed nothing is kept, and of an entropy of 1/3 five digits; the second start repeats step 2."""
+    """Of speed nothing is kept, and of an entropy of 1/3 five digits, of an accuracy all; start 2 repeats step 2."""
     data = {"actor/entropy": 1 / 3, "actor/grad_norm": 1.0, "critic/score/mean": -0.5, "actor/token_weights_mean": 0.9}
     data |= {"perf/total_num_tokens": 100, "perf/time_per_step": 2.0, "actor/token_weights_std": None}
-    validation = {"val-core/a/acc/mean@8": 0.25, "val-aux/a/acc/pass@8": 0.5, "val-aux/a/distinct_right": 1.25}
+    validation = {"val-core/a/acc/mean@8": 1 / 3, "val-aux/a/acc/pass@8": 0.5, "val-aux/a/distinct_right": 1.25}
     starts = {"metrics": [(0, validation), (1, data), (2, {"actor/entropy": 9.0})]}
     starts["metrics_from_1_start_2"] = [(2, data | validation)]
     run = tmp_path / "seed7/grpo"
@@ -567,6 +644,15 @@ def test_kept_metrics_of_a_resumed_run_give_the_same_table(program, tmp_path):
     compare = ("compare_runs.py", "--out", tmp_path / "p.png")
     (whole,), (small,) = (printed_rows(program(*compare, path)) for path in (run, kept))
     assert whole == [*small, "50"]
+
+
+def test_kept_metrics_are_of_one_run_each(program, tmp_path):
+    for name in ("a", "b"):
+        write_run(tmp_path / name / "seed1/grpo", [0.5], [0.1])
+    runs = [tmp_path / name / "seed1/grpo" for name in ("a", "b")]
+    result = program("keep_metrics.py", *runs, "--out", tmp_path / "kept")
+    assert result.returncode == 1 and not (tmp_path / "kept").exists()
+    assert f"{runs[0]} and {runs[1]}: expected one run for seed1/grpo.jsonl" in result.stderr
 
 
 def test_kept_metrics_need_a_run(program, tmp_path):

@@ -75,7 +75,7 @@ def write_report(runs: Sequence[Run], out: Path, options: ReportOptions) -> Path
     )
     page = template.render(
         groups=groups,
-        summaries={name: summary(members) for name, members in groups.items()},
+        summary=summary(groups),
         drawings=drawings,
         svgs=svgs,
         points=figures.SHOWN,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -133,6 +133,11 @@ def _records(file: Path) -> Iterator[dict[str, Any]]:
             raise ValueError(f'{file}:{number}: expected {{"step": n, "data": {{...}}}}, as verl logs') from error
 
 
+def read_runs(paths: Iterable[Path]) -> list[Run]:
+    """The runs of several folders or files, as `read_run`; one that is named twice is read once."""
+    return [read_run(path) for path in dict.fromkeys(path.resolve() for path in paths)]
+
+
 def method_of(path: Path) -> str:
     """A run's name without its seed: `grpo` for `grpo`, `grpo_seed1`, `grpo/seed1`, `1/grpo` and `grpo/1`."""
     for part in (path.name, path.parent.name):
@@ -217,7 +222,24 @@ def figures_by_seed(runs: Sequence[Run], headings: Sequence[str]) -> pd.DataFram
     return rows.reindex(columns=list(headings))
 
 
-def summary(runs: Sequence[Run]) -> dict[str, str]:
-    """A method's figures by heading: means over its seeds, with intervals if there are several."""
-    table = pd.DataFrame([run_figures(run) for run in runs])
-    return {heading: mean_and_interval(table[heading], 0 if heading == "tokens/s" else 3) for heading in table}
+def summary(groups: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
+    """A row per method and a column per figure: means over its seeds, with intervals if there are several.
+
+    "-" where a method has no such figure; no column that is empty for all methods.
+    """
+    tables = {name: pd.DataFrame([run_figures(run) for run in runs]) for name, runs in groups.items()}
+    headings = dict.fromkeys(heading for table in tables.values() for heading in table)
+    order = sorted(headings, key=_place)
+    cells = {
+        name: [mean_and_interval(table.get(heading, ()), 0 if heading == "tokens/s" else 3) for heading in order]
+        for name, table in tables.items()
+    }
+    table = pd.DataFrame.from_dict(cells, orient="index", columns=order)
+    return table.loc[:, (table != "-").any()]
+
+
+def _place(heading: str) -> tuple[int, int]:
+    """Sort key of headings of `run_figures`, of which runs need not have the same; pass@k by k."""
+    name, _, k = heading.partition("@")
+    first = ("accuracy before", "final", "best", "pass", "distinct right")
+    return first.index(name) if name in first else len(first), int(k or 0)
