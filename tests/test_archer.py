@@ -87,11 +87,15 @@ def test_the_kl_weights_of_both_kinds():
     assert weights.tolist() == [[1.0, 1.0, 0.25, 1.0, 1.0]]
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.5])
-def test_the_kl_loss_has_the_weights(scale):
-    """kl_loss_coef times the mean over all tokens of weight times KL, whose gradient they scale as well."""
+@pytest.mark.parametrize(("scale", "dtype"), [(0.0, torch.float32), (0.5, torch.float32), (0.5, torch.bfloat16)])
+def test_the_kl_loss_has_the_weights(scale, dtype):
+    """kl_loss_coef times the mean over all tokens of weight times KL, whose gradient they scale as well.
+
+    The arithmetic is in float32 also of log-probs in bfloat16.
+    """
     data, output = micro_batch()
-    data["ref_log_prob"] = data["old_log_probs"] * 0.9
+    data["ref_log_prob"] = (data["old_log_probs"] * 0.9).to(dtype)
+    output["log_probs"] = output["log_probs"].to(dtype)
     config = actor_config("archer", archer_kl_reasoning=scale)
     without, _ = ppo_loss(config, dict(output), data)
     for name, value in (("use_kl_loss", True), ("kl_loss_coef", 0.5), ("kl_loss_type", "low_var_kl")):
@@ -99,7 +103,8 @@ def test_the_kl_loss_has_the_weights(scale):
     loss, metrics = ppo_loss(config, dict(output), data)
     batch = data.select("ref_log_prob", "response_mask", "entropy").to_padded_tensor()
     reasoning = above_response_quantile(batch["entropy"], batch["response_mask"], 0.8)
-    kl = kl_penalty(no_padding_2_padding(output["log_probs"], data), batch["ref_log_prob"], "low_var_kl")
+    log_prob = no_padding_2_padding(output["log_probs"], data)
+    kl = kl_penalty(log_prob.float(), batch["ref_log_prob"].float(), "low_var_kl")
     weighted = torch.where(reasoning, scale, 1.0) * kl * batch["response_mask"]
     assert reasoning.any() and not torch.equal(weighted, kl * batch["response_mask"])
     expected = weighted.sum() / batch["response_mask"].sum()

@@ -114,6 +114,15 @@ def test_dynamic_clip_by_hand():
     assert metrics["actor/ppo_kl"] == pytest.approx(-ratios.log().mean().item())
 
 
+def test_dynamic_clip_has_a_ceiling():
+    """At old_prob 0.001 the upper bound is 14.65; positive tokens end at 10 or, where it is greater, at c."""
+    old_log_prob = torch.full((1, 3), math.log(0.001))
+    log_prob = old_log_prob + row(9.0, 11.0, 4.0).log()
+    batch = (row(1.0, 1.0, -1.0), None, old_log_prob, log_prob, torch.ones(1, 3, dtype=torch.bool))
+    for c, expected in ((3.0, (9.0, 0.0, 0.0)), (12.0, (9.0, 11.0, -4.0))):
+        torch.testing.assert_close(token_gradients("dynamic_clip", batch, clip=(0.2, 0.28, c)), row(*expected))
+
+
 def test_dynamic_clip_multiplies_rollout_weights_in():
     batch = random_batch()
     weighted, _ = loss_of("dynamic_clip", batch, weights=torch.full_like(batch[0], 2.0))
@@ -475,6 +484,23 @@ def test_grpo_s_by_hand():
     torch.testing.assert_close(together, (rewards - rewards.mean())[:, None] * MASK)
     normed = estimate(entropy_reward_by_class=False, norm_adv_by_std_in_grpo=True)
     torch.testing.assert_close(normed, ((rewards - rewards.mean()) / rewards.std())[:, None] * MASK)
+
+
+def test_a_response_without_tokens_has_no_part_in_its_class():
+    """Of three right answers one has no valid token: the other two are standardised to -1 and 1 by √2."""
+    mask = torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 0.0]])
+    entropys = torch.tensor([[1.0, 1.0], [2.0, 2.0], [9.0, 9.0]])
+    found = advantages_of("grpo_s", [1.0] * 3, mask, ["a"] * 3, entropy=entropys)
+    end = math.sqrt(0.5)
+    # verl adds 1e-6 to the standard deviation, 0.047.
+    torch.testing.assert_close(found, torch.tensor([[-end, -end], [end, end], [0.0, 0.0]]), rtol=5e-5, atol=0)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.35, 0.6, 0.9])
+def test_the_tokens_of_the_only_right_answer_have_no_advantage_in_gtpo(share):
+    entropys = 3 * torch.rand(1, 500, generator=torch.Generator().manual_seed(0))
+    found = advantages_of("gtpo", [1.0], torch.ones(1, 500), ["a"], {"entropy_reward_share": share}, entropy=entropys)
+    assert not found.any()
 
 
 # The estimators' properties.

@@ -128,12 +128,12 @@ def _policy_loss(config: ActorConfig, inputs: LossInputs, data: TensorDict) -> L
             metric.aggregation = AggregationType(name[-3:])
     metrics["actor/pg_loss"] = Metric(aggregation, outputs.loss)
     if inputs.current_entropys is not None:
-        entropy = aggregate(inputs.current_entropys)
+        entropy = aggregate(inputs.current_entropys.float())
         outputs.loss = outputs.loss - config.entropy_coeff * entropy
         metrics["actor/entropy_loss"] = Metric(aggregation, entropy)
     if config.use_kl_loss:
         reference = data.select("ref_log_prob").to_padded_tensor()["ref_log_prob"]
-        kl = kl_penalty(inputs.log_prob, reference, config.kl_loss_type)
+        kl = kl_penalty(inputs.log_prob.float(), reference.float(), config.kl_loss_type)
         kl_loss = aggregate(kl if outputs.kl_weights is None else kl * outputs.kl_weights)
         outputs.loss = outputs.loss + config.kl_loss_coef * kl_loss
         metrics |= {"kl_loss": Metric(aggregation, kl_loss), "kl_coef": config.kl_loss_coef}

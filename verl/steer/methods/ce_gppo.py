@@ -40,6 +40,7 @@ def compute_policy_loss_ce_gppo(inputs: LossInputs, config: Any) -> LossOutputs:
     ratio = bounded.exp()
     below = (advantages < 0) & (ratio < 1 - clip.low)
     above = (advantages > 0) & (ratio > 1 + clip.high)
+    beyond = (advantages < 0) & (ratio > clip.c)
     one = torch.exp(log_ratio - log_ratio.detach())
     ratio = torch.where(below, options.ce_gppo_beta1 * (1 - clip.low) * one, ratio)
     ratio = torch.where(above, options.ce_gppo_beta2 * (1 + clip.high) * one, ratio)
@@ -50,7 +51,7 @@ def compute_policy_loss_ce_gppo(inputs: LossInputs, config: Any) -> LossOutputs:
     loss = agg_loss(losses, mask, config.loss_agg_mode, **config.global_batch_info)
     with torch.no_grad():
         metrics = {
-            "actor/pg_clipfrac_high": masked_mean(above.float(), mask),
+            "actor/pg_clipfrac_high": masked_mean((above | beyond).float(), mask),
             "actor/pg_clipfrac_low": masked_mean(below.float(), mask),
             "actor/ppo_kl": masked_mean(-bounded, mask),
         }

@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 from verl.steer.methods.registry import policy_loss
+from verl.steer.methods.tensor_clip import tensor_clip_policy_loss
 from verl.steer.options import option
-from verl.trainer.ppo.core_algos import LossInputs, LossOutputs, PerToken, agg_loss
+from verl.trainer.ppo.core_algos import LossInputs, LossOutputs, PerToken
 from verl.utils.torch_functional import masked_mean
+
+#: Least value of the greatest upper bound on a ratio.
+LEAST_CEILING = 10.0
 
 
 @dataclass
@@ -37,28 +41,19 @@ def dynamic_clip_bounds(old_log_prob: PerToken, low: float, high: float) -> tupl
 
 @policy_loss("dynamic_clip", clips_as_ppo=False)
 def compute_policy_loss_dynamic_clip(inputs: LossInputs, config: Any) -> LossOutputs:
-    """DCPO's dynamic-adaptive clipping: PPO's loss with `dynamic_clip_bounds`.
+    """DCPO's dynamic-adaptive clipping (arXiv 2509.02333): PPO's dual clip with `dynamic_clip_bounds`.
 
-    No ratio above `actor.clip_ratio_c` counts, whatever the sign of the advantage: this fork's reading of the paper.
+    No upper bound is above `actor.clip_ratio_c`, or above `LEAST_CEILING` where that is lower, as in the authors' code.
     The paper's smooth advantage standardisation over steps and its averaging of the loss are not implemented.
     """
-    options, ceiling, mask = config.policy_loss, config.clip_ratio_c, inputs.response_mask
-    advantages = inputs.advantages.float()
-    log_ratio = (inputs.log_prob.float() - inputs.old_log_prob.float()).clamp(-20.0, 20.0)
-    ratio = log_ratio.exp()
+    options, c = config.policy_loss, config.clip_ratio_c
     lower, upper = dynamic_clip_bounds(inputs.old_log_prob, options.dynamic_clip_low, options.dynamic_clip_high)
-    ratio = torch.minimum(ratio, ratio.new_full((), ceiling))
-    within = torch.minimum(torch.maximum(ratio, lower), upper)
-    losses = torch.maximum(-advantages * ratio, -advantages * within)
-    if inputs.rollout_is_weights is not None:
-        losses = losses * inputs.rollout_is_weights
-    loss = agg_loss(losses, mask, config.loss_agg_mode, **config.global_batch_info)
+    upper = upper.clamp_max(max(c, LEAST_CEILING))
+    outputs = tensor_clip_policy_loss(inputs, config, 1 - lower, upper - 1)
     with torch.no_grad():
-        above = (advantages > 0) & (ratio > upper) | (ratio >= ceiling)
-        below = (advantages < 0) & (ratio < lower)
-        metrics = {
-            "actor/pg_clipfrac_high": masked_mean(above.float(), mask),
-            "actor/pg_clipfrac_low": masked_mean(below.float(), mask),
-            "actor/ppo_kl": masked_mean(-log_ratio, mask),
-        }
-    return LossOutputs(loss, metrics)
+        ratio = (inputs.log_prob.float() - inputs.old_log_prob.float()).exp()
+        positive, negative = inputs.advantages > 0, inputs.advantages < 0
+        above, below = positive & (ratio > upper) | negative & (ratio > c), negative & (ratio < lower)
+        outputs.metrics["actor/pg_clipfrac_high"] = masked_mean(above.float(), inputs.response_mask)
+        outputs.metrics["actor/pg_clipfrac_low"] = masked_mean(below.float(), inputs.response_mask)
+    return outputs

@@ -63,12 +63,15 @@ def compute_gtpo_advantage(inputs: AdvantageInputs) -> Tensor:
 def compute_grpo_s_advantage(inputs: AdvantageInputs) -> Tensor:
     """GRPO-S (arXiv 2508.04349): `entropy_weighted_rewards` of a response's mean entropy, standardised as in GTPO.
 
-    The configuration has the loss of a sequence's ratio, `policy_loss.loss_mode=gspo`.
+    The configuration has the loss of a sequence's ratio, `policy_loss.loss_mode=gspo`, and its mean over responses. A
+    response without a valid token, such as a rejected one, has no part in the mean of its class.
     """
     count = inputs.response_mask.sum(-1, keepdim=True)
     entropys = (inputs.entropy.float() * inputs.response_mask).sum(-1, keepdim=True) / count.clamp_min(1)
     rewards = entropy_weighted_rewards(entropys, count > 0, inputs.right, inputs.index, inputs.config)
-    return replace(inputs, index=_standardised_together(inputs).tolist()).grpo(rewards)
+    group = _standardised_together(inputs)
+    alone = group.max() + 1 + torch.arange(len(group), device=group.device)
+    return replace(inputs, index=torch.where(count.squeeze(-1) > 0, group, alone).tolist()).grpo(rewards)
 
 
 def _standardised_together(inputs: AdvantageInputs) -> Tensor:
@@ -85,8 +88,8 @@ def entropy_weighted_rewards(
 
     In each column, the right answers to a prompt divide their rewards in proportion to H, the wrong ones in proportion
     to 1 / H: uncertainty is rewarded in right answers, certainty blamed in wrong ones. With s = `entropy_reward_share`
-    the reward is (1 - s) + s * n * H / (sum of H over those n right answers), and the negative of the same with 1 / H
-    for wrong ones.
+    the reward is 1 + s * (n * H / (sum of H over those n right answers) - 1), and the negative of the same with 1 / H
+    for wrong ones: exactly 1 for the only right answer, whose tokens then have no advantage.
 
     Args:
         entropys: in nats, (batch, columns): a column is a token position, or the only one, a mean over a response.
@@ -106,5 +109,5 @@ def entropy_weighted_rewards(
     sums = scores.new_zeros(int(together.max()) + 1, scores.shape[1])
     counts = sums.index_add(0, together, valid.float())[together]
     sums = sums.index_add(0, together, scores)[together]
-    rewards = (1 - fraction) + fraction * counts * scores / sums.clamp_min(torch.finfo(sums.dtype).tiny)
+    rewards = 1 + fraction * (counts * scores / sums.clamp_min(torch.finfo(sums.dtype).tiny) - 1)
     return torch.where(right.unsqueeze(-1), rewards, -rewards).masked_fill(~valid, 0)

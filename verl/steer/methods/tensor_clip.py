@@ -8,7 +8,7 @@ from typing import Any
 
 from verl.trainer.ppo.core_algos import LossInputs, LossOutputs, PerToken, Scalar, reweighted_policy_loss
 
-#: What verl's vanilla loss reads from the configuration.
+#: The bounds that verl's vanilla loss reads from the configuration.
 CLIP_KEYS = ("clip_ratio_low", "clip_ratio_high")
 
 
