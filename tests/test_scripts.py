@@ -366,7 +366,7 @@ def test_a_run_that_failed_without_a_checkpoint_starts_again_with_other_settings
 
 @pytest.mark.parametrize("launcher", ["compare.sh", "quickstart.sh", "study.sh", "preflight.sh", "two_nodes.sh"])
 def test_launchers_of_several_processes_explain_themselves(command, root, launcher):
-    result = command("bash", root / "run" / launcher, "--help", cwd="/")
+    result = command("bash", root / "run" / launcher, "--help", cwd="/", PYTHON="false")
     assert result.returncode == 0 and f"bash run/{launcher}" in result.stdout
     assert result.stdout.splitlines()[0][-1] != "#" and "set -euo" not in result.stdout
 
