@@ -21,6 +21,10 @@ from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 OPTIONS = AEPOOptions(aepo_entropy=0.5, aepo_temperature_high=1.5, aepo_temperature_low=0.6, aepo_share=0.25)
 
 
+def test_a_whole_number_of_tempered_prompts_is_not_rounded_up():
+    assert AEPOOptions(aepo_share=0.07).tempered(None, 100)[0] == 7
+
+
 @pytest.mark.parametrize(
     "entropy, prompts_of_batch, expected",
     [

@@ -393,6 +393,18 @@ def test_bad_value_ends_a_launcher_in_one_line(command, root):
             ["task=arithmetic", "data.train_batch_size=8"],
             "rollout.log_prob_micro_batch_size_per_gpu=128: expected a divisor of the 64 rollouts of a rank",
         ),
+        (
+            ["task=arithmetic", "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=0"],
+            "rollout.log_prob_micro_batch_size_per_gpu=0: expected a divisor of the 128 rollouts of a rank",
+        ),
+        (
+            ["task=arithmetic", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=24"],
+            "actor.ppo_micro_batch_size_per_gpu=24: expected a divisor of the 32 rollouts of a rank (actor.ppo_mini_",
+        ),
+        (
+            ["task=arithmetic", "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"],
+            "actor.ulysses_sequence_parallel_size=2: expected ",
+        ),
         (["hardware=gpu8"], "trainer.device=cuda: verl's platform here is cpu; expected hardware=cpu"),
         (
             ["++algorithm.rollout_correction.bypass_mode=true", "actor_rollout_ref.actor.strategy=mine"],
@@ -617,6 +629,34 @@ def test_checkpoints_that_come_are_taken(overrides):
     check_and_complete(resolved("grpo", "hardware=cpu", *overrides))
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("save_best_only=off", "trainer.save_best_only='off': expected one of true, false"),
+        ("delete_old_best_checkpoint=no", "trainer.delete_old_best_checkpoint='no': expected one of true, false"),
+        ("save_after=-1", "trainer.save_after=-1: expected an integer of at least 0"),
+        ("test_freq=often", "trainer.test_freq='often': expected an integer"),
+        ("max_actor_ckpt_to_keep=1.5", "trainer.max_actor_ckpt_to_keep=1.5: expected an integer"),
+        ("resume_mode=latest", "trainer.resume_mode=latest: expected one of auto, disable, resume_path"),
+        ("resume_mode=resume_path", "trainer.resume_from_path=None: expected the folder global_step_N of a checkpoint"),
+        ("val_only=true", "trainer.val_before_train=false: expected true with trainer.val_only=true, or verl trains"),
+    ],
+)
+def test_wrong_keys_of_checkpoints_are_named(override, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        check_and_complete(
+            resolved("grpo", "hardware=cpu", "task=arithmetic", "trainer.val_before_train=false", f"trainer.{override}")
+        )
+
+
+def test_the_path_of_a_checkpoint_may_end_with_a_slash(tmp_path):
+    (tmp_path / "global_step_40").mkdir()
+    resumed = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={tmp_path}/global_step_40/"]
+    config = resolved("grpo", "hardware=cpu", *resumed, "trainer.save_after=null")
+    check_and_complete(config)
+    assert config.trainer.resume_from_path == f"{tmp_path}/global_step_40" and config.trainer.save_after == 0
+
+
 def test_unfinished_checkpoints_are_refused(tmp_path):
     """Going on from one, and a trainer that knows no marks where one is."""
     unfinished = tmp_path / "global_step_3"
@@ -764,6 +804,10 @@ def laptop_files(tmp_path, monkeypatch):
         (["data.train_batch_size=41"], "data.train_batch_size=41: expected at most 40, the rows of data.train_files"),
         (["data.train_max_samples=8"], "data.train_batch_size=16: expected at most 8, the rows of data.train_files"),
         (["data.gen_batch_size=64"], "data.gen_batch_size=64: expected at most 40, the rows of data.train_files"),
+        (
+            ["data.train_batch_size=41", "data.gen_batch_size=1"],
+            "data.train_batch_size=41: expected at most 40, the r",
+        ),
         (["actor_rollout_ref.model.path=/no/model"], "actor_rollout_ref.model.path=/no/model: expected the folder of"),
         (["actor_rollout_ref.model.path=runs/x/hf"], "actor_rollout_ref.model.path=runs/x/hf: expected the folder of"),
     ],
@@ -792,7 +836,7 @@ def test_a_broken_file_is_named(laptop_files, tmp_path, content, key):
         ["data.train_files=hdfs://cluster/train.parquet"],
         ["actor_rollout_ref.model.path=Qwen/Qwen2.5-Math-7B"],
         ["actor_rollout_ref.model.path=hdfs://cluster/models/qwen"],
-        ["data.train_batch_size=41", "data.gen_batch_size=1"],
+        ["data.train_batch_size=40", "data.gen_batch_size=1"],
         ["data.train_batch_size=41", "trainer.val_only=true"],
     ],
 )

@@ -9,8 +9,10 @@ from unittest.mock import patch
 import pytest
 import torch
 import yaml
+from test_configuration import resolved
 from verl.steer.config import PolicyLossConfig
 from verl.steer.methods.registry import POLICY_LOSSES
+from verl.steer.requirements import check_and_complete
 from verl.trainer.ppo.core_algos import LossInputs
 from verl.workers.config import FSDPActorConfig
 
@@ -133,6 +135,12 @@ def test_reward_function_of_the_readme():
     exec(text, names)
     grades = [names["compute_score"]("source", response, "12", extra_info={}) for response in ("so 12", "so 21")]
     assert grades == [{"score": 1.0, "acc": True}, {"score": -1.0, "acc": False}]
+
+
+def test_the_readmes_run_on_two_ranks_passes_the_checks():
+    text = (ROOT / "README.md").read_text()
+    (words,) = re.findall(r"^bash run/run_exp.sh (task=arithmetic hardware=cpu .*?) +#", text, re.M | re.S)
+    check_and_complete(resolved("steer_exp", *words.replace("\\", " ").split()))
 
 
 def test_readme_has_its_commands():

@@ -30,6 +30,7 @@ from verl.steer.audit.scores import (
     signed_estimates,
     write_tokens,
 )
+from verl.steer.audit.update import ENGINE_STATE
 from verl.steer.loss import ppo_loss
 from verl.steer.options import from_config
 from verl.steer.report.run_metrics import Run
@@ -194,12 +195,21 @@ def train(model_folder, request=None, half=None, dropout=0.0, **options):
 
 
 @pytest.mark.parametrize(
-    "options, dropout", [({}, 0.0), ({"token_weight_normalizer": "ema"}, 0.5), ({"loss_mode": "vanilla"}, 0.5)]
+    "options, dropout, measured",
+    [
+        ({}, 0.0, {}),
+        ({"token_weight_normalizer": "ema"}, 0.5, {}),
+        ({"loss_mode": "vanilla"}, 0.5, {}),
+        ({"token_weight_normalizer": "ema"}, 0.5, {"influence": True, "one_token": 2}),
+    ],
 )
-def test_training_is_the_same_bit_for_bit_with_and_without_the_audit(model_folder, tmp_path, options, dropout):
-    request = AuditRequest(1, str(tmp_path), 1000, MINI_BATCHES)
-    _, plain, plain_metrics, plain_random = train(model_folder, dropout=dropout, **options)
-    _, audited, metrics, random = train(model_folder, request, dropout=dropout, **options)
+def test_training_is_the_same_bit_for_bit_with_and_without_the_audit(
+    model_folder, tmp_path, options, dropout, measured
+):
+    request = AuditRequest(1, str(tmp_path), 1000, MINI_BATCHES, **measured)
+    before, plain, plain_metrics, plain_random = train(model_folder, dropout=dropout, **options)
+    after, audited, metrics, random = train(model_folder, request, dropout=dropout, **options)
+    assert all(getattr(before, name) == getattr(after, name) for name in ENGINE_STATE)
     assert plain.keys() == audited.keys() and len(plain) > 20
     different = [name for name in plain if not torch.equal(plain[name], audited[name])]
     assert not different

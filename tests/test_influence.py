@@ -271,6 +271,57 @@ def test_the_contributions_are_the_effects_of_single_tokens(model_folder):
     assert pearsonr(truth, found)[0] > 0.98
 
 
+def test_the_heads_influence_in_bfloat16(model_folder):
+    """The hidden states are in bfloat16, the arithmetic on them is not."""
+
+    def contributions_of(dtype):
+        engine, (first, second) = make_engine(model_folder, dtype=dtype, lr=1e-5), mini_batches()
+        with engine.train_mode():
+            engine.train_batch(first.copy(), VANILLA)
+            measured = engine.measure_head_influence(second.copy(), VANILLA)
+        return measured.contributions[measured.valid].double()
+
+    truth, found = contributions_of("fp32"), contributions_of("bf16")
+    assert pearsonr(truth, found)[0] > 0.9
+
+
+def test_the_head_of_other_logits_is_refused(model_folder):
+    engine, batch = make_engine(model_folder), mini_batches()[0]
+    engine.module.config.final_logit_softcapping = 30.0
+    with engine.train_mode(), pytest.raises(ValueError, match="way=head: expected parameters with qwen2, whose logits"):
+        engine.measure_head_influence(batch, VANILLA)
+
+
+@pytest.mark.parametrize("agg", ["token-mean", "seq-mean-token-mean"])
+def test_rejected_responses_count_as_the_loss_counts_them(model_folder, agg):
+    """Rejection sampling takes tokens out of `response_mask`; the loss still divides by those of `loss_mask`."""
+    engine = make_engine(model_folder, lr=2e-6, weight_decay=1.0)
+    config = actor_config(agg=agg, **BAND, entropy_band=100.0)
+    predicted, true = [], []
+    for seed in range(3):
+        for batch in mini_batches(seed=seed):
+            first, *others = batch["response_mask"].unbind()
+            masks = [torch.zeros_like(first), *others]
+            batch["response_mask"] = torch.nested.as_nested_tensor(masks, layout=torch.jagged)
+            found, change = update(engine, batch, config)
+            predicted.append(found["predicted_change"])
+            true.append(change)
+    assert np.allclose(predicted[1:], true[1:], rtol=0.05, atol=5e-7)
+
+
+def test_a_mini_batch_without_a_token_is_left_alone(model_folder):
+    engine, batch = make_engine(model_folder, lr=1e-5), mini_batches()[0]
+    batch["response_mask"] = torch.zeros_like(batch["response_mask"])
+    engine.integral_of_errors = 0.5
+    pi = {"entropy_change_estimator": "exact", "token_weight_map": "target", "target_controller": "pi"}
+    for options in (CONTROL, pi, {"entropy_change_estimator": "influence"}):
+        config = actor_config(**options)
+        with engine.train_mode():
+            metrics = engine.train_batch(batch.copy(), partial(ppo_loss, config=config))["metrics"]
+        assert not any(name.endswith(("multiplier", "shortfall")) for name in metrics)
+    assert engine.integral_of_errors == 0.5
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_heads_influence_is_autograds_with_the_hidden_states_fixed(model_folder, packed):
     engine, (first, second) = make_engine(model_folder, packed, lr=1e-5, weight_decay=0.5), mini_batches(packed=packed)

@@ -122,7 +122,9 @@ def test_too_little_memory_names_the_remedy(configured, monkeypatch):
         (["trainer.val_only=true"], 25, 0),
         (["trainer.save_best_only=true", "trainer.test_freq=5", "trainer.save_after=10"], 25, 4),  # 10, 15, 20, 25
         (["trainer.save_best_only=true", "trainer.delete_old_best_checkpoint=true"], 100, 2),
-        (["trainer.best_metric_key=a", "trainer.save_after=20", "trainer.max_actor_ckpt_to_keep=1"], 25, 2 + 6),
+        (["trainer.best_metric_key=a", "trainer.save_after=20"], 25, 2 + 6),
+        (["trainer.best_metric_key=a", "trainer.save_after=20", "trainer.max_actor_ckpt_to_keep=1"], 25, 3),
+        (["trainer.save_best_only=true", "trainer.save_after=0", "trainer.max_actor_ckpt_to_keep=2"], 25, 4),
     ],
 )
 def test_most_checkpoints_on_disk(overrides, steps, expected):

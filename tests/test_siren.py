@@ -90,7 +90,7 @@ def test_anchor_of_the_first_step(trainer, tmp_path, monkeypatch):  # noqa: F811
     from verl.steer import trainer as trainer_steer
 
     def update(self, batch, metrics):
-        metrics["actor/peak_entropy"] = 0.1 * self.global_steps
+        metrics |= {"actor/peak_entropy": 0.1 * self.global_steps, "actor/peak_share": 1.0}
         return batch
 
     monkeypatch.setattr(trainer_steer.PPOTrainerSync, "_update_actor", update)
@@ -141,3 +141,12 @@ def test_missing_entropies_are_named():
 
 def test_properties():
     check_loss("siren", random_fields("nucleus_entropys", entropy_anchor=0.2))
+
+
+def test_micro_batches_without_a_response_have_no_part_in_the_anchor():
+    """One of four has none: the mean of 0.3 over four is one of 0.4 over three."""
+    anchor = EntropyAnchor(0.8)
+    anchor.observe({"actor/peak_entropy": 0.0, "actor/peak_share": 0.0})
+    assert anchor.value is None
+    anchor.observe({"actor/peak_entropy": 0.3, "actor/peak_share": 0.75})
+    assert anchor.value == pytest.approx(0.4)

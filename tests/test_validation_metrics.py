@@ -60,10 +60,13 @@ def test_metrics_of_two_problems_by_hand():
     assert sampling_metrics(sources, uids, values) == pytest.approx(expected)
 
 
-def test_a_lost_sample_reduces_k_and_one_sample_has_no_metrics():
-    values = {"acc": [True, False, True, False, True, None], "pred": ["p"] * 6}
-    metrics = sampling_metrics(["a"] * 5 + ["b"], ["x", "x", "x", "y", "y", "z"], values)
-    assert "val-aux/a/acc/pass@2" in metrics and "val-aux/a/acc/pass@4" not in metrics
+def test_pass_at_k_is_of_the_problems_with_k_samples_and_one_sample_has_no_metrics():
+    """A sample of y was lost: one of two of its samples is right in 2 of 3 pairs."""
+    values = {"acc": [True, False, False, False, True, False, False, None], "pred": ["p"] * 8}
+    metrics = sampling_metrics(["a"] * 7 + ["b"], ["x"] * 4 + ["y"] * 3 + ["z"], values)
+    shares = [metrics[f"val-aux/a/acc/pass@{k}"] for k in (1, 2, 4)]
+    assert shares == pytest.approx([(1 / 4 + 1 / 3) / 2, (1 / 2 + 2 / 3) / 2, 1.0])
+    assert "val-aux/a/acc/pass@8" not in metrics
     assert not any(name.startswith("val-aux/b") for name in metrics)
     assert sampling_metrics(["a"], ["x"], {"acc": [True]}) == {}
     assert sampling_metrics(["a", "a"], ["x", "x"], {"score": [1.0, 0.0]}) == {}

@@ -72,6 +72,6 @@ def column_values(config: DictConfig, key: str, column: str) -> Iterator[tuple[s
         ValueError: if a file is broken.
     """
     for file in (match for named in data_files(config, key) for match in _matches(named)):
-        if is_readable(file) and column in metadata(file, key).schema.names:
+        if is_readable(file) and column in metadata(file, key).schema.to_arrow_schema().names:
             for value in pq.read_table(file, columns=[column])[column].unique().to_pylist():
                 yield file, value

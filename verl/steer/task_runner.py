@@ -26,8 +26,8 @@ class SteerTaskRunner:
         with ThreadPoolExecutor(max_workers=1) as executor:
             # verl's runner finds the queue already there.
             queue = executor.submit(tq.init, config.transfer_queue)
-            # On several nodes Ray might start a server on another node than its workers'.
-            if batched and config.trainer.nnodes == 1:
+            # On several nodes, used or not, Ray might start a server on another node than its workers'.
+            if batched and sum(node["Alive"] for node in ray.nodes()) == 1:
                 tensor_parallel = config.actor_rollout_ref.rollout.tensor_model_parallel_size
                 self.servers = start_servers(config.trainer.n_gpus_per_node // tensor_parallel)
             # The imports take seconds, in which the queue and the servers start.

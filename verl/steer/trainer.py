@@ -48,7 +48,7 @@ from verl.steer.rollout.checks import TEMPERATURE, is_batched
 from verl.steer.rollout.lost_rollouts import LOST_IN_TRAINING, lost_rollouts, means_over_stored_samples, stored_samples
 from verl.steer.rollout.wait import ROLLOUT_TIMEOUT, RolloutWait
 from verl.steer.run_ending import naming_a_full_disk
-from verl.steer.step_record import RecordsSteps
+from verl.steer.step_record import RecordsSteps, StepRecord
 from verl.steer.validation_metrics import sampling_metrics
 from verl.steer.worker import SteerWorkers
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
@@ -190,17 +190,16 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         # An evaluation changes nothing in the folder: a run may be training there.
         self.ledger = CheckpointLedger(self.folder) if options.val_only else self._open_ledger()
         super()._load_checkpoint()
-        if self.entropy_coefficient and self.global_steps:
-            resumed = (
-                self.folder / f"global_step_{self.global_steps}"
-                if options.resume_mode == "auto"
-                else options.resume_from_path
-            )
-            self.entropy_coefficient.load(Path(resumed))
-        if options.resume_mode == "auto" and self.global_steps and not options.val_only:
-            self.read_step_record(self.folder / f"global_step_{self.global_steps}")
-        if self.step_record:
-            self.last_entropy = self.step_record.metrics.get("actor/entropy")
+        if not self.global_steps:
+            return
+        automatic = options.resume_mode == "auto"
+        resumed = self.folder / f"global_step_{self.global_steps}" if automatic else Path(options.resume_from_path)
+        if self.entropy_coefficient:
+            self.entropy_coefficient.load(resumed)
+        if automatic and not options.val_only:
+            self.read_step_record(resumed)
+        if record := self.step_record or StepRecord.read(resumed):
+            self.last_entropy = record.metrics.get("actor/entropy")
 
     def _open_ledger(self) -> CheckpointLedger:
         """The folder's ledger if the run resumes from one of its checkpoints, else an empty one."""
@@ -307,7 +306,8 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         for name in [name for name in metrics if name.startswith("actor/entropy_audit/")]:
             metrics[name.removeprefix("actor/")] = metrics.pop(name)
         temperature = self.config.actor_rollout_ref.rollout.temperature
-        metrics |= audit_step(batch, self.actor_rollout_wg, temperature)
+        with self._fitting_micro_batches(batch, self.config.actor_rollout_ref.rollout):
+            metrics |= audit_step(batch, self.actor_rollout_wg, temperature)
         return self._after_update(batch, metrics)
 
     def _after_update(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
@@ -349,8 +349,12 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         if options.save_best_only or self.global_steps < self.save_after:
             return
         self._save_whole_checkpoint()
-        if (options.max_actor_ckpt_to_keep or 0) > 0:
-            self.ledger.keep_latest(options.max_actor_ckpt_to_keep)
+        self._keep_latest()
+
+    def _keep_latest(self) -> None:
+        number = self.config.trainer.max_actor_ckpt_to_keep or 0
+        if number > 0:
+            self.ledger.keep_latest(number)
 
     def _save_whole_checkpoint(self) -> None:
         options, callback = self.config.trainer, self.checkpoint_callback
@@ -386,6 +390,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
             if self.ledger.latest_step != self.global_steps:
                 self._save_whole_checkpoint()
             self.ledger.saved_best(self.global_steps, value, delete_old=options.delete_old_best_checkpoint)
+            self._keep_latest()
         elif self.global_steps >= max(1, self.total_training_steps) and self.ledger.latest_step is None:
             logger.warning("%s=%s: no checkpoint yet, so the last step %d is saved", name, value, self.global_steps)
             self._save_whole_checkpoint()

@@ -82,8 +82,9 @@ def sampling_metrics(
         values: variable -> value of each stored sample; `acc` is whether it is right, `pred` its answer.
 
     Returns:
-        For each data source with `acc`, and N the least number of samples of a problem, at least 2:
-        `val-aux/SOURCE/acc/pass@k` for the powers of two up to N, as a mean over problems. With `pred` also
+        For each data source with `acc`, and N the greatest number of samples of a problem, at least 2:
+        `val-aux/SOURCE/acc/pass@k` for the powers of two up to N, as a mean over the problems with k samples or more,
+        which are all of them unless samples were lost. With `pred` also
         `val-aux/SOURCE/distinct_right` and `.../distinct_share`: the number of different right answers of a problem as
         a mean over problems, and that number divided by the number of right answers, both summed over problems.
     """
@@ -96,10 +97,11 @@ def sampling_metrics(
     for source, problems in answers.items():
         right = np.array([sum(acc for acc, _ in samples) for samples in problems.values()])
         samples = np.array([len(samples) for samples in problems.values()])
-        if samples.min() < 2:
+        if samples.max() < 2:
             continue
-        for k in (2**power for power in range(int(samples.min()).bit_length())):
-            metrics[f"val-aux/{source}/acc/pass@{k}"] = float(pass_at_k(right, samples, k).mean())
+        for k in (2**power for power in range(int(samples.max()).bit_length())):
+            enough = samples >= k
+            metrics[f"val-aux/{source}/acc/pass@{k}"] = float(pass_at_k(right[enough], samples[enough], k).mean())
         if "pred" in values:
             distinct = [len({pred for acc, pred in samples if acc}) for samples in problems.values()]
             metrics[f"val-aux/{source}/distinct_right"] = float(np.mean(distinct))

@@ -35,7 +35,8 @@ def one_token_effects(
     Returns:
         In nats per unit weight, (batch, response_length); NaN on tokens that are not measured.
     """
-    batch = data.select("advantages", "response_mask").cpu().to_padded_tensor()
+    given = [name for name in ("rollout_is_weights",) if name in data]
+    batch = data.select("advantages", "response_mask", *given).cpu().to_padded_tensor()
     valid = batch["response_mask"].bool()
     candidates = torch.nonzero(valid & (batch["advantages"] != 0))
     effects = torch.full(valid.shape, math.nan)
@@ -44,9 +45,9 @@ def one_token_effects(
         response, position = candidates[index].tolist() if len(candidates) else (0, 0)
         entropies = []
         for weight in WEIGHTS:
-            weights = torch.ones(valid.shape)
+            weights = batch["rollout_is_weights"].clone() if given else torch.ones(valid.shape)
             if rank == 0:
-                weights[response, position] = weight
+                weights[response, position] *= weight
             with _restored(engine.optimizer):
                 copy = data.copy()
                 copy["rollout_is_weights"] = response_to_nested(weights, data["response_mask"])

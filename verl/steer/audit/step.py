@@ -26,7 +26,8 @@ def audit_step(batch: KVBatchMeta, actor_worker_group: Any, temperature: float) 
     """Measure the updated policy's entropies, and score the old policy's estimates by their change.
 
     Args:
-        batch: the step's batch after the update, with the old policy's `SUMS`.
+        batch: the step's batch after the update, with the old policy's `SUMS`; its flag `micro_batch_size_per_gpu`, if
+            it has one, is that of the pass for the new entropies.
         actor_worker_group: verl's workers.
         temperature: that of the old log-probs.
 
@@ -39,6 +40,7 @@ def audit_step(batch: KVBatchMeta, actor_worker_group: Any, temperature: float) 
 
     old = fetch(*FIELDS)
     flags = {"calculate_entropy": True, "compute_loss": False, "temperature": temperature}
+    flags |= {name: value for name, value in batch.extra_info.items() if name == "micro_batch_size_per_gpu"}
     actor_worker_group.compute_log_prob(
         KVBatchMeta(partition_id=batch.partition_id, keys=batch.keys, tags=batch.tags, extra_info=flags)
     )

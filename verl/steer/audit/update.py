@@ -7,7 +7,8 @@ alone: parameters, gradients and random numbers are those of a run without the a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,11 +34,16 @@ from verl.steer.engine.normalizer import gather
 from verl.steer.methods.registry import clip_of
 from verl.trainer.ppo.core_algos import LossInputs, ppo_clipped, weighs_mini_batches
 from verl.utils import tensordict_utils as tu
-from verl.utils.device import get_device_id
+from verl.utils.device import get_device_id, get_device_name
 from verl.utils.metric import AggregationType, Metric
 
 #: Columns of the batch, each (batch, response_length), that the audit reads.
 COLUMNS = ("advantages", "old_log_probs", "response_mask", "responses")
+
+#: What the engine's passes and updates change in it beside parameters, gradients and the optimizer.
+ENGINE_STATE = (
+    "running_range", "last_clip_factor", "direction", "head_direction", "mini_batches_since_scheduler_step",
+)  # fmt: skip
 
 
 class EntropyAudit(EntropyControl):
@@ -65,12 +71,13 @@ class EntropyAudit(EntropyControl):
         measured: dict[str, Influence] = {}
         effects = None
         controlled = weighs_mini_batches(config.policy_loss)
-        if request.influence and not controlled:
-            measured["influence"] = self.measure_influence(data, loss_function)
-            measured["influence_head"] = self.measure_head_influence(data, loss_function)
-        if request.one_token and not self.audited_updates:
-            update = partial(super().train_batch, loss_function=loss_function)
-            effects = one_token_effects(self, data, update, request.one_token, self.get_data_parallel_rank())
+        with self._left_as_it_was():
+            if request.influence and not controlled:
+                measured["influence"] = self.measure_influence(data, loss_function)
+                measured["influence_head"] = self.measure_head_influence(data, loss_function)
+            if request.one_token and not self.audited_updates:
+                update = partial(super().train_batch, loss_function=loss_function)
+                effects = one_token_effects(self, data, update, request.one_token, self.get_data_parallel_rank())
         tu.assign_non_tensor(data, return_model_output=True)  # among the outputs are the loss's weights
         output = super().train_batch(data, loss_function)
         after = self.token_statistics(data)
@@ -85,6 +92,15 @@ class EntropyAudit(EntropyControl):
         named: dict[str, Any] = {f"entropy_audit/{name}": score for name, score in scores.items()}
         output["metrics"] |= Metric.from_dict(named, AggregationType.MEAN)
         return output
+
+    @contextmanager
+    def _left_as_it_was(self) -> Iterator[None]:
+        """Put the engine's state and the random numbers back after measurements that run its passes."""
+        kept = {name: getattr(self, name) for name in ENGINE_STATE}
+        device = get_device_name()
+        with torch.random.fork_rng([] if device == "cpu" else [get_device_id()], device_type=device):
+            yield
+        vars(self).update(kept)
 
     def _audit(
         self,

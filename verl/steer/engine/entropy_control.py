@@ -67,7 +67,9 @@ class EntropyControl(HeadInfluenceEngine, TokenWeightNormalizer):
         else:
             measured = self._local_estimates(data, config)
         gathered = gather(measured.contributions[measured.valid], self.get_data_parallel_group())
-        if options.token_weight_map in CONTROL_MAPS:
+        if not len(gathered):
+            weights, metrics = torch.ones_like(measured.contributions), {}
+        elif options.token_weight_map in CONTROL_MAPS:
             target = None
             if options.token_weight_map == "target":
                 target = float(tu.get_non_tensor_data(data, "target_entropy", options.target_entropy))

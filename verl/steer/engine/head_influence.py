@@ -10,6 +10,7 @@ the influence that goes through these layers, usually the larger one, is missing
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,6 +23,9 @@ from verl.trainer.ppo.core_algos import clip_ratios
 from verl.trainer.ppo.entropy_influence import token_factors
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
+
+#: Keys of a model's configuration with which its logits are not the last layer's output alone.
+SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 #: Logits computed at a time, so that memory grows with neither the vocabulary nor the mini-batch.
 LOGITS_AT_A_TIME = 2**24
@@ -64,7 +68,8 @@ class HeadInfluenceEngine(InfluenceEngine):
     def optimizer_step(self) -> float:
         """verl's; keeps the factor of gradient clipping."""
         norm = super().optimizer_step()
-        self.last_clip_factor = min(1.0, self.optimizer_config.clip_grad / (norm + 1e-6))
+        if math.isfinite(norm):  # else verl leaves the update out
+            self.last_clip_factor = min(1.0, self.optimizer_config.clip_grad / (norm + 1e-6))
         return norm
 
     @torch.no_grad()
@@ -76,13 +81,13 @@ class HeadInfluenceEngine(InfluenceEngine):
         valid, device = inputs.response_mask, get_device_id()
         factors = token_factors(inputs, clip_ratios(config)) * shares
         tokens = _Tokens(
-            found["hidden"][valid].to(device),
+            found["hidden"][valid].to(device).float(),
             data["responses"].cpu().to_padded_tensor(0)[valid].to(device),
             factors[valid].to(device),
             _temperatures(data, valid).to(device),
         )
-        head = self.module.get_output_embeddings().weight
-        weight, index = whole(head.detach()), [id(p) for p in self.trained()].index(id(head))
+        head = self._head_weight()
+        weight, index = whole(head.detach()).float(), [id(p) for p in self.trained()].index(id(head))
         step, state = self.adam_steps()[index], self.optimizer.state.get(head, {})
         if self.head_direction is None or self.mini_batches_since_scheduler_step % refresh == 0:
             entropy_gradient, loss_gradient = self._head_gradients(
@@ -100,6 +105,22 @@ class HeadInfluenceEngine(InfluenceEngine):
         momentum = -step.momentum_scale * float((whole(state["exp_avg"]) * u).sum()) if state else 0.0
         entropy = self.mean_over_tokens(found["entropy"][valid])
         return Influence(contributions, momentum + self.head_direction.decay_change, entropy, valid)
+
+    def _head_weight(self) -> torch.nn.Parameter:
+        """The weight W of the last layer.
+
+        Raises:
+            ValueError: if the model's logits are not W h.
+        """
+        head, config = self.module.get_output_embeddings(), self.module.config
+        others = [name for name in SCALED_LOGITS if getattr(config, name, None) not in (None, 1.0)]
+        others += ["a bias"] if getattr(head, "bias", None) is not None else []
+        if others:
+            raise ValueError(
+                f"policy_loss.influence_way=head: expected parameters with {config.model_type}, whose logits have "
+                f"{', '.join(others)}"
+            )
+        return head.weight
 
     def _head_gradients(self, tokens: _Tokens, weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Gradients of the mean entropy and of the loss by the last layer's weight, over all ranks."""

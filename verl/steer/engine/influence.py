@@ -142,7 +142,8 @@ class InfluenceEngine(TokenStatistics):
     ) -> tuple[list[Tensor], float, dict[str, Tensor]]:
         """This rank's part of a loss's gradient by each trained parameter, its norm if it is clipped, model outputs."""
         copy, norm = data.copy(), 0.0
-        tu.assign_non_tensor(copy, calculate_entropy=True, return_model_output=clip is None)
+        valid_tokens = int(self.sum_over_ranks(data["response_mask"].values().sum()))
+        tu.assign_non_tensor(copy, calculate_entropy=True, return_model_output=clip is None, valid_tokens=valid_tokens)
         self.optimizer_zero_grad()
         outputs: Any = self.forward_backward_batch(copy, loss_function)
         if clip is not None:
@@ -180,7 +181,8 @@ class InfluenceEngine(TokenStatistics):
                 losses,
                 valid,
                 config.loss_agg_mode,
-                batch_num_tokens=int(self.sum_over_ranks(valid.sum())),
+                # verl's count, in which rejected responses still are
+                batch_num_tokens=int(self.sum_over_ranks(data["loss_mask"].values().sum())),
                 global_batch_size=tu.get_non_tensor_data(data, "global_batch_size", None),
                 loss_scale_factor=config.loss_scale_factor,
             )
@@ -243,5 +245,5 @@ def _mean_entropy(model_output: dict[str, Tensor], data: TensorDict, dp_group: A
     """A loss in verl's sense: the mean entropy of the valid tokens of a mini-batch on all ranks."""
     entropy = no_padding_2_padding(model_output["entropy"], data)
     mask = data.select("response_mask").to_padded_tensor()["response_mask"]
-    sizes = {"dp_size": data["dp_size"], "batch_num_tokens": data["batch_num_tokens"]}
+    sizes = {"dp_size": data["dp_size"], "batch_num_tokens": data["valid_tokens"]}
     return agg_loss(entropy, mask, "token-mean", **sizes), {}

@@ -43,7 +43,8 @@ class AEPOOptions:
         """
         too_high = entropy is not None and entropy > self.aepo_entropy
         share = self.aepo_share / 2 if too_high else self.aepo_share
-        count = math.ceil(share * prompts) if prompts > 1 else 0
+        # 0.07 * 100 is 7.000000000000001
+        count = math.ceil(share * prompts - 1e-6) if prompts > 1 else 0
         return count, self.aepo_temperature_low if too_high else self.aepo_temperature_high
 
 

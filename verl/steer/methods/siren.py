@@ -12,8 +12,9 @@ from verl.steer.methods.step_state import StepState
 from verl.steer.options import option
 from verl.trainer.ppo.core_algos import LossInputs, LossOutputs, agg_loss, reweighted_policy_loss
 
-#: Metric of the regularised entropy, from which the anchor is taken.
-PEAK_ENTROPY = "actor/peak_entropy"
+#: Metrics from which the anchor is taken: the regularised entropy, 0 in a micro-batch without a response that has one,
+#: and whether it has one.
+PEAK_ENTROPY, PEAK_SHARE = "actor/peak_entropy", "actor/peak_share"
 
 
 @dataclass
@@ -45,7 +46,7 @@ def compute_policy_loss_siren(inputs: LossInputs, config: Any) -> LossOutputs:
     counts = peaks.sum(-1)
     responses = (counts > 0).sum()
     entropy = ((entropys * peaks).sum(-1) / counts.clamp_min(1)).sum() / responses.clamp_min(1)
-    outputs.metrics[PEAK_ENTROPY] = entropy.detach()
+    outputs.metrics |= {PEAK_ENTROPY: entropy.detach(), PEAK_SHARE: (responses > 0).float()}
     if inputs.entropy_anchor is not None:
         distance = (entropy - inputs.entropy_anchor).square() * (responses > 0)
         # Each micro-batch counts by its share of the mini-batch's responses.
@@ -85,6 +86,6 @@ class EntropyAnchor(StepState):
         return self.value
 
     def observe(self, metrics: dict[str, Any]) -> None:
-        """Set the anchor after the first step."""
-        if self.value is None:
-            self.value = float(metrics[PEAK_ENTROPY])
+        """Set the anchor after the first step: the mean over the micro-batches with such a response."""
+        if self.value is None and metrics[PEAK_SHARE]:
+            self.value = float(metrics[PEAK_ENTROPY] / metrics[PEAK_SHARE])

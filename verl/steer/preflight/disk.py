@@ -40,11 +40,13 @@ def most_checkpoints(trainer: DictConfig, steps: int) -> int:
     def due(frequency: int) -> int:
         return sum(step % frequency == 0 or step == steps for step in range(first, steps + 1)) if frequency > 0 else 0
 
-    best_only, keep = trainer.get("save_best_only", False), trainer.max_actor_ckpt_to_keep or steps
+    best_only, keep = trainer.get("save_best_only", False), trainer.max_actor_ckpt_to_keep or 0
     best = due(trainer.test_freq) if best_only or trainer.get("best_metric_key") else 0
     if trainer.get("delete_old_best_checkpoint"):
         best = min(best, 2)
-    return best + (0 if best_only else min(due(trainer.save_freq), keep + 1))
+    total = best + (0 if best_only else due(trainer.save_freq))
+    # the best one stays beside the latest
+    return min(total, keep + 1 + bool(best)) if keep > 0 else total
 
 
 def check_disk(config: DictConfig) -> str:

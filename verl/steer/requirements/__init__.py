@@ -13,7 +13,7 @@ from verl.steer.requirements.checkpoints import check_checkpoints, check_evaluat
 from verl.steer.requirements.entropy_control import check_entropy_audit, check_entropy_control
 from verl.steer.requirements.hardware import (
     check_attention,
-    check_log_prob_micro_batches,
+    check_micro_batches,
     check_model_engine,
     check_platform,
 )
@@ -39,7 +39,7 @@ def check_and_complete(config: DictConfig) -> None:
     check_cpus(config)
     check_model_engine(config)
     check_attention(config)
-    check_log_prob_micro_batches(config)
+    check_micro_batches(config)
     check_rollouts(config)
     try:
         policy_loss = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
-from verl.steer.checkpoint_ledger import UNFINISHED
+from omegaconf import DictConfig, open_dict
+from verl.steer.checkpoint_ledger import UNFINISHED, step_of
 from verl.steer.data_files import data_files
+from verl.steer.options import from_config, option, resolve_options
 from verl.trainer.ppo.utils import need_critic
 
 #: Keys below `trainer` that only this fork's trainer reads, with the values that switch them off.
@@ -23,19 +25,43 @@ TRAINER_KEYS = {
 }
 
 
+#: Values of `trainer.resume_mode`.
+RESUME_MODES = ("auto", "disable", "resume_path")
+
+
+@dataclass
+class CheckpointOptions:
+    """Keys below `trainer` that decide when this fork's trainer saves and deletes.
+
+    Hydra's `no` and `off` are texts, which Python takes for true.
+    """
+
+    save_after: int = option(0, at_least=0, integer=True)
+    save_best_only: bool = option(False, choices=(True, False))
+    delete_old_best_checkpoint: bool = option(False, choices=(True, False))
+    save_freq: int = option(-1, integer=True)
+    test_freq: int = option(-1, integer=True)
+    max_actor_ckpt_to_keep: int | None = option(integer=True)
+
+    def __post_init__(self) -> None:
+        resolve_options(self, "trainer")
+
+
 def check_checkpoints(config: DictConfig) -> None:
     """Check that a run saves the checkpoints that its keys ask for, and resumes from a complete one.
+
+    Args:
+        config: the configuration; a null among `CheckpointOptions` becomes the default, and the path of a checkpoint
+            loses its last slash, with which verl finds no step in it.
 
     Raises:
         ValueError: if it would not.
     """
     trainer = config.trainer
-    if trainer.resume_mode == "resume_path" and Path(str(trainer.resume_from_path), UNFINISHED).exists():
-        raise ValueError(
-            f"trainer.resume_from_path={trainer.resume_from_path}: expected a complete checkpoint; the run that "
-            "wrote this one was killed meanwhile"
-        )
+    _check_resumed(trainer)
     if trainer.val_only:
+        if not trainer.val_before_train:
+            raise ValueError("trainer.val_before_train=false: expected true with trainer.val_only=true, or verl trains")
         return
     if trainer.use_v1 and trainer.v1.trainer_mode == "steer":
         _check_checkpoints_of_steer(config)
@@ -54,6 +80,20 @@ def check_checkpoints(config: DictConfig) -> None:
         )
 
 
+def _check_resumed(trainer: DictConfig) -> None:
+    if trainer.resume_mode not in RESUME_MODES:
+        raise ValueError(f"trainer.resume_mode={trainer.resume_mode}: expected one of {', '.join(RESUME_MODES)}")
+    if trainer.resume_mode != "resume_path":
+        return
+    named = f"trainer.resume_from_path={trainer.resume_from_path}"
+    path = Path(str(trainer.resume_from_path))
+    if not path.is_dir() or step_of(path) is None:
+        raise ValueError(f"{named}: expected the folder global_step_N of a checkpoint")
+    if (path / UNFINISHED).exists():
+        raise ValueError(f"{named}: expected a complete checkpoint; the run that wrote this one was killed meanwhile")
+    trainer.resume_from_path = str(path)
+
+
 def _yaml(value: Any) -> str:
     """A value as a YAML file writes it."""
     return json.dumps(value) if value is None or isinstance(value, bool) else str(value)
@@ -61,6 +101,8 @@ def _yaml(value: Any) -> str:
 
 def _check_checkpoints_of_steer(config: DictConfig) -> None:
     trainer, checkpoint = config.trainer, config.actor_rollout_ref.actor.checkpoint
+    with open_dict(trainer):
+        trainer.update(vars(from_config(CheckpointOptions, trainer)))
     if trainer.save_best_only and trainer.test_freq <= 0:
         raise ValueError(
             f"trainer.test_freq={trainer.test_freq}: expected at least 1 with trainer.save_best_only=true, which saves "

@@ -28,11 +28,14 @@ def check_data_and_model(config: DictConfig) -> None:
 
 
 def _check_rows(config: DictConfig, rows: int | None) -> None:
-    """verl drops a batch that is not whole, and finds out after Ray's start that there is no other."""
+    """verl drops a batch that is not whole, and finds out after Ray's start that there is no other.
+
+    It counts an epoch's steps by `train_batch_size`, and loads by `gen_batch_size` where that is set.
+    """
     if config.trainer.val_only or rows is None:
         return
     most = config.data.train_max_samples
     rows = min(rows, most) if most > 0 else rows
-    name = "gen_batch_size" if config.data.gen_batch_size else "train_batch_size"
-    if rows < config.data[name]:
-        raise ValueError(f"data.{name}={config.data[name]}: expected at most {rows}, the rows of data.train_files")
+    for name in ("train_batch_size", "gen_batch_size"):
+        if rows < (config.data[name] or 0):
+            raise ValueError(f"data.{name}={config.data[name]}: expected at most {rows}, the rows of data.train_files")

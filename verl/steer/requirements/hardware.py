@@ -87,24 +87,37 @@ def check_attention(config: DictConfig) -> None:
             model.override_config["attn_implementation"] = chosen
 
 
-def check_log_prob_micro_batches(config: DictConfig) -> None:
-    """Check the micro-batches of the log-probs, of which a wrong size would stop a worker.
-
-    verl checks those of the update only.
+def check_micro_batches(config: DictConfig) -> None:
+    """Check the micro-batches of updates and log-probs, of which a wrong size would stop a worker.
 
     Raises:
-        ValueError: if the size doesn't divide a rank's rollouts.
+        ValueError: if a size doesn't divide a rank's rollouts, or the engine's parallel sizes the number of devices.
     """
-    rollout, trainer = config.actor_rollout_ref.rollout, config.trainer
-    size = rollout.log_prob_micro_batch_size_per_gpu
-    if trainer.val_only or rollout.log_prob_use_dynamic_bsz or size is None:
+    actor, rollout, trainer = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.trainer
+    if trainer.val_only:
         return
-    shared = MODEL_ENGINES.get(config.model_engine, ())
-    ranks = trainer.nnodes * trainer.n_gpus_per_node
-    ranks //= math.prod(OmegaConf.select(config.actor_rollout_ref.actor, key) for key in shared)
-    rollouts = config.data.train_batch_size * rollout.n // ranks
-    if rollouts % size:
+    devices = trainer.nnodes * trainer.n_gpus_per_node
+    keys = MODEL_ENGINES.get(config.model_engine, ())
+    shared = math.prod(OmegaConf.select(actor, key) for key in keys)
+    if shared < 1 or devices % shared:
+        named = ", ".join(f"actor.{key}={OmegaConf.select(actor, key)}" for key in keys)
+        raise ValueError(f"{named}: expected sizes whose product divides the {devices} devices")
+    ranks = devices // shared
+    if not rollout.log_prob_use_dynamic_bsz:
+        size, prompts = rollout.log_prob_micro_batch_size_per_gpu, config.data.train_batch_size
+        _check_divisor("rollout.log_prob", size, "data.train_batch_size", prompts, rollout.n, ranks)
+    if not actor.use_dynamic_bsz:
+        size, prompts = actor.ppo_micro_batch_size_per_gpu, actor.ppo_mini_batch_size
+        _check_divisor("actor.ppo", size, "actor.ppo_mini_batch_size", prompts, rollout.n, ranks)
+
+
+def _check_divisor(name: str, size: int | None, key: str, prompts: int, n: int, ranks: int) -> None:
+    """Check that a rank has whole micro-batches of the prompts' n rollouts each."""
+    if size is None:
+        return
+    rollouts = prompts * n // ranks
+    if size < 1 or rollouts % size:
         raise ValueError(
-            f"rollout.log_prob_micro_batch_size_per_gpu={size}: expected a divisor of the {rollouts} rollouts of a "
-            f"rank (data.train_batch_size={config.data.train_batch_size} * rollout.n={rollout.n} / {ranks} ranks)"
+            f"{name}_micro_batch_size_per_gpu={size}: expected a divisor of the {rollouts} rollouts of a rank "
+            f"({key}={prompts} * rollout.n={n} / {ranks} ranks)"
         )
