@@ -5,7 +5,8 @@
 
 The folder's name is the model's and a digest of `settings.json`, which holds everything that determines responses and
 grades: the resolved configuration `eval`, in which each local file or folder, such as the model, has its real path and
-each file's size and modification time; and a digest of the grading code. Only equal settings share responses.
+each file's size and modification time; a digest of the grading code; and the versions of some packages. Only equal
+settings share responses. A hub id stands for whatever the hub has under it.
 
 Prints the folder and, for each benchmark, a link in it to the benchmark's file. The link's name ends in a digest of the
 file's content. verl names the responses after the link, so a changed benchmark gets new responses.
@@ -18,7 +19,7 @@ import hashlib
 import json
 import re
 import sys
-from importlib.metadata import distribution
+from importlib.metadata import distribution, packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 OVERLAY = Path(__file__).resolve().parents[1] / "verl"
+#: Packages whose version decides responses and grades; vLLM's CPU build is a distribution of another name.
+PACKAGES = ("math_verify", "sympy", "transformers", "vllm")
 #: Keys that run/eval.sh sets, and verl's training data, which an evaluation doesn't read.
 RESERVED = ("data.val_files", "data.train_files", "trainer.default_local_dir", "trainer.validation_data_dir")
 
@@ -72,10 +75,12 @@ def settings_of(overrides: list[str]) -> dict[str, Any]:
         config = compose("eval", overrides)
     for key in RESERVED:
         OmegaConf.update(config, key, None)
-    graders = sorted((OVERLAY / "steer/grading").glob("*.py"))
+    names = packages_distributions()
+    graders = sorted(file for part in ("grading", "tasks") for file in (OVERLAY / "steer" / part).glob("*.py"))
     return {
         "config": with_files(OmegaConf.to_container(config, resolve=True)),
         "grading": digest(b"".join(file.read_bytes() for file in graders)),
+        "versions": {package: version(names[package][0]) for package in PACKAGES},
     }
 
 

@@ -161,7 +161,7 @@ def pretrain(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, args: argparse.
 def sample(model: Any, tokenizer: Any, prompts: list[str], count: int = 1) -> list[str]:
     """`count` responses to each prompt at temperature 1, those of a prompt one after the other."""
     responses = []
-    size = 256 // count
+    size = max(1, 256 // count)
     for start in range(0, len(prompts), size):
         encoded = [{"input_ids": prompt_ids(tokenizer, prompt)} for prompt in prompts[start : start + size]]
         batch = tokenizer.pad(encoded, padding_side="left", return_tensors="pt")
@@ -229,7 +229,10 @@ def main() -> None:
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as scratch:
-            accuracy = build(Path(scratch) / "new", args, settings)
+            try:
+                accuracy = build(Path(scratch) / "new", args, settings)
+            except ValueError as error:
+                raise SystemExit(f"make_laptop_task: {error}") from error
             replace_folder(Path(scratch) / "new", out)
         done = "made"
     print(f"laptop task {done} in {out}: the model solves {accuracy:.1%} of {args.test_size} test problems by sampling")

@@ -5,9 +5,10 @@
 
 Reads `BENCHMARK/0.jsonl` below the folder, one line per response, written by run/eval.sh; benchmarks are shown without
 the digest at the end of their names. Responses to the same prompt are samples of one problem; k is their number. mean@k
-is the mean accuracy, maj@k the accuracy of the most frequent answer (the first of several; a response without an answer
-has no vote, a problem without any answer is wrong; none for programs, which have no answers), pass@k the share of
-problems with a right response among k. Intervals are 95 % by bootstrap over problems.
+is the mean of `acc`. A response is right if its `acc` is 1: maj@k is the share of problems whose most frequent answer
+`pred` is right (the first of several; a response without an answer has no vote, a problem without any answer is wrong;
+none where no response has one, as with programs), pass@k that of problems with a right response among k. Intervals are
+95 % by bootstrap over problems.
 """
 
 from __future__ import annotations
@@ -31,17 +32,28 @@ RESAMPLES = 10_000
 METRICS: dict[str, Callable[[pd.DataFrame], float]] = {
     "mean": lambda samples: float(samples["acc"].mean()),
     "maj": lambda samples: float(majority(samples)),
-    "pass": lambda samples: float(samples["acc"].any()),
+    "pass": lambda samples: float((samples["acc"] >= 1).any()),
 }
 
 
 def majority(samples: pd.DataFrame) -> bool:
     """Whether the most frequent answer of a problem's samples is right."""
-    answered = samples[samples["pred"].fillna("") != ""]
+    answered = samples[samples["pred"] != ""]
     if answered.empty:
         return False
     answer = Counter(answered["pred"]).most_common(1)[0][0]
-    return bool(answered.loc[answered["pred"] == answer, "acc"].iloc[0])
+    return bool(answered.loc[answered["pred"] == answer, "acc"].iloc[0] >= 1)
+
+
+def read_responses(file: Path) -> pd.DataFrame:
+    """The responses of one benchmark; `pred` is text, empty without an answer or with a reward function that has none.
+
+    pandas' own reader would take answers such as "1" for numbers.
+    """
+    with file.open() as lines:
+        responses = pd.DataFrame([json.loads(line) for line in lines])
+    preds = responses.get("pred", pd.Series("", responses.index))
+    return responses.assign(pred=["" if pred is None or pred != pred else str(pred) for pred in preds])
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -55,7 +67,7 @@ def results_of(responses: pd.DataFrame) -> dict[str, Any]:
     problems = [samples for _, samples in responses.groupby("input", sort=False)]
     counts = {len(samples) for samples in problems}
     result: dict[str, Any] = {"n": len(problems), "k": max(counts), "complete": len(counts) == 1}
-    answered = (responses["pred"].fillna("") != "").any()
+    answered = (responses["pred"] != "").any()
     for name, metric in METRICS.items():
         if name == "maj" and not answered:
             continue
@@ -100,7 +112,7 @@ def main() -> None:
         file = args.folder / name / "0.jsonl"
         if not file.is_file():
             sys.exit(f"summarize_eval: {file}: no responses; expected the file that run/eval.sh writes for {name}")
-        frames[re.sub(r"-[0-9a-f]{10}$", "", name)] = pd.read_json(file, lines=True, dtype={"pred": str, "gts": str})
+        frames[re.sub(r"-[0-9a-f]{10}$", "", name)] = read_responses(file)
     results = {name: results_of(frame) for name, frame in frames.items()}
     average = averages_of(results)
     (args.folder / "results.json").write_text(json.dumps({"benchmarks": results, "average": average}, indent=2) + "\n")

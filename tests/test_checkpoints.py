@@ -185,6 +185,13 @@ def checked(folder, killed_at, earlier):
     return ledger
 
 
+@pytest.mark.parametrize("number, expected", [(1, {4}), (2, {3, 4})])
+def test_the_best_checkpoints_count_among_those_to_keep(tmp_path, number, expected):
+    keep = {"max_actor_ckpt_to_keep": number, "max_critic_ckpt_to_keep": number}
+    train(trainer_of(tmp_path, values=[0.1, 0.2, 0.3, 0.4], save_best_only=True, **keep))
+    assert set(saved(tmp_path)) == expected
+
+
 @pytest.fixture
 def memory():
     """A folder for thousands of small ones, in memory where the system has a place for that."""

@@ -76,6 +76,8 @@ def test_the_last_block_is_the_program(response, program):
         ("1e2", "100", True),
         ("nan", "1", False),
         ("inf", "1e999", False),
+        ("0.0", "1" * 400, False),
+        ("1" * 400, "1" * 400, True),
         ("1_0", "10", False),
         ("\u0661", "1", False),
         ("a\x0cb", "a\nb", False),
@@ -140,6 +142,41 @@ def test_standard_input(program, correct):
 )
 def test_functions(program, given, expected, correct):
     assert right(program, {"fn_name": "f", "inputs": [given], "outputs": [expected]}) is correct
+
+
+@needs_bwrap
+@pytest.mark.parametrize(
+    "program, name, given, expected, correct",
+    [
+        ("class Solution:\n    def search(self, x): return x + 1", "search", "1", "2", True),  # not re's
+        ("def search(x): return x + 1", "search", "1", "2", True),
+        ("pass", "factorial", "5", "120", False),  # math's is no answer
+        ("class Solution: pass\ndef f(x): return x", "f", "1", "1", True),
+    ],
+)
+def test_functions_are_the_programs_own(program, name, given, expected, correct):
+    assert right(program, {"fn_name": name, "inputs": [given], "outputs": [expected]}) is correct
+
+
+@needs_bwrap
+@pytest.mark.parametrize(
+    "program, tests",
+    [
+        ("print(int(input()) + 1)", {"inputs": ["9" * 5000], "outputs": ["1" + "0" * 5000]}),
+        ("def f(x): return x + 1", {"fn_name": "f", "inputs": ["9" * 5000], "outputs": ["1" + "0" * 5000]}),
+        ("def f(x): return x + 1", {"assert_case": [f"assert f({'9' * 5000}) == 1{'0' * 5000}"]}),
+    ],
+)
+def test_integers_of_any_length(program, tests):
+    assert right(program, tests)
+    assert not right(program.replace("+ 1", "+ 2"), tests)
+
+
+@needs_bwrap
+def test_all_calls_together_have_an_end():
+    case = "for n in range(1000): assert f(n) == n"
+    found = grade("import time\ndef f(x):\n    time.sleep(0.2)\n    return x", {"assert_case": [case]}, wall=0.5)
+    assert not found["acc"] and found["timed_out"]
 
 
 @needs_bwrap
@@ -328,6 +365,9 @@ def test_verls_graders_are_reached(monkeypatch):
         "score": 0.5, "acc": False, "pred": "", "timed_out": False
     }  # fmt: skip
     assert calls.pop() == ((fenced("print(1)"), tests), {"continuous": True})
+    for found, passed in ((1.0, False), (True, True)):  # a share of the first ten tests, and all
+        monkeypatch.setattr(prime_code, "compute_score", lambda *_, found=found, **__: (found, []))
+        assert grade("print(1)", tests, "livecodebench", sandbox="prime_code")["acc"] is passed
     with pytest.raises(ValueError, match="sandbox=prime_code: expected bwrap"):
         grade("print(1)", {"assert_case": ["assert f(1)"]}, sandbox="prime_code")
 

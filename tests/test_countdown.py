@@ -5,7 +5,7 @@ import random
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from verl.steer.grading import score
 from verl.steer.tasks import countdown
@@ -77,11 +77,23 @@ def test_two_equal_numbers_may_be_combined():
     assert compute_score("4+4=8", "4,4=8")["acc"] and not compute_score("4+4=8", "4,5=8")["acc"]
 
 
-@given(st.text("0123456789+-*=;", max_size=80), seeds)
-def test_right_responses_are_solutions(response, seed):
-    problem = make_problem(random.Random(seed), 1)
-    if compute_score(response, problem.ground_truth)["acc"]:
-        assert f"{last_number(problem.terms, response)}" == problem.ground_truth.partition("=")[2]
+@given(st.sampled_from("0123456789+-*=;"), st.floats(0, 1), st.booleans(), st.booleans(), seeds)
+def test_responses_are_right_where_they_are_solutions(sign, place, replaces, edited, seed):
+    """A solution, or one with a character put in or replaced."""
+    rng = random.Random(seed)
+    problem = make_problem(rng, 1)
+    response = noisy_solution(problem, rng, 0.0)
+    if edited:
+        at = int(place * len(response))
+        response = response[:at] + sign + response[at + replaces :]
+    assume(not re.search(r"\b0\d|\d{3}", response))  # numbers as a solution has them
+    try:
+        assert all(re.fullmatch(r"\d+[-+*]\d+=\d+", step) for step in response.split(";"))
+        right = f"{last_number(problem.terms, response)}" == problem.ground_truth.partition("=")[2]
+    except (AssertionError, ValueError):
+        right = False
+    assert compute_score(response, problem.ground_truth)["acc"] == right
+    assert edited or right
 
 
 def test_an_unknown_difficulty_is_refused():

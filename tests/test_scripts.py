@@ -2,6 +2,7 @@
 """The programs around a run: watching it, comparing runs, summing up an evaluation."""
 
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -471,16 +472,32 @@ def test_evaluation_by_hand(command, root, tmp_path):
     ],
 )
 def test_a_response_without_an_answer_has_no_vote(program, tmp_path, answers, share):
+    """Beside a problem with a wrong answer."""
     rows = [
-        {"input": "p", "output": "", "gts": "1", "score": 1.0 if acc else -1.0, "acc": acc, "pred": pred}
-        for pred, acc in answers
+        {"input": problem, "output": "", "gts": "1", "score": 1.0 if acc else -1.0, "acc": acc, "pred": pred}
+        for problem, samples in (("p", answers), ("q", [("3", False)]))
+        for pred, acc in samples
     ]
     (tmp_path / "toy").mkdir()
     pd.DataFrame(rows).to_json(tmp_path / "toy/0.jsonl", lines=True, orient="records")
     result = program("summarize_eval.py", tmp_path, "--only", "toy")
     assert result.returncode == 0, result.stderr
     benchmark = json.loads((tmp_path / "results.json").read_text())["benchmarks"]["toy"]
-    assert benchmark["maj"]["value"] == share
+    assert benchmark["maj"]["value"] == share / 2
+
+
+def test_rewards_that_are_no_grades(program, tmp_path):
+    """A reward function without answers, whose `acc` is a number: 1 is right, -1 and a part are not."""
+    (tmp_path / "toy").mkdir()
+    rows = [
+        {"input": p, "output": "", "gts": "1", "score": acc, "acc": acc}
+        for p, acc in (("a", -1.0), ("a", 1.0), ("b", 0.5))
+    ]
+    pd.DataFrame(rows).to_json(tmp_path / "toy/0.jsonl", lines=True, orient="records")
+    result = program("summarize_eval.py", tmp_path, "--only", "toy")
+    assert result.returncode == 0, result.stderr
+    benchmark = json.loads((tmp_path / "results.json").read_text())["benchmarks"]["toy"]
+    assert benchmark["pass"]["value"] == 0.5 and "maj" not in benchmark
 
 
 def test_programs_have_no_majority(program, tmp_path):
@@ -579,6 +596,8 @@ def test_settings_tell_what_a_folder_of_results_is_of(evaluated, tmp_path):
     with open(folder + "/settings.json") as file:
         settings = json.load(file)
     assert settings["grading"] != hashlib.sha256(b"").hexdigest()[:10]  # the graders' files were found
+    assert settings["versions"]["transformers"] == importlib.metadata.version("transformers")
+    assert settings["versions"].keys() == {"math_verify", "sympy", "transformers", "vllm"}
     config = settings["config"]
     assert config["actor_rollout_ref"]["rollout"]["val_kwargs"]["temperature"] == 0.5
     written = model / "model.safetensors"

@@ -69,4 +69,6 @@ def test_pass_at_k_is_of_the_problems_with_k_samples_and_one_sample_has_no_metri
     assert "val-aux/a/acc/pass@8" not in metrics
     assert not any(name.startswith("val-aux/b") for name in metrics)
     assert sampling_metrics(["a"], ["x"], {"acc": [True]}) == {}
+    scores = sampling_metrics(["a", "a"], ["x", "x"], {"acc": [-1.0, 0.5]})  # of which none is right
+    assert scores == {"val-aux/a/acc/pass@1": 0.0, "val-aux/a/acc/pass@2": 0.0}
     assert sampling_metrics(["a", "a"], ["x", "x"], {"score": [1.0, 0.0]}) == {}

@@ -79,7 +79,7 @@ def sampling_metrics(
 
     Args:
         data_sources, uids: of each stored sample.
-        values: variable -> value of each stored sample; `acc` is whether it is right, `pred` its answer.
+        values: variable -> value of each stored sample; it is right if its `acc` is 1, and `pred` is its answer.
 
     Returns:
         For each data source with `acc`, and N the greatest number of samples of a problem, at least 2:
@@ -92,7 +92,7 @@ def sampling_metrics(
     preds = values.get("pred", [None] * len(uids))
     for source, uid, acc, pred in zip(data_sources, uids, values.get("acc", []), preds, strict=False):
         if acc is not None:
-            answers[source][uid].append((bool(acc), pred))
+            answers[source][uid].append((acc >= 1, pred))
     metrics = {}
     for source, problems in answers.items():
         right = np.array([sum(acc for acc, _ in samples) for samples in problems.values()])

@@ -14,15 +14,18 @@ sandbox of their own, which the values that the program's functions return are c
 
 import base64
 import json
+import math
 import os
 import re
 import threading
+import time
 import zlib
 from dataclasses import dataclass
+from decimal import Decimal
 from functools import cache
 from typing import Any
 
-from verl.steer.grading.code_driver import encode
+from verl.steer.grading.code_driver import CALLS, encode
 from verl.steer.grading.sandbox import Limits, Process
 from verl.steer.options import option
 
@@ -70,9 +73,9 @@ def tests_of(ground_truth: str | dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: there are none, or they have another form.
     """
-    tests = json.loads(ground_truth) if isinstance(ground_truth, str) else ground_truth
+    tests = _from_json(ground_truth) if isinstance(ground_truth, str) else ground_truth
     if "zlib" in tests:
-        tests = json.loads(zlib.decompress(base64.b64decode(tests["zlib"])))
+        tests = _from_json(zlib.decompress(base64.b64decode(tests["zlib"])))
     given, expected = tests.get("inputs"), tests.get("outputs")
     if not tests.get("assert_case") and not (given and expected and len(given) == len(expected)):
         raise ValueError(f"ground_truth with {sorted(tests)}: expected as many inputs as outputs, or assert_case")
@@ -109,8 +112,7 @@ def compute_score(
     passed, share, timed_out = False, 0.0, False
     if program is not None and len(program) <= MAX_PROGRAM:
         if service is not None or options.sandbox == "prime_code":
-            share = _verl_score(response, tests, options, service)
-            passed = share == 1.0
+            passed, share = _verl_score(response, tests, options, service)
         else:
             with _slots:
                 passed, share, timed_out = _run(program, tests, options, partial)
@@ -118,14 +120,19 @@ def compute_score(
     return {"score": score, "acc": passed, "pred": "", "timed_out": timed_out}
 
 
-def _verl_score(response: str, tests: dict[str, Any], options: CodeOptions, service: dict[str, Any] | None) -> float:
+def _verl_score(
+    response: str, tests: dict[str, Any], options: CodeOptions, service: dict[str, Any] | None
+) -> tuple[bool, float]:
+    """Whether all tests pass by verl's graders, and the share of the tests that do."""
     from verl.utils.reward_score import prime_code, sandbox_fusion
 
     if service is None:
         if "assert_case" in tests:
             raise ValueError("code.sandbox=prime_code: expected bwrap for tests with assert_case")
-        return float(prime_code.compute_score(response, tests, continuous=True)[0])
-    return sandbox_fusion.compute_score(
+        # a share is of the first ten tests, which may all pass where a later one fails
+        found = prime_code.compute_score(response, tests, continuous=True)[0]
+        return found is True, float(found)
+    share = sandbox_fusion.compute_score(
         service["sandbox_fusion_url"],
         _service_slots(service.get("max_concurrent", 64)),
         service.get("memory_limit_mb", options.memory_mb),
@@ -133,6 +140,7 @@ def _verl_score(response: str, tests: dict[str, Any], options: CodeOptions, serv
         tests,
         timeout=int(max(1, options.timeout)),
     )[0]
+    return share == 1.0, share
 
 
 @cache
@@ -170,7 +178,7 @@ def _grade_output(program: str, cases: list[Any], limits: Limits) -> tuple[bool,
 
 
 def _grade_values(program: str, cases: list[Any], limits: Limits) -> tuple[bool, bool]:
-    passed = 0
+    passed, end = 0, time.monotonic() + CALLS * limits.wall
     # Tests are trusted, and all of them are in memory at once.
     ample = Limits(limits.timeout, limits.wall, 4 * limits.memory_mb, 2**10)
     with (
@@ -184,24 +192,29 @@ def _grade_values(program: str, cases: list[Any], limits: Limits) -> tuple[bool,
             if line == b"v0":
                 break
             called.send(line[1:])
-            if (answer := called.line()) is None:
+            if (answer := called.line()) is None or time.monotonic() > end:
                 break
             testing.send(answer)
-    return passed == len(cases), called.timed_out or testing.timed_out
+    return passed == len(cases), called.timed_out or testing.timed_out or time.monotonic() > end
+
+
+def _from_json(text: str | bytes) -> Any:
+    """The value of JSON, whose integers may have more digits than Python reads by itself."""
+    return json.loads(text, parse_int=lambda digits: int(Decimal(digits)))
 
 
 def _arguments(given: str | list) -> list:
     """The arguments of a call; of a first one with integers as keys, which JSON writes as text, the keys' numbers."""
-    arguments = [json.loads(line) for line in given.split("\n") if line.strip()] if isinstance(given, str) else given
+    arguments = [_from_json(line) for line in given.split("\n") if line.strip()] if isinstance(given, str) else given
     if arguments and isinstance(arguments[0], dict) and all(_INTEGER.fullmatch(key) for key in arguments[0]):
         arguments = [{int(key): value for key, value in arguments[0].items()}, *arguments[1:]]
     return arguments
 
 
 def _accepted(expected: Any) -> list[Any]:
-    """The right results; APPS puts some of them in a list of one."""
-    value = json.loads(expected) if isinstance(expected, str) else expected
-    return [value, *(value if isinstance(value, list) and len(value) == 1 else ())]
+    """The right results, encoded; APPS puts some of them in a list of one."""
+    value = _from_json(expected) if isinstance(expected, str) else expected
+    return encode([value, *(value if isinstance(value, list) and len(value) == 1 else ())])
 
 
 def same_output(printed: str, expected: str | list[str]) -> bool:
@@ -229,4 +242,6 @@ def _same_word(printed: str, expected: str) -> bool:
         return False
     if _INTEGER.fullmatch(printed) and _INTEGER.fullmatch(expected):
         return False
-    return abs(float(printed) - float(expected)) <= 1e-8 + 1e-5 * abs(float(expected))
+    found, right = float(printed), float(expected)
+    # beyond the range of floats the tolerance would be infinite
+    return math.isfinite(right) and abs(found - right) <= 1e-8 + 1e-5 * abs(right)

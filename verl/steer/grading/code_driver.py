@@ -7,10 +7,10 @@ Usage: python code_driver.py FD, with a JSON object at the descriptor: `mode`, t
 - mode `program`: `program`, which runs with the test's input as standard input.
 - mode `calls`: `program`, whose functions are called as lines {"name", "args"} at standard input ask for. A line
   {"value"} or {"error"} answers each.
-- mode `tests`: `cases`, tests that are trusted, each code or [name, encoded arguments, right results]. The functions of
-  the program, which this process doesn't hold, are proxies: a proxy writes a line `c` + {"name", "args"} and reads the
-  answer; the grader carries both to and fro. A line `v1` or `v0` says whether a case passed. So nothing but values
-  comes from the program to the tests.
+- mode `tests`: `cases`, tests that are trusted, each code or [name, arguments, right results], both encoded. The
+  functions of the program, which this process doesn't hold, are proxies: a proxy writes a line `c` + {"name", "args"}
+  and reads the answer; the grader carries both to and fro. A line `v1` or `v0` says whether a case passed. So nothing
+  but values comes from the program to the tests.
 """
 
 import ast
@@ -100,13 +100,15 @@ def limit(job: dict[str, Any]) -> None:
 
 
 def load(program: str, name: str) -> dict[str, Any]:
-    """Run a program as a module, and return its names."""
+    """Run a program as a module, and return the names that it sets, without those that it is given."""
     module = sys.modules[name] = ModuleType(name)
     for imported in PRELUDE:
         exec(f"from {imported} import *; import {imported}", module.__dict__)
     sys.setrecursionlimit(600_000)
+    sys.set_int_max_str_digits(0)  # the limit on the CPU time is enough
+    given = dict(module.__dict__)
     exec(compile(program, "program.py", "exec"), module.__dict__)
-    return module.__dict__
+    return {key: value for key, value in module.__dict__.items() if key not in given or value is not given[key]}
 
 
 def channel() -> tuple[IO[bytes], IO[bytes]]:
@@ -131,8 +133,8 @@ def serve_calls(job: dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (min(most, int(time.process_time()) + job["timeout"] + 1), most))
         call = json.loads(line)
         try:
-            name = call["name"]
-            function = names[name] if name in names or "Solution" not in names else getattr(names["Solution"](), name)
+            name, solution = call["name"], names.get("Solution")
+            function = getattr(solution(), name) if hasattr(solution, name) else names[name]
             answer = {"value": encode(function(*decode(call["args"])))}
         except (Exception, SystemExit) as error:
             answer = {"error": type(error).__name__}
@@ -141,6 +143,7 @@ def serve_calls(job: dict[str, Any]) -> None:
 
 def run_tests(job: dict[str, Any]) -> None:
     answers, asked = channel()
+    sys.set_int_max_str_digits(0)
 
     def proxy(name: str) -> Any:
         def call(*args: Any) -> Any:
@@ -156,7 +159,7 @@ def run_tests(job: dict[str, Any]) -> None:
     def run(case: Any) -> None:
         if isinstance(case, list):
             name, arguments, right = case
-            assert as_json(proxy(name)(*decode(arguments))) in right
+            assert as_json(proxy(name)(*decode(arguments))) in decode(right)
             return
         tree = ast.parse(case)
         loaded = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} - set(dir(builtins))
