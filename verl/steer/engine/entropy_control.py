@@ -67,15 +67,16 @@ class EntropyControl(HeadInfluenceEngine, TokenWeightNormalizer):
         else:
             measured = self._local_estimates(data, config)
         gathered = gather(measured.contributions[measured.valid], self.get_data_parallel_group())
+        metrics: dict[str, float] = {}
         if not len(gathered):
-            weights, metrics = torch.ones_like(measured.contributions), {}
+            weights = torch.ones_like(measured.contributions)
         elif options.token_weight_map in CONTROL_MAPS:
             target = None
             if options.token_weight_map == "target":
                 target = float(tu.get_non_tensor_data(data, "target_entropy", options.target_entropy))
             weights, metrics = self._control(measured, gathered, target, options)
         else:
-            weights, metrics = _map_magnitudes(measured, gathered, options), {}
+            weights = _map_magnitudes(measured, gathered, options)
         data["token_weights"] = response_to_nested(weights * measured.valid, mask)
         output = super().train_batch(data, loss_function)
         metrics["entropy"] = measured.entropy

@@ -133,7 +133,7 @@ def serve_calls(job: dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (min(most, int(time.process_time()) + job["timeout"] + 1), most))
         call = json.loads(line)
         try:
-            name, solution = call["name"], names.get("Solution")
+            name, solution = call["name"], names.get("Solution", object)
             function = getattr(solution(), name) if hasattr(solution, name) else names[name]
             answer = {"value": encode(function(*decode(call["args"])))}
         except (Exception, SystemExit) as error:
