@@ -150,6 +150,7 @@ def test_functions(program, given, expected, correct):
     [
         ("class Solution:\n    def search(self, x): return x + 1", "search", "1", "2", True),  # not re's
         ("def search(x): return x + 1", "search", "1", "2", True),
+        ("def f(x): return x\nclass Solution:\n    def f(self, x): return x + 1", "f", "1", "2", True),
         ("pass", "factorial", "5", "120", False),  # math's is no answer
         ("class Solution: pass\ndef f(x): return x", "f", "1", "1", True),
     ],
