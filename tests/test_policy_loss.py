@@ -10,7 +10,7 @@ from test_token_weights import random_batch, squares
 from torch.utils._python_dispatch import TorchDispatchMode
 from verl.steer import loss as loss_module
 from verl.steer.config import PolicyLossConfig
-from verl.steer.loss import ppo_loss
+from verl.steer.loss import loss_inputs, ppo_loss
 from verl.steer.methods.registry import POLICY_LOSSES, clips_as_ppo
 from verl.trainer.ppo.core_algos import (
     BASE_LOSSES,
@@ -459,3 +459,24 @@ def test_the_loss_with_verls_signature_is_steers():
     )
     assert torch.equal(found, steer_loss(batch, actor_config(agg="token-sum"))[0])
     assert not torch.equal(found, steer_loss(batch, config)[0])
+
+
+@pytest.mark.parametrize("mode", ["entropy_control", "opefo"])
+def test_ppo_loss_reads_its_metrics_from_the_device_together(mode):
+    """A read of single values waits for the device each time; `tolist` copies a whole tensor once."""
+
+    class Reads(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func.overloadpacket.__name__ == "_local_scalar_dense"
+            return func(*args, **(kwargs or {}))
+
+    data, output = micro_batch()
+    output |= {name: output["entropy"] * -0.5 for name in ("sum_pi_squared", "sum_pi_squared_log_pi")}
+    with Reads() as alone:
+        loss_inputs(dict(output), data)
+    tu.assign_non_tensor(data, token_metrics=True)
+    with Reads() as reads:
+        _, metrics = ppo_loss(actor_config(mode), dict(output), data)
+    assert len(metrics) > 10 and reads.count == alone.count

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 import verl.steer.methods  # noqa: F401 - registers the losses
 from tensordict import TensorDict
 from torch import Tensor
@@ -105,7 +107,8 @@ def ppo_loss(
         if outputs.token_weights is not None and tu.get_non_tensor_data(data, "return_model_output", False):
             model_output["token_weights"] = response_to_nested(outputs.token_weights, data["response_mask"])
     if outputs.entropy_change is not None or with_token_metrics:
-        outputs.metrics |= Metric.from_dict(_token_metrics(config, inputs, outputs), AggregationType.MEAN)
+        found = on_host(_token_metrics(config, inputs, outputs), outputs.loss.device)
+        outputs.metrics |= Metric.from_dict(found, AggregationType.MEAN)
     return outputs.loss, outputs.metrics
 
 
@@ -122,23 +125,30 @@ def _policy_loss(config: ActorConfig, inputs: LossInputs, data: TensorDict) -> L
         return agg_loss(values, inputs.response_mask, config.loss_agg_mode, **config.global_batch_info)
 
     outputs = POLICY_LOSSES[config.policy_loss.loss_mode].compute(inputs, config)
-    metrics: dict[str, Any] = Metric.from_dict(outputs.metrics, AggregationType.MEAN)
-    for name, metric in metrics.items():
-        if name.endswith(("_min", "_max")):
-            metric.aggregation = AggregationType(name[-3:])
-    metrics["actor/pg_loss"] = Metric(aggregation, outputs.loss)
+    losses = {"actor/pg_loss": outputs.loss}
     if inputs.current_entropys is not None:
-        entropy = aggregate(inputs.current_entropys.float())
+        entropy = losses["actor/entropy_loss"] = aggregate(inputs.current_entropys.float())
         outputs.loss = outputs.loss - config.entropy_coeff * entropy
-        metrics["actor/entropy_loss"] = Metric(aggregation, entropy)
     if config.use_kl_loss:
         reference = data.select("ref_log_prob").to_padded_tensor()["ref_log_prob"]
         kl = kl_penalty(inputs.log_prob.float(), reference.float(), config.kl_loss_type)
-        kl_loss = aggregate(kl if outputs.kl_weights is None else kl * outputs.kl_weights)
+        kl_loss = losses["kl_loss"] = aggregate(kl if outputs.kl_weights is None else kl * outputs.kl_weights)
         outputs.loss = outputs.loss + config.kl_loss_coef * kl_loss
-        metrics |= {"kl_loss": Metric(aggregation, kl_loss), "kl_coef": config.kl_loss_coef}
-    outputs.metrics = metrics
+    kinds = {name: name[-3:] if name.endswith(("_min", "_max")) else "mean" for name in outputs.metrics}
+    found = on_host(outputs.metrics | losses, outputs.loss.device)
+    outputs.metrics = {name: Metric(kinds.get(name, aggregation), value) for name, value in found.items()}
+    if config.use_kl_loss:
+        outputs.metrics["kl_coef"] = config.kl_loss_coef
     return outputs
+
+
+def on_host(scalars: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """Scalars as numbers. Tensors are read from the device together, since the host waits for it at each read."""
+    tensors = [
+        value.detach().to(device, torch.float64).view(()) for value in scalars.values() if torch.is_tensor(value)
+    ]
+    numbers = iter(torch.stack(tensors).tolist() if tensors else ())
+    return {name: next(numbers) if torch.is_tensor(value) else value for name, value in scalars.items()}
 
 
 def _token_metrics(config: ActorConfig, inputs: LossInputs, outputs: LossOutputs) -> dict[str, Any]:
