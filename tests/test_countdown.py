@@ -5,7 +5,7 @@ import random
 import re
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from verl.steer.grading import score
 from verl.steer.tasks import countdown
@@ -77,7 +77,8 @@ def test_two_equal_numbers_may_be_combined():
     assert compute_score("4+4=8", "4,4=8")["acc"] and not compute_score("4+4=8", "4,5=8")["acc"]
 
 
-@given(st.sampled_from("0123456789+-*=;"), st.floats(0, 1), st.booleans(), st.booleans(), seeds)
+@settings(max_examples=400)
+@given(st.sampled_from("+-*+-*+-*=;0123456789"), st.floats(0, 1), st.booleans(), st.booleans(), seeds)
 def test_responses_are_right_where_they_are_solutions(sign, place, replaces, edited, seed):
     """A solution, or one with a character put in or replaced."""
     rng = random.Random(seed)
