@@ -12,6 +12,7 @@ import yaml
 from test_configuration import resolved
 from verl.steer.config import PolicyLossConfig
 from verl.steer.methods.registry import POLICY_LOSSES
+from verl.steer.report.run_metrics import read_run, run_figures
 from verl.steer.requirements import check_and_complete
 from verl.trainer.ppo.core_algos import LossInputs
 from verl.workers.config import FSDPActorConfig
@@ -154,3 +155,12 @@ def test_readme_has_its_commands():
         "python -m verl.steer.main",
     ):
         assert name in text
+
+
+def test_the_study_has_the_figures_of_the_runs_that_are_kept():
+    text, files = (ROOT / "docs/study.md").read_text(), sorted((ROOT / "docs/study_runs").glob("seed*/*.jsonl"))
+    assert files
+    for file in files:
+        found = run_figures(read_run(file))
+        figures = {"final": 3, "pass@8": 3, "pass@64": 3, "distinct right": 2, "last ten": 3}
+        assert " | ".join(f"{found[name]:.{decimals}f}" for name, decimals in figures.items()) in text, file
