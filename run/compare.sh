@@ -16,11 +16,7 @@
 # MODEL_PATH and DATA_DIR as in launch.sh.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-
-if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
-  sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-  exit
-fi
+source "$root/run/help.sh"
 
 methods=${METHODS:-grpo_symmetric clip_higher clip_cov kl_cov steer_exp steer_linear}
 task=${TASK:-arithmetic} hardware=${HARDWARE:-cpu}

@@ -10,11 +10,7 @@
 # MODEL_PATH, DATA_DIR and PYTHON as in launch.sh.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-
-if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
-  sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-  exit
-fi
+source "$root/run/help.sh"
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # as launch.sh explains
 export DATA_DIR=${DATA_DIR:-$root/data} OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs}
 if [ -z "${PYTHON:-}" ]; then

@@ -9,11 +9,7 @@
 #   TASK_DIR    a task that scripts/make_laptop_task.py made (made in outputs/laptop_task)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-
-if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
-  sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-  exit
-fi
+source "$root/run/help.sh"
 bash "$root/run/setup.sh"
 python=${STEER_VENV:-$root/.venv}/bin/python
 export OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs/quickstart} PYTHON=$python

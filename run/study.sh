@@ -37,11 +37,7 @@
 #   PYTHON      interpreter (that of the environment made by setup.sh)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-
-if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
-  sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-  exit
-fi
+source "$root/run/help.sh"
 
 # NAME of field: the key of its coefficient, a lower value and a higher one: half and twice its own, or less far where
 # it has bounds; half and twice its distance from 1 for lambda_min, and 0.05 less and more for entropies to keep.
@@ -119,7 +115,7 @@ members() {
 
 # METHOD START: from the model that START ends with on the countdown task.
 after() {
-  local run="\${oc.env:OUTPUT_DIR}/seed${seed:-N}/countdown_$2" # as words are split, without the folder's own name
+  local run="\${oc.env:OUTPUT_DIR}/seed${seed:-N}/countdown_$2" # not its value, which may have spaces
   echo "$1 actor_rollout_ref.model.path=$run/global_step_250/actor/huggingface" \
     "trainer.total_training_steps=100 trainer.save_freq=-1"
 }

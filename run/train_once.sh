@@ -11,8 +11,10 @@ run=${1:?train_once.sh: expected a folder for the run}
 config=${2:?train_once.sh: expected the name of a configuration, such as steer_exp}
 shift 2
 name=$(basename "$run")
-# quoted for Hydra, as a path may have an "=" in it
-overrides=("$@" trainer.experiment_name="'$name'" trainer.default_local_dir="'$run'" trainer.resume_mode=auto)
+# Quoted for Hydra: a path may have characters of its grammar.
+quoted() { echo "'${1//\'/\\\'}'"; }
+overrides=("$@" trainer.experiment_name="$(quoted "$name")" trainer.default_local_dir="$(quoted "$run")"
+  trainer.resume_mode=auto)
 title=$(basename "$(dirname "$run")")/$name
 settings=$(printf '%s\n' "$config" "${overrides[@]}"; env | grep -E '^(MODEL_PATH|TASK_DIR|DATA_DIR)=' | sort || true)
 begun=

@@ -13,11 +13,7 @@
 # ends with it.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-
-if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
-  sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-  exit
-fi
+source "$root/run/help.sh"
 export OUTPUT_DIR=$(realpath -m "${OUTPUT_DIR:-$root/outputs/two_nodes}")
 if [ -z "${PYTHON:-}" ]; then
   PYTHON=${STEER_VENV:-$root/.venv}/bin/python

@@ -65,7 +65,7 @@ def _empty_table(title: str | None, labels: tuple[str, ...], numbers: Iterable[s
     return result
 
 
-def table(methods: dict[str, list[Run]]) -> Table:
+def means_table(methods: dict[str, list[Run]]) -> Table:
     """A row per method: means of its runs' figures, with intervals if there are several. No column without a value."""
     several = any(len(runs) > 1 for runs in methods.values())
     rows = summary(methods)
@@ -156,8 +156,8 @@ def prediction_table(methods: dict[str, list[Run]]) -> Table:
     for name, runs in methods.items():
         audits = [run.updates for run in runs if run.updates is not None]
         scores = [figures.prediction_scores(updates) for updates in audits]
-        for estimator in _of_all([table.index for table in scores]):
-            columns = ([table.loc[estimator, kind] for table in scores] for kind in ("pearson", "slope"))
+        for estimator in _of_all([one.index for one in scores]):
+            columns = ([one.loc[estimator, kind] for one in scores] for kind in ("pearson", "slope"))
             count = str(sum(map(len, audits)))
             result.add_row(name, estimator, count, *(mean_and_interval(values, 3) for values in columns))
     return result
@@ -228,7 +228,7 @@ def show(found: list[Table], markdown: Path | None) -> None:
 
 def tables(methods: dict[str, list[Run]], args: argparse.Namespace) -> list[Table]:
     """All tables that have rows; ValueError if an argument or an audit does not fit."""
-    found = [table(methods)]
+    found = [means_table(methods)]
     if args.baseline:
         if args.baseline not in methods:
             raise ValueError(f"--baseline {args.baseline}: expected one of {', '.join(methods)}")

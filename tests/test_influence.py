@@ -237,19 +237,20 @@ def test_measuring_changes_neither_parameters_nor_the_optimizer(model_folder):
             assert torch.equal(engine.optimizer.state[parameter]["exp_avg"].full_tensor(), moment)
 
 
+def contributions_in(dtype, model_folder, measure="measure_influence"):
+    """Each token's contribution to the second of two updates by a model in this type."""
+    engine, (first, second) = make_engine(model_folder, dtype=dtype, lr=1e-5), mini_batches()
+    with engine.train_mode():
+        engine.train_batch(first.copy(), VANILLA)
+        measured = getattr(engine, measure)(second.copy(), VANILLA)
+    return measured.contributions[measured.valid].double()
+
+
 def test_bfloat16_takes_a_longer_step(model_folder, monkeypatch):
     """Contributions against those of float32: about right with its own step, all rounding with a short one."""
-
-    def contributions_of(dtype):
-        engine, (first, second) = make_engine(model_folder, dtype=dtype, lr=1e-5), mini_batches()
-        with engine.train_mode():
-            engine.train_batch(first.copy(), VANILLA)
-            measured = engine.measure_influence(second.copy(), VANILLA)
-        return measured.contributions[measured.valid].double()
-
-    truth, own = contributions_of("fp32"), contributions_of("bf16")
+    truth, own = (contributions_in(dtype, model_folder) for dtype in ("fp32", "bf16"))
     monkeypatch.setattr(influence, "BF16_ENTROPY_STEP", 1e-3)
-    short = contributions_of("bf16")
+    short = contributions_in("bf16", model_folder)
     errors = [float((found - truth).norm() / truth.norm()) for found in (own, short)]
     assert errors[0] < 0.5 < 0.8 < errors[1] and pearsonr(truth, own)[0] > 0.9
 
@@ -273,15 +274,7 @@ def test_the_contributions_are_the_effects_of_single_tokens(model_folder):
 
 def test_the_heads_influence_in_bfloat16(model_folder):
     """The hidden states are in bfloat16, the arithmetic on them is not."""
-
-    def contributions_of(dtype):
-        engine, (first, second) = make_engine(model_folder, dtype=dtype, lr=1e-5), mini_batches()
-        with engine.train_mode():
-            engine.train_batch(first.copy(), VANILLA)
-            measured = engine.measure_head_influence(second.copy(), VANILLA)
-        return measured.contributions[measured.valid].double()
-
-    truth, found = contributions_of("fp32"), contributions_of("bf16")
+    truth, found = (contributions_in(dtype, model_folder, "measure_head_influence") for dtype in ("fp32", "bf16"))
     assert pearsonr(truth, found)[0] > 0.9
 
 

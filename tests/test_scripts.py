@@ -13,6 +13,7 @@ import time
 
 import pandas as pd
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from tabular_audit import tabular_audit
 from test_configuration import validated
 
@@ -365,6 +366,17 @@ def test_a_run_that_failed_without_a_checkpoint_starts_again_with_other_settings
     assert result.returncode == 0 and trained == ["grpo 1 arithmetic cpu"]
 
 
+def test_the_folder_of_a_run_may_have_characters_of_hydras_grammar(command, root, tmp_path):
+    python, folder = tmp_path / "python", tmp_path / "it's a=b {c}" / "x=1, y"
+    python.write_text('#!/bin/sh\n[ "$2" != verl.steer.main ] || printf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    result = command("bash", root / "run/train_once.sh", folder, "grpo", PYTHON=str(python))
+    assert result.returncode == 1 and "no metrics*.jsonl" in result.stderr
+    words = [word for word in (folder / "config.yaml").read_text().splitlines() if word.startswith("trainer.")]
+    options = {option.get_key_element(): option.value() for option in OverridesParser.create().parse_overrides(words)}
+    assert options["trainer.default_local_dir"] == str(folder) and options["trainer.experiment_name"] == folder.name
+
+
 @pytest.mark.parametrize("launcher", ["compare.sh", "quickstart.sh", "study.sh", "preflight.sh", "two_nodes.sh"])
 def test_launchers_of_several_processes_explain_themselves(command, root, launcher):
     result = command("bash", root / "run" / launcher, "--help", cwd="/", PYTHON="false")
@@ -416,14 +428,17 @@ def test_every_run_of_the_study_passes_the_checks(command, root):
     assert listed.returncode == 0 and listed.stderr == ""
     runs = dict(line.split(": ") for line in listed.stdout.splitlines())
     assert len(runs) == len(listed.stdout.splitlines()) == 213
+    lr = "actor_rollout_ref.actor.optim.lr"
+    rates = {name: name.rpartition("_lr") for name in runs if "_lr" in name}
+    assert all(runs.pop(name) == f"{runs[base]} {lr}={rate}" for name, (base, _, rate) in rates.items())
     configs = {}
     for name, words in runs.items():
         task = "countdown" if re.match("countdown_|second_|continued_|stable_", name) else "arithmetic"
         config, *overrides = words.split()
         configs[name] = validated(config, f"task={task}", "hardware=cpu", *overrides)
-    swept = [name for name in configs if re.search("_lr|_coefficient", name)]
-    assert len(swept) == 2 * (36 + 31)
-    assert all(configs[name] != configs[re.sub("_(lr|coefficient).*", "", name)] for name in swept)
+    coefficients = [name for name in configs if "_coefficient" in name]
+    assert len(rates) == 2 * 36 and len(coefficients) == 2 * 31
+    assert all(configs[name] != configs[name.partition("_coefficient")[0]] for name in coefficients)
     assert configs["countdown_pi_exact_coefficient0.15"][1].target_entropy == 0.15
     assert configs["countdown_bonus_0.03"][0].actor_rollout_ref.actor.entropy_coeff == 0.03
     assert configs["steer_exp_0.6"][1].token_weight_min == 0.6

@@ -352,6 +352,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         self._keep_latest()
 
     def _keep_latest(self) -> None:
+        """Delete checkpoints beyond `trainer.max_actor_ckpt_to_keep`, where it is set; never the best one."""
         number = self.config.trainer.max_actor_ckpt_to_keep or 0
         if number > 0:
             self.ledger.keep_latest(number)

@@ -13,7 +13,7 @@ from verl.steer.options import option
 from verl.trainer.ppo.core_algos import LossInputs, LossOutputs, PerToken
 from verl.utils.torch_functional import masked_mean
 
-#: Least value of the greatest upper bound on a ratio.
+#: Upper bounds on a ratio are cut at `actor.clip_ratio_c`, but at no less than this (lime-RL/DCPO).
 LEAST_CEILING = 10.0
 
 
@@ -43,7 +43,7 @@ def dynamic_clip_bounds(old_log_prob: PerToken, low: float, high: float) -> tupl
 def compute_policy_loss_dynamic_clip(inputs: LossInputs, config: Any) -> LossOutputs:
     """DCPO's dynamic-adaptive clipping (arXiv 2509.02333): PPO's dual clip with `dynamic_clip_bounds`.
 
-    No upper bound is above `actor.clip_ratio_c`, or above `LEAST_CEILING` where that is lower, as in the authors' code.
+    No upper bound is above the greater of `actor.clip_ratio_c` and 10, as in the authors' code (lime-RL/DCPO).
     The paper's smooth advantage standardisation over steps and its averaging of the loss are not implemented.
     """
     options, c = config.policy_loss, config.clip_ratio_c
