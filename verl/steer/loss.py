@@ -143,7 +143,7 @@ def _policy_loss(config: ActorConfig, inputs: LossInputs, data: TensorDict) -> L
 
 
 def on_host(scalars: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Scalars as numbers. Tensors, of one element each, are read together: the host waits for the device at each read."""
+    """Scalars as numbers. Tensors of one element are read together: the host waits for the device at each read."""
     tensors = [one.detach().to(device, torch.float64).view(()) for one in scalars.values() if torch.is_tensor(one)]
     numbers = iter(torch.stack(tensors).tolist() if tensors else ())
     return {name: next(numbers) if torch.is_tensor(value) else value for name, value in scalars.items()}
