@@ -197,8 +197,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--tokenizer", default=str(REPOSITORY / "outputs/laptop_task/model"))
+    parser.add_argument("--tokenizer", type=Path, default=REPOSITORY / "outputs/laptop_task/model")
     arguments = parser.parse_args()
+    if not arguments.tokenizer.is_dir():
+        parser.error(
+            f"--tokenizer {arguments.tokenizer}: no such folder; expected a tokenizer's, such as the one that "
+            "scripts/make_laptop_task.py makes"
+        )
     torch.set_num_threads(arguments.threads)
     replace_in_worker()
     torch.distributed.init_process_group("gloo" if DEVICE == "cpu" else "cpu:gloo,cuda:nccl")

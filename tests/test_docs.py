@@ -2,6 +2,7 @@
 """The pages: the method of docs/adding_a_method.md works, and links, paths, modules and commands exist."""
 
 import re
+import shlex
 from dataclasses import dataclass, fields
 from pathlib import Path
 from unittest.mock import patch
@@ -9,7 +10,8 @@ from unittest.mock import patch
 import pytest
 import torch
 import yaml
-from test_configuration import resolved
+from test_configuration import LAUNCHERS, configuration_of, resolved
+from verl.steer import requirements
 from verl.steer.config import PolicyLossConfig
 from verl.steer.methods.registry import POLICY_LOSSES
 from verl.steer.report.run_metrics import read_run, run_figures
@@ -138,10 +140,37 @@ def test_reward_function_of_the_readme():
     assert grades == [{"score": 1.0, "acc": True}, {"score": -1.0, "acc": False}]
 
 
-def test_the_readmes_run_on_two_ranks_passes_the_checks():
-    text = (ROOT / "README.md").read_text()
-    (words,) = re.findall(r"^bash run/run_exp.sh (task=arithmetic hardware=cpu .*?) +#", text, re.M | re.S)
-    check_and_complete(resolved("steer_exp", *words.replace("\\", " ").split()))
+def runs_of(page):
+    """Configuration and overrides of each training run and evaluation in the page's blocks of commands."""
+    for text in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.M | re.S):
+        for line in text.replace("\\\n", " ").splitlines():
+            words = re.sub(r"^(\S+ )*(bash|\S*python) (run/|-m verl\.)", r"\3", line)
+            program, *words = shlex.split(words, comments=True) or [""]
+            overrides = [word for word in words if re.match(r"\+{0,2}\w[\w.]*=", word)]
+            name = Path(program).stem
+            if name == "launch":
+                yield words[0], overrides
+            elif name in LAUNCHERS:
+                yield configuration_of(name), overrides
+            elif name == "eval":
+                yield "eval", overrides
+            elif name == "preflight" or program == "-m":
+                (method,) = [word for word in overrides if word.startswith("method=")] or ["method=grpo"]
+                yield method.partition("=")[2], [word for word in overrides if word != method]
+
+
+@pages
+def test_runs_pass_the_checks(page, monkeypatch):
+    """On their hardware, but for what this machine has."""
+    for check in ("check_platform", "check_cpus"):
+        monkeypatch.setattr(requirements, check, lambda config: None)
+    monkeypatch.setenv("MODEL_PATH", "model")
+    for name, overrides in runs_of(page):
+        check_and_complete(resolved(name, *overrides))
+
+
+def test_the_pages_have_runs():
+    assert [len(list(runs_of(ROOT / page))) for page in ("README.md", "docs/control.md")] == [9, 3]
 
 
 def test_readme_has_its_commands():
