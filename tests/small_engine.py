@@ -12,7 +12,7 @@ from verl.workers.config import FSDPOptimizerConfig, HFModelConfig
 from verl.workers.engine.base import EngineRegistry
 
 
-def make_engine(model_folder, packed=False, dtype="fp32", **optimizer):
+def make_engine(model_folder, packed=False, dtype="fp32", reshard=True, **optimizer):
     model = HFModelConfig(
         path=str(model_folder),
         use_remove_padding=packed,
@@ -25,8 +25,12 @@ def make_engine(model_folder, packed=False, dtype="fp32", **optimizer):
         backend="fsdp2",
         model_config=model,
         engine_config=FSDPEngineConfig(
-            strategy="fsdp2", use_torch_compile=False, mixed_precision=precision, one_pass_reductions=True
-        ),
+            strategy="fsdp2",
+            use_torch_compile=False,
+            mixed_precision=precision,
+            one_pass_reductions=True,
+            reshard_after_forward=reshard,
+        ),  # fmt: skip
         optimizer_config=FSDPOptimizerConfig(
             **{"lr": 1e-3, "total_training_steps": 10, "lr_warmup_steps": 0} | optimizer
         ),

@@ -389,6 +389,9 @@ def test_bad_value_ends_a_launcher_in_one_line(command, root):
     assert "Traceback" not in result.stderr
 
 
+HEAD = ("entropy_change_estimator=influence", "token_weight_map=target", "influence_way=head")
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [
@@ -408,6 +411,30 @@ def test_bad_value_ends_a_launcher_in_one_line(command, root):
         (
             ["task=arithmetic", "actor_rollout_ref.actor.ulysses_sequence_parallel_size=2"],
             "actor.ulysses_sequence_parallel_size=2: expected ",
+        ),
+        (
+            [f"{ACTOR}.ppo_mini_batch_size=5", f"{ACTOR}.use_dynamic_bsz=true", "trainer.n_gpus_per_node=3"],
+            "actor.ppo_mini_batch_size=5: expected a number whose product with rollout.n=8 the 3 ranks divide",
+        ),
+        (
+            ["actor_rollout_ref.rollout.name=sglang"],
+            "rollout.name=sglang: expected vllm with rollout.agent.agent_loop_manager_class=verl.steer.rollout.batched",
+        ),
+        (
+            [f"{POLICY_LOSS}.{option}" for option in HEAD] + ["actor_rollout_ref.model.lora_rank=8"],
+            "model.lora_rank=8: expected 0 with policy_loss.influence_way=head",
+        ),
+        (
+            [f"{POLICY_LOSS}.{option}" for option in HEAD] + [f"{ACTOR}.fsdp_config.offload_policy=true"],
+            "actor.fsdp_config.offload_policy=True: expected false with policy_loss.influence_way=head",
+        ),
+        (
+            ["algorithm.adv_estimator=aepo", "++algorithm.rollout_correction.bypass_mode=true"],
+            "algorithm.adv_estimator=aepo: expected another in bypass mode",
+        ),
+        (
+            ["algorithm.adv_estimator=aepo", f"{ACTOR}.loss_agg_mode=seq-mean-token-sum"],
+            "actor.loss_agg_mode=seq-mean-token-sum: expected one of token-mean, seq-mean-token-mean with algorithm",
         ),
         (["hardware=gpu8"], "trainer.device=cuda: verl's platform here is cpu; expected hardware=cpu"),
         (

@@ -281,8 +281,54 @@ def test_the_heads_influence_in_bfloat16(model_folder):
 def test_the_head_of_other_logits_is_refused(model_folder):
     engine, batch = make_engine(model_folder), mini_batches()[0]
     engine.module.config.final_logit_softcapping = 30.0
-    with engine.train_mode(), pytest.raises(ValueError, match="way=head: expected parameters with qwen2, whose logits"):
+    with (
+        engine.train_mode(),
+        pytest.raises(ValueError, match="way=head: expected parameters with qwen2, which has final"),
+    ):
         engine.measure_head_influence(batch, VANILLA)
+
+
+def test_an_audit_leaves_out_the_head_of_other_logits(model_folder, tmp_path):
+    engine, request = make_engine(model_folder), AuditRequest(1, str(tmp_path), 1000, MINI_BATCHES, influence=True)
+    engine.module.get_output_embeddings().weight.requires_grad_(False)
+    with engine.train_mode():
+        engine.train_batch(mini_batches(entropy_audit=request)[0], VANILLA)
+    columns = pd.read_parquet(tmp_path / "step_1_updates.parquet").columns
+    assert "influence" in columns and "influence_head" not in columns
+
+
+def test_frozen_parameters_have_no_direction(model_folder):
+    engine, batch = make_engine(model_folder), mini_batches()[0]
+    frozen, *_ = engine.module.parameters()
+    frozen.requires_grad_(False)
+    with engine.train_mode():
+        engine.train_batch(batch.copy(), VANILLA)
+        engine.measure_influence(batch, VANILLA)
+    parameters = list(engine.module.parameters())
+    assert [part.shape for part in engine.direction.parts] == [p.shape for p in parameters if p is not frozen]
+
+
+def test_layers_that_stay_gathered_change_nothing(model_folder):
+    """`reshard_after_forward=false` keeps a layer's parameters gathered between its passes."""
+
+    def measured_and_trained(reshard):
+        engine, (first, second) = make_engine(model_folder, reshard=reshard, lr=1e-3), mini_batches()
+        with engine.train_mode():
+            engine.train_batch(first.copy(), VANILLA)
+            measured = engine.measure_influence(second.copy(), VANILLA).contributions
+            engine.train_batch(second.copy(), VANILLA)
+        return [measured, *(p.detach().full_tensor() for p in engine.module.parameters())]
+
+    for found, expected in zip(measured_and_trained(False), measured_and_trained(True), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_statistics_have_no_nucleus(model_folder):
+    """That of a loss which needs one is not computed in the audit's passes."""
+    engine = make_engine(model_folder)
+    with engine.train_mode():
+        found = engine.token_statistics(mini_batches(nucleus_p=0.2)[0])
+    assert found.keys() == {"log_probs", "entropy"}
 
 
 @pytest.mark.parametrize("agg", ["token-mean", "seq-mean-token-mean"])
@@ -363,10 +409,9 @@ def test_an_old_direction_serves_until_it_is_refreshed(model_folder):
         assert engine.direction is direction
         engine.measure_influence(second, loss, refresh=2)
         assert engine.direction is not direction
+        engine.measure_head_influence(second, loss, refresh=2)
         engine.lr_scheduler_step()
-        direction = engine.direction
-        engine.measure_influence(first, loss, refresh=2)
-        assert engine.direction is not direction
+        assert engine.direction is None and engine.head_direction is None
 
 
 def controlled(model_folder, half=None, dynamic=False, way="parameters"):

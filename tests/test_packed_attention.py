@@ -46,6 +46,20 @@ def test_logits_and_gradients_are_those_of_each_sequence_alone(model):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_the_lengths_are_found_once_for_all_layers(model, monkeypatch):
+    """The host waits for the device where it reads them."""
+    found, diff = [], torch.diff
+    monkeypatch.setattr(torch, "diff", lambda *args, **options: found.append(args) or diff(*args, **options))
+    batch = packed()
+    model(**batch)
+    assert len(found) == 1
+    other = torch.arange(sum(LENGTHS)).unsqueeze(0)
+    torch.testing.assert_close(
+        model(**batch | {"position_ids": other}).logits, model(**batch | {"position_ids": other.clone()}).logits
+    )
+    assert len(found) == 3
+
+
 def test_a_padded_batch_is_refused(model):
     with pytest.raises(ValueError, match="use_remove_padding=true"):
         model(torch.ones(2, 3, dtype=torch.long), position_ids=torch.arange(3).expand(2, 3), use_cache=False)

@@ -95,7 +95,9 @@ def test_memory_depends_on_what_is_offloaded(configured):
         config = configured(QWEN_7B, "hardware=gpu1", *overrides)
         return memory.phases(*memory.model_of(config), config, 80 * GIB)
 
-    usual, offloaded = needed(), needed(f"{ACTOR}.fsdp_config.offload_policy=true")
+    policy = f"{ACTOR}.fsdp_config.offload_policy=true"
+    usual, offloaded = needed(), needed(policy, f"{ACTOR}.strategy=fsdp2")
+    assert needed(policy) == usual  # FSDP1 ignores it
     assert usual["generation"] == 3 * GIB + 0.4 * 80 * GIB
     assert usual["update"] - offloaded["update"] == pytest.approx(16 * 7_615_616_512)
     separate = needed(f"{ACTOR}.fsdp_config.one_pass_reductions=false")

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import ray
+from verl.experimental.separation.engine_workers import DetachActorWorker
 from verl.single_controller.base.decorator import Dispatch, register
 from verl.steer.engine import fsdp  # noqa: F401 - registers the engine
 from verl.steer.loss import ppo_loss
@@ -45,6 +46,20 @@ class SteerActorRolloutRefWorker(ActorRolloutRefWorker):
     actor_worker_cls = ref_worker_cls = SteerTrainingWorker
 
 
+class SteerDetachActorWorker(DetachActorWorker):
+    """verl's worker of the trainer mode `separate_async`."""
+
+    actor_worker_cls = ref_worker_cls = SteerTrainingWorker
+
+
+#: verl's workers -> this fork's.
+WORKERS = {
+    TrainingWorker: SteerTrainingWorker,
+    ActorRolloutRefWorker: SteerActorRolloutRefWorker,
+    DetachActorWorker: SteerDetachActorWorker,
+}
+
+
 class SteerWorkers(PPOTrainer):
     """A trainer that starts this fork's workers."""
 
@@ -52,9 +67,9 @@ class SteerWorkers(PPOTrainer):
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
-        for role in self.role_worker_mapping:
-            worker = SteerTrainingWorker if role == Role.Critic else SteerActorRolloutRefWorker
-            self.role_worker_mapping[role] = ray.remote(worker)
+        for role, actor in self.role_worker_mapping.items():
+            worker = actor.__ray_metadata__.modified_class.__ray_actor_class__
+            self.role_worker_mapping[role] = ray.remote(WORKERS[worker])
 
 
 def give_steer_workers(trainer_mode: str) -> None:

@@ -74,7 +74,8 @@ class EntropyAudit(EntropyControl):
         with self._left_as_it_was():
             if request.influence and not controlled:
                 measured["influence"] = self.measure_influence(data, loss_function)
-                measured["influence_head"] = self.measure_head_influence(data, loss_function)
+                if not self.obstacles_to_head_influence():
+                    measured["influence_head"] = self.measure_head_influence(data, loss_function)
             if request.one_token and not self.audited_updates:
                 update = partial(super().train_batch, loss_function=loss_function)
                 effects = one_token_effects(self, data, update, request.one_token, self.get_data_parallel_rank())

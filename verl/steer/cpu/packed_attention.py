@@ -14,9 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface
 
 NAME = "packed_sdpa"
+
+#: Packed positions -> lengths of their sequences: all layers get the same tensor, and the host waits for it once.
+_LENGTHS = WeakTensorKeyDictionary()
 
 
 def packed_sdpa(
@@ -54,8 +58,7 @@ def packed_sdpa(
             f"attn_implementation={NAME}: got a batch of {query.shape[0]} rows and attention_mask={mask}; expected "
             "use_remove_padding=true, which packs all sequences into one row without a mask"
         )
-    starts = (position_ids[0] == 0).nonzero().flatten()
-    lengths = torch.diff(starts, append=starts.new_tensor([query.shape[2]])).tolist()
+    lengths = _lengths(position_ids)
     if sliding_window is not None and max(lengths) > sliding_window:
         raise ValueError(
             f"sliding_window={sliding_window}: got a sequence of {max(lengths)} tokens; expected none to be longer"
@@ -65,6 +68,14 @@ def packed_sdpa(
         for parts in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
     ]
     return torch.cat(outputs, 2).transpose(1, 2), None
+
+
+def _lengths(position_ids: Tensor) -> list[int]:
+    """Tokens of each packed sequence."""
+    if position_ids not in _LENGTHS:
+        starts = (position_ids[0] == 0).nonzero().flatten()
+        _LENGTHS[position_ids] = torch.diff(starts, append=starts.new_tensor([position_ids.shape[1]])).tolist()
+    return _LENGTHS[position_ids]
 
 
 AttentionInterface.register(NAME, packed_sdpa)

@@ -65,6 +65,11 @@ class HeadInfluenceEngine(InfluenceEngine):
     #: Factor of gradient clipping in the last update; that of the next one is not known before its backward pass.
     last_clip_factor = 1.0
 
+    def lr_scheduler_step(self) -> float:
+        """As `InfluenceEngine`'s."""
+        self.head_direction = None
+        return super().lr_scheduler_step()
+
     def optimizer_step(self) -> float:
         """verl's; keeps the factor of gradient clipping."""
         norm = super().optimizer_step()
@@ -106,21 +111,27 @@ class HeadInfluenceEngine(InfluenceEngine):
         entropy = self.mean_over_tokens(found["entropy"][valid])
         return Influence(contributions, momentum + self.head_direction.decay_change, entropy, valid)
 
+    def obstacles_to_head_influence(self) -> list[str]:
+        """What a model has whose logits are not W h with a trained weight W of the last layer on the device."""
+        head, config = self.module.get_output_embeddings(), self.module.config
+        found = [name for name in SCALED_LOGITS if getattr(config, name, None) not in (None, 1.0)]
+        found += ["a bias of the last layer"] if getattr(head, "bias", None) is not None else []
+        found += [] if head.weight.requires_grad else ["a last layer that is not trained"]
+        found += ["actor.fsdp_config.offload_policy=true"] if self.engine_config.offload_policy else []
+        return found
+
     def _head_weight(self) -> torch.nn.Parameter:
         """The weight W of the last layer.
 
         Raises:
-            ValueError: if the model's logits are not W h.
+            ValueError: if the logits are not W h with a trained W.
         """
-        head, config = self.module.get_output_embeddings(), self.module.config
-        others = [name for name in SCALED_LOGITS if getattr(config, name, None) not in (None, 1.0)]
-        others += ["a bias"] if getattr(head, "bias", None) is not None else []
-        if others:
+        if obstacles := self.obstacles_to_head_influence():
             raise ValueError(
-                f"policy_loss.influence_way=head: expected parameters with {config.model_type}, whose logits have "
-                f"{', '.join(others)}"
+                f"policy_loss.influence_way=head: expected parameters with {self.module.config.model_type}, which has "
+                f"{', '.join(obstacles)}"
             )
-        return head.weight
+        return self.module.get_output_embeddings().weight
 
     def _head_gradients(self, tokens: _Tokens, weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Gradients of the mean entropy and of the loss by the last layer's weight, over all ranks."""

@@ -80,6 +80,7 @@ class InfluenceEngine(TokenStatistics):
     def lr_scheduler_step(self) -> float:
         """verl's, at the end of a training step; the next mini-batch gets a direction of its own."""
         self.mini_batches_since_scheduler_step = 0
+        self.direction = None  # as large as the parameters: vLLM needs the memory
         return super().lr_scheduler_step()
 
     def measure_influence(self, data: TensorDict, loss_function: Callable, refresh: int = 1) -> Influence:
@@ -190,7 +191,7 @@ class InfluenceEngine(TokenStatistics):
 
     def trained(self) -> list[torch.nn.Parameter]:
         """The trained parameters, in the order of the optimizer's groups."""
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        return [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
 
     def adam_steps(self) -> list[AdamStep]:
         """The next step of each trained parameter."""
@@ -198,7 +199,8 @@ class InfluenceEngine(TokenStatistics):
         return [
             AdamStep.from_group(group, int(max(counts)) + 1)
             for group in self.optimizer.param_groups
-            for _ in group["params"]
+            for parameter in group["params"]
+            if parameter.requires_grad
         ]
 
     def _moments(self, name: str) -> list[Tensor | None]:

@@ -15,7 +15,7 @@ from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.utils.padding import no_padding_2_padding
 
 #: Flags of these passes that differ from the update's.
-FLAGS = {"distillation_use_topk": False, "distillation_only": False}
+FLAGS = {"distillation_use_topk": False, "distillation_only": False, "nucleus_p": None}
 
 
 class TokenStatistics(FSDPEngineWithLMHead):
@@ -29,9 +29,11 @@ class TokenStatistics(FSDPEngineWithLMHead):
             yield
         self.mode = mode
         self.module.train(training)
-        if isinstance(self.module, FSDPModule):
-            # A forward pass leaves the root's parameters gathered for a backward pass, which does not follow here.
-            self.module.reshard()
+        # A forward pass leaves parameters gathered for a backward pass, which does not follow here: the root's, with
+        # `reshard_after_forward=false` those of all layers.
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     @contextmanager
     def _hidden_states(self) -> Iterator[None]:

@@ -22,7 +22,8 @@ OVERHEAD = 3 * GIB
 REMEDIES = {
     "generation": "lower rollout.gpu_memory_utilization, or set actor.fsdp_config.optimizer_offload=true",
     "log-probs": "lower rollout.log_prob_micro_batch_size_per_gpu",
-    "update": "lower actor.ppo_micro_batch_size_per_gpu, take more GPUs, or set actor.fsdp_config.offload_policy=true",
+    "update": "lower actor.ppo_micro_batch_size_per_gpu, take more GPUs, or set actor.strategy=fsdp2 and "
+    "actor.fsdp_config.offload_policy=true",
 }
 
 
@@ -57,7 +58,8 @@ def phases(parameters: int, model: Any, config: DictConfig, memory: float) -> di
     world *= config.trainer.nnodes
     compute = PrecisionType.to_dtype((fsdp.get("mixed_precision") or {}).get("param_dtype", "bf16")).itemsize
     shard = parameters * weight_bytes(actor) / (world if fsdp.fsdp_size == -1 else fsdp.fsdp_size)
-    weights, moments = (0.0, 0.0) if fsdp.offload_policy else (shard, 2 * shard * (not fsdp.optimizer_offload))
+    offloaded = fsdp.offload_policy and actor.strategy == "fsdp2"  # verl's FSDP1 ignores it
+    weights, moments = (0.0, 0.0) if offloaded else (shard, 2 * shard * (not fsdp.optimizer_offload))
 
     head = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     heads = head * (model.num_attention_heads + model.num_key_value_heads)

@@ -26,6 +26,8 @@ def check_entropy_control(config: DictConfig, policy_loss: Any) -> None:
     reason = f"entropy_change_estimator={estimator}, token_weight_map={policy_loss.token_weight_map}"
     if estimator == INFLUENCE:
         _check_influence(config, reason)
+    if estimator == INFLUENCE and policy_loss.influence_way == "head":
+        _check_head(config)
     one_pass = config.actor_rollout_ref.actor.fsdp_config.get("one_pass_reductions")
     fused = config.actor_rollout_ref.model.use_fused_kernels
     needs: list[tuple[str, Any, tuple[Any, ...]]] = [("model.use_fused_kernels", fused, (False,))]
@@ -57,6 +59,23 @@ def _check_influence(config: DictConfig, reason: str) -> None:
     )
     if actor.loss_agg_mode == "seq-mean-token-sum-norm" and actor.loss_scale_factor is None:
         raise ValueError(f"actor.loss_scale_factor=None: expected a number with loss_agg_mode={actor.loss_agg_mode}")
+
+
+def _check_head(config: DictConfig) -> None:
+    """Check that the last layer is trained, and on the device.
+
+    Raises:
+        ValueError: if not.
+    """
+    model, fsdp_config = config.actor_rollout_ref.model, config.actor_rollout_ref.actor.fsdp_config
+    refuse_others(
+        [
+            ("model.lora_rank", model.get("lora_rank", 0), (0,)),
+            ("model.lora_adapter_path", model.get("lora_adapter_path"), (None,)),
+            ("actor.fsdp_config.offload_policy", fsdp_config.get("offload_policy", False), (False,)),
+        ],
+        "policy_loss.influence_way=head",
+    )
 
 
 def check_entropy_audit(config: DictConfig, policy_loss: Any) -> None:

@@ -91,7 +91,8 @@ def check_micro_batches(config: DictConfig) -> None:
     """Check the micro-batches of updates and log-probs, of which a wrong size would stop a worker.
 
     Raises:
-        ValueError: if a size doesn't divide a rank's rollouts, or the engine's parallel sizes the number of devices.
+        ValueError: if a size doesn't divide a rank's rollouts, the ranks a mini-batch, or the engine's parallel sizes
+            the number of devices.
     """
     actor, rollout, trainer = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.trainer
     if trainer.val_only:
@@ -103,6 +104,11 @@ def check_micro_batches(config: DictConfig) -> None:
         named = ", ".join(f"actor.{key}={OmegaConf.select(actor, key)}" for key in keys)
         raise ValueError(f"{named}: expected sizes whose product divides the {devices} devices")
     ranks = devices // shared
+    if actor.ppo_mini_batch_size * rollout.n % ranks:
+        raise ValueError(
+            f"actor.ppo_mini_batch_size={actor.ppo_mini_batch_size}: expected a number whose product with "
+            f"rollout.n={rollout.n} the {ranks} ranks divide"
+        )
     if not rollout.log_prob_use_dynamic_bsz:
         size, prompts = rollout.log_prob_micro_batch_size_per_gpu, config.data.train_batch_size
         _check_divisor("rollout.log_prob", size, "data.train_batch_size", prompts, rollout.n, ranks)

@@ -109,6 +109,7 @@ def check_trainer(config: DictConfig, policy_loss: Any, needed: set[str]) -> Non
     loss_mode = f"policy_loss.loss_mode={policy_loss.loss_mode}"
     adv_estimator = f"algorithm.adv_estimator={config.algorithm.adv_estimator}"
     has_coefficient, fields = "entropy_coeff" in needed, estimator_fields(config.algorithm)
+    aepo = config.algorithm.adv_estimator == "aepo"  # it reads `actor/entropy` of the last step
     if policy_loss.loss_mode in POLICY_LOSSES and is_distillation_enabled(config.get("distillation")):
         raise ValueError(f"distillation.enabled=true: expected false with {loss_mode}")
     for needs, key, expected in (
@@ -121,15 +122,18 @@ def check_trainer(config: DictConfig, policy_loss: Any, needed: set[str]) -> Non
                 f"{key}: expected {expected} where the trainer computes no entropies of the old policy, as in bypass "
                 "mode or with trainer.skip_old_log_prob=true"
             )
-    if config.algorithm.adv_estimator == "aepo" and not is_batched(config):
+    if aepo and (config.algorithm.get("rollout_correction") or {}).get("bypass_mode", False):
+        raise ValueError(f"{adv_estimator}: expected another in bypass mode, without entropies of the old policy")
+    if aepo and not is_batched(config):
         manager = config.actor_rollout_ref.rollout.agent.get("agent_loop_manager_class")
         raise ValueError(
             f"rollout.agent.agent_loop_manager_class={manager}: expected {BATCHED_MANAGER} with {adv_estimator}, whose "
             "prompts have temperatures of their own"
         )
-    if has_coefficient and actor.loss_agg_mode not in MEANS:
+    if (has_coefficient or aepo) and actor.loss_agg_mode not in MEANS:
+        reader = loss_mode if has_coefficient else adv_estimator
         raise ValueError(
-            f"actor.loss_agg_mode={actor.loss_agg_mode}: expected one of {', '.join(MEANS)} with {loss_mode}, which "
+            f"actor.loss_agg_mode={actor.loss_agg_mode}: expected one of {', '.join(MEANS)} with {reader}, which "
             "needs a mean entropy"
         )
     use_kl = ", algorithm.use_kl_in_reward=true" if SCORES in fields else ""

@@ -38,6 +38,10 @@ def check_rollouts(config: DictConfig) -> None:
     if not is_batched(config):
         return
     rollout = config.actor_rollout_ref.rollout
+    if rollout.name != "vllm":
+        raise ValueError(
+            f"rollout.name={rollout.name}: expected vllm with rollout.agent.agent_loop_manager_class={BATCHED_MANAGER}"
+        )
     for key, value, served in (
         ("rollout.agent.default_agent_loop", rollout.agent.default_agent_loop, AGENT_LOOP),
         ("rollout.enable_rollout_routing_replay", rollout.enable_rollout_routing_replay, False),
