@@ -680,13 +680,17 @@ def test_kept_metrics_of_a_resumed_run_give_the_same_table(program, tmp_path):
     assert whole == [*small, "50"]
 
 
-def test_kept_metrics_are_of_one_run_each(program, tmp_path):
-    for name in ("a", "b"):
-        write_run(tmp_path / name / "seed1/grpo", [0.5], [0.1])
-    runs = [tmp_path / name / "seed1/grpo" for name in ("a", "b")]
-    result = program("keep_metrics.py", *runs, "--out", tmp_path / "kept")
-    assert result.returncode == 1 and not (tmp_path / "kept").exists()
-    assert f"{runs[0]} and {runs[1]}: expected one run for seed1/grpo.jsonl" in result.stderr
+@pytest.mark.parametrize("name", ["keep_metrics.py", "compare_runs.py"])
+def test_two_runs_of_one_method_and_seed_are_refused(program, tmp_path, name):
+    """Of different experiments; they are neither seeds of one method nor the same run."""
+    for folder in ("a/seed1/grpo", "b/seed1/grpo", "a/plain", "b/plain"):
+        write_run(tmp_path / folder, [0.5], [0.1])
+    out = tmp_path / ("out.png" if name == "compare_runs.py" else "out")
+    for run, kind in (("seed1/grpo", "grpo, seed 1"), ("plain", "plain, seed none")):
+        runs = [tmp_path / "a" / run, tmp_path / "b" / run]
+        result = program(name, *runs, "--out", out)
+        assert result.returncode == 1 and not out.exists()
+        assert f"{runs[0]} and {runs[1]}: both are {kind}; expected names that differ by" in result.stderr
 
 
 def test_kept_metrics_need_a_run(program, tmp_path):
