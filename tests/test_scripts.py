@@ -178,15 +178,15 @@ def test_comparison_scores_predictions_single_tokens_and_held_targets(program, t
         tmp_path / "grpo/audit/step_1_updates.parquet"
     )
     tokens = tabular_audit(steps=(1,), mini_batches=1, responses=1, length=6)
-    tokens["one_token"] = [1.0, -2.0, 3.0, 0.5, float("nan"), float("nan")]
-    tokens["influence"] = [2.0, -4.0, 5.0, -1.0, 7.0, 8.0]
+    tokens["one_token"] = [1.0, -2.0, 3.0, 0.5, 0.0, float("nan")]
+    tokens["influence"] = [2.0, -4.0, 5.0, -1.0, 0.5, 8.0]
     tokens.to_parquet(tmp_path / "grpo/audit/step_1_rank_0.parquet")
     result = program("compare_runs.py", tmp_path / "grpo", tmp_path / "held", "--out", tmp_path / "p.png")
     assert result.returncode == 0, result.stderr
     rows = printed_rows(result)
     assert ["grpo", "influence", "3", "1.000", "0.500"] in rows
-    # Ranks 3, 1, 4, 2 against 3, 1, 4, 2 but for the signs of one token.
-    assert ["grpo", "influence", "4", "1.000", "0.973", "75"] in rows
+    # Ranks 4, 1, 5, 2, 3 against 4, 1, 5, 3, 2; of five tokens one has the wrong sign and one no effect.
+    assert ["grpo", "influence", "5", "0.900", "0.961", "75"] in rows
     assert ["grpo", "0.3, not its own", "0.1000", "33.3 %", "-"] in rows
     assert ["held", "0.3", "0.0200", "6.7 %", "0.900"] in rows
 
