@@ -11,8 +11,11 @@ import subprocess
 import sys
 import time
 
+import httpx
+import huggingface_hub
 import pandas as pd
 import pytest
+from huggingface_hub import errors
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from tabular_audit import tabular_audit
 from test_configuration import validated
@@ -679,6 +682,40 @@ def test_a_checkpoint_is_merged_once_and_again_where_its_shards_change(evaluated
 def test_an_evaluation_refuses_an_option_before_ray_starts(evaluated, tmp_path, override, message):
     assert message in evaluated(write_weights(tmp_path / "model", ""), override, fails=True)
     assert (tmp_path / "calls").read_text() == ""
+
+
+RESPONSE = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co"))
+
+
+@pytest.mark.parametrize(
+    "files, error, words",
+    [
+        (["model.safetensors", "config.json"], None, "o/n is in {out}: MODEL_PATH={out}"),
+        (["config.json"], None, "download_model: o/n: no *.safetensors on the hub; expected weights in that"),
+        ([], errors.GatedRepoError("", response=RESPONSE), "download_model: o/n: access must be granted"),
+        ([], errors.HFValidationError(), "download_model: o/n: no hub id; expected OWNER/NAME"),
+        ([], errors.RepositoryNotFoundError("", response=RESPONSE), "download_model: o/n: no such model"),
+        (
+            [],
+            errors.RevisionNotFoundError("", response=RESPONSE),
+            "--revision v1: expected a branch, tag or commit",
+        ),
+        ([], OSError("timed out"), "download_model: o/n: the hub did not answer (timed out); call again"),
+    ],
+)
+def test_a_download_tells_what_it_did_or_lacks(program, tmp_path, monkeypatch, files, error, words):
+    def snapshot_download(model, revision, local_dir, allow_patterns):
+        assert (model, revision) == ("o/n", "v1") and "*.safetensors" in allow_patterns
+        if error:
+            raise error
+        local_dir.mkdir()
+        for name in files:
+            (local_dir / name).touch()
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    result = program("download_model.py", "o/n", "--revision", "v1", "--out", tmp_path / "out")
+    assert words.format(out=tmp_path / "out") in result.stdout + result.stderr
+    assert result.returncode == (0 if "model.safetensors" in files else 1)
 
 
 def test_kept_metrics_of_a_resumed_run_give_the_same_table(program, tmp_path):
