@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
@@ -512,7 +513,7 @@ def load_source(spec: Spec, source: Path | None, revision: str | None) -> datase
         else:
             raw = raw_file(spec, source)
             rows = datasets.load_dataset(READERS[raw.suffix], data_files=str(raw), split="train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
         raise explain(error, spec, source) from error
     missing = [column for column in spec.columns if not has_column(rows.features, column)]
     if missing:
@@ -554,7 +555,7 @@ def explain(error: Exception, spec: Spec, source: Path | None) -> SourceError:
         reason = " ".join(str(error.__cause__ or error).split())
         return SourceError(f"the raw file can't be read ({reason}); write it again as parquet, JSON or JSON lines")
     reason = " ".join(str(error).split())
-    if isinstance(error, ConnectionError):
+    if isinstance(error, ConnectionError | httpx.TransportError):
         return HubUnreachableError(f"{reason}; connect to the network, or put raw files in DIR and pass --source DIR")
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
         page = f"https://huggingface.co/datasets/{spec.hub_id}"

@@ -10,6 +10,8 @@
 # Further arguments are Hydra overrides.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$root/run/help.sh"
+source "$root/run/quoted.sh"
 export DATA_DIR=${DATA_DIR:-$root/data} OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs}
 if [ -z "${PYTHON:-}" ]; then
   PYTHON=${STEER_VENV:-$root/.venv}/bin/python
@@ -59,10 +61,10 @@ echo "results: $results"
 names=() missing=()
 for file in "${files[@]}"; do
   names+=("$(basename "$file" .parquet)")
-  [ -f "${file%.parquet}/0.jsonl" ] || missing+=("$file")
+  [ -f "${file%.parquet}/0.jsonl" ] || missing+=("$(quoted "$file")")
 done
 if [ ${#missing[@]} -gt 0 ]; then
   bash "$root/run/launch.sh" eval "data.val_files=[$(IFS=, && echo "${missing[*]}")]" \
-    trainer.default_local_dir="$results" trainer.validation_data_dir="$results" "$@"
+    trainer.default_local_dir="$(quoted "$results")" trainer.validation_data_dir="$(quoted "$results")" "$@"
 fi
 "$PYTHON" "$root/scripts/summarize_eval.py" "$results" --only "${names[@]}"

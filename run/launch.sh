@@ -8,6 +8,7 @@
 #   PYTHON      interpreter (the repository's .venv, else python3)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$root/run/help.sh"
 
 name=${1:?launch.sh: expected the name of a method or configuration, such as steer_exp}
 shift

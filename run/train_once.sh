@@ -6,13 +6,12 @@
 # config.yaml (the resolved configuration), train.log and metrics.jsonl. Variables as in launch.sh.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$root/run/quoted.sh"
 
 run=${1:?train_once.sh: expected a folder for the run}
 config=${2:?train_once.sh: expected the name of a configuration, such as steer_exp}
 shift 2
 name=$(basename "$run")
-# Quoted for Hydra: a path may have characters of its grammar.
-quoted() { echo "'${1//\'/\\\'}'"; }
 overrides=("$@" trainer.experiment_name="$(quoted "$name")" trainer.default_local_dir="$(quoted "$run")"
   trainer.resume_mode=auto)
 title=$(basename "$(dirname "$run")")/$name

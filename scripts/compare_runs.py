@@ -166,7 +166,7 @@ def prediction_table(methods: dict[str, list[Run]]) -> Table:
 def single_token_table(methods: dict[str, list[Run]]) -> Table:
     """A row per method and estimate: against the true effect of single tokens on the mean entropy.
 
-    `sign` is the percentage of tokens whose effect has the sign of the estimate.
+    `sign` is the percentage of tokens whose effect has the sign of the estimate, among those where neither is 0.
     """
     title = "estimates against the true effect of single tokens"
     result = _empty_table(title, ("estimate",), ("tokens", "Spearman", "Pearson", "sign"))
@@ -179,7 +179,7 @@ def single_token_table(methods: dict[str, list[Run]]) -> Table:
             cells = [
                 [x.corr(y, "spearman") for x, y in pairs],
                 [x.corr(y) for x, y in pairs],
-                [100 * ((x > 0) == (y > 0))[x != 0].mean() for x, y in pairs],
+                [100 * ((x > 0) == (y > 0))[(x != 0) & (y != 0)].mean() for x, y in pairs],
             ]
             row = [mean_and_interval(values, decimals) for values, decimals in zip(cells, (3, 3, 0), strict=True)]
             result.add_row(name, estimate.removeprefix("omega_"), str(sum(map(len, audits))), *row)

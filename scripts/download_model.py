@@ -11,7 +11,14 @@ import sys
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 #: What vLLM and FSDP read: weights in other formats double the download.
 PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md"]
@@ -28,11 +35,17 @@ def main() -> None:
         snapshot_download(args.model, revision=args.revision, local_dir=out, allow_patterns=PATTERNS)
     except GatedRepoError:
         sys.exit(f"download_model: {args.model}: access must be granted on its page; then `hf auth login`")
+    except HFValidationError:
+        sys.exit(f"download_model: {args.model}: no hub id; expected OWNER/NAME")
+    except RevisionNotFoundError:
+        sys.exit(f"download_model: --revision {args.revision}: expected a branch, tag or commit of {args.model}")
     except RepositoryNotFoundError:
         sys.exit(f"download_model: {args.model}: no such model on the hub, or private; expected OWNER/NAME")
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         reason = str(error).splitlines()[0]
         sys.exit(f"download_model: {args.model}: the hub did not answer ({reason}); call again to go on")
+    if not any(out.glob("*.safetensors")):
+        sys.exit(f"download_model: {args.model}: no *.safetensors on the hub; expected weights in that format")
     print(f"{args.model} is in {out}: MODEL_PATH={out}")
 
 

@@ -19,15 +19,9 @@ from pathlib import Path
 from verl.steer.report.run_metrics import Run, compared_metrics, read_runs
 
 
-def by_file(runs: list[Run]) -> dict[str, Run]:
-    """Runs by the name of the file that keeps each; ValueError if two have the same method and seed."""
-    files: dict[str, Run] = {}
-    for run in runs:
-        name = f"seed{run.seed}/{run.name}.jsonl" if run.seed else f"{run.name}.jsonl"
-        other = files.setdefault(name, run)
-        if other is not run:
-            raise ValueError(f"{other.folder} and {run.folder}: expected one run for {name}")
-    return files
+def file_of(run: Run) -> str:
+    """The name of the file that keeps a run."""
+    return f"seed{run.seed}/{run.name}.jsonl" if run.seed else f"{run.name}.jsonl"
 
 
 def records(run: Run) -> list[dict[str, object]]:
@@ -51,11 +45,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the small files")
     args = parser.parse_args()
     try:
-        files = by_file(read_runs(args.runs))
+        runs = read_runs(args.runs)
     except ValueError as error:
         sys.exit(f"keep_metrics: {error}")
-    for name, run in files.items():
-        file = args.out / name
+    for run in runs:
+        file = args.out / file_of(run)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(json.dumps(record) + "\n" for record in records(run)))
         print(file)

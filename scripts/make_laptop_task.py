@@ -68,7 +68,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--hidden-size", type=int, default=128, help="of the model, a multiple of 64")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(**DEFAULTS[parser.parse_known_args()[0].task])
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.hidden_size < 64 or args.hidden_size % 64:
+        parser.error(f"--hidden-size {args.hidden_size}: expected a multiple of 64")
+    if args.test_size < 1:
+        parser.error(f"--test-size {args.test_size}: expected at least 1")
+    return args
 
 
 def by_task(option: str) -> str:

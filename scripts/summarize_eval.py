@@ -3,12 +3,13 @@
 
     python scripts/summarize_eval.py outputs/eval/MODEL-0123456789 --only aime24-0123456789 math500-0123456789
 
-Reads `BENCHMARK/0.jsonl` below the folder, one line per response, written by run/eval.sh; benchmarks are shown without
-the digest at the end of their names. Responses to the same prompt are samples of one problem; k is their number. mean@k
-is the mean of `acc`. A response is right if its `acc` is 1: maj@k is the share of problems whose most frequent answer
-`pred` is right (the first of several; a response without an answer has no vote, a problem without any answer is wrong;
-none where no response has one, as with programs), pass@k that of problems with a right response among k. Intervals are
-95 % by bootstrap over problems.
+Reads what run/eval.sh writes into the folder: `settings.json`, `BENCHMARK.parquet` and, with one line per response,
+`BENCHMARK/0.jsonl`; benchmarks are shown without the digest at the end of their names. Responses that the settings ask
+for and the file lacks are counted as lost; the metrics are of the others. Responses to the same prompt are samples of
+one problem; k is their number. mean@k is the mean of `acc`. A response is right if its `acc` is 1: maj@k is the share
+of problems whose most frequent answer `pred` is right (the first of several; a response without an answer has no vote,
+a problem without any answer is wrong; none where no response has one, as with programs), pass@k that of problems with
+a right response among k. Intervals are 95 % by bootstrap over problems.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
@@ -48,12 +50,21 @@ def majority(samples: pd.DataFrame) -> bool:
 def read_responses(file: Path) -> pd.DataFrame:
     """The responses of one benchmark; `pred` is text, empty without an answer or with a reward function that has none.
 
-    pandas' own reader would take answers such as "1" for numbers.
+    Columns have the same types with every grader: `acc` is a number, `gts` is text. pandas' own reader would take
+    answers such as "1" for numbers.
     """
     with file.open() as lines:
         responses = pd.DataFrame([json.loads(line) for line in lines])
     preds = responses.get("pred", pd.Series("", responses.index))
-    return responses.assign(pred=["" if pred is None or pred != pred else str(pred) for pred in preds])
+    preds = ["" if pred is None or pred != pred else str(pred) for pred in preds]
+    return responses.assign(pred=preds, acc=responses["acc"].astype(float), gts=responses["gts"].map(str))
+
+
+def responses_asked(folder: Path, name: str) -> int:
+    """The number of responses to a benchmark that the settings in the folder ask for."""
+    config = json.loads((folder / "settings.json").read_text())["config"]
+    rows, most = pq.read_metadata(folder / f"{name}.parquet").num_rows, config["data"]["val_max_samples"]
+    return (min(rows, most) if most > 0 else rows) * config["actor_rollout_ref"]["rollout"]["val_kwargs"]["n"]
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
@@ -62,11 +73,11 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
-def results_of(responses: pd.DataFrame) -> dict[str, Any]:
-    """n, k and the metrics with their intervals, from one benchmark's responses."""
+def results_of(responses: pd.DataFrame, asked: int) -> dict[str, Any]:
+    """n, k, the number of lost responses, and the metrics with their intervals, from one benchmark's responses."""
     problems = [samples for _, samples in responses.groupby("input", sort=False)]
-    counts = {len(samples) for samples in problems}
-    result: dict[str, Any] = {"n": len(problems), "k": max(counts), "complete": len(counts) == 1}
+    lost = max(0, asked - len(responses))
+    result: dict[str, Any] = {"n": len(problems), "k": max(map(len, problems)), "complete": not lost, "lost": lost}
     answered = (responses["pred"] != "").any()
     for name, metric in METRICS.items():
         if name == "maj" and not answered:
@@ -79,7 +90,7 @@ def results_of(responses: pd.DataFrame) -> dict[str, Any]:
 def table(results: dict[str, dict[str, Any]]) -> Table:
     """A row per benchmark, and the average over the benchmarks."""
     shown = Table("benchmark")
-    for heading in ("n", "k", *(f"{name}@k" for name in METRICS)):
+    for heading in ("n", "k", "lost", *(f"{name}@k" for name in METRICS)):
         shown.add_column(heading, justify="right")
     for name, result in results.items():
         cells = []
@@ -89,10 +100,11 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
                 continue
             low, high = result[metric]["interval"]
             cells.append(f"{result[metric]['value']:.1%} [{low:.1%}, {high:.1%}]")
-        shown.add_row(name, str(result["n"]), str(result["k"]), *cells)
+        shown.add_row(name, str(result["n"]), str(result["k"]), str(result["lost"]), *cells)
     shown.add_section()
     averages = averages_of(results)
-    shown.add_row("average", "", "", *(f"{averages[metric]:.1%}" if metric in averages else "-" for metric in METRICS))
+    cells = [f"{averages[metric]:.1%}" if metric in averages else "-" for metric in METRICS]
+    shown.add_row("average", "", "", "", *cells)
     return shown
 
 
@@ -107,13 +119,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="results of one model")
     parser.add_argument("--only", nargs="+", required=True, metavar="NAME", help="benchmarks")
     args = parser.parse_args()
-    frames = {}
+    frames, results = {}, {}
     for name in args.only:
         file = args.folder / name / "0.jsonl"
         if not file.is_file():
             sys.exit(f"summarize_eval: {file}: no responses; expected the file that run/eval.sh writes for {name}")
-        frames[re.sub(r"-[0-9a-f]{10}$", "", name)] = read_responses(file)
-    results = {name: results_of(frame) for name, frame in frames.items()}
+        benchmark = re.sub(r"-[0-9a-f]{10}$", "", name)
+        frames[benchmark] = read_responses(file)
+        results[benchmark] = results_of(frames[benchmark], responses_asked(args.folder, name))
     average = averages_of(results)
     (args.folder / "results.json").write_text(json.dumps({"benchmarks": results, "average": average}, indent=2) + "\n")
     together = pd.concat([frame.assign(benchmark=name) for name, frame in frames.items()], ignore_index=True)

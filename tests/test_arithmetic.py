@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -197,6 +198,20 @@ def test_program_makes_another_task_with_a_larger_model(tmp_path: Path) -> None:
     assert raw == [row["extra_info"]["raw_problem"] for row in rows.make_rows(countdown, "test", 6, 0)]
     config = AutoModelForCausalLM.from_pretrained(out / "model").config
     assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (3, 64, 2)
+
+
+@pytest.mark.parametrize(
+    "option, value, expected",
+    [("hidden-size", 32, "a multiple of 64"), ("hidden-size", 100, "a multiple of 64"), ("test-size", 0, "at least 1")],
+)
+def test_program_refuses_sizes_without_a_model_or_test(
+    program: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, option: str, value: int, expected: str
+) -> None:
+    sizes = {"train-size": 12, "test-size": 6, "steps": 2, option: value}
+    words = [f"--{name}={number}" for name, number in sizes.items()]
+    result = program("make_laptop_task.py", "--out", tmp_path / "task", "--quiet", *words)
+    assert result.returncode == 2 and f"error: --{option} {value}: expected {expected}" in result.stderr
+    assert not (tmp_path / "task").exists()
 
 
 def test_program_keeps_a_folder_that_is_not_its_own(tmp_path: Path) -> None:

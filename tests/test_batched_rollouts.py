@@ -505,13 +505,13 @@ def trainer(monkeypatch):
     rollout = {"n": ROLLOUTS, "log_prob_micro_batch_size_per_gpu": 9, "log_prob_use_dynamic_bsz": False}
     built.config = OmegaConf.create(
         {
-            "trainer": {"rollout_timeout": 12, "critic_warmup": 0},
+            "trainer": {"rollout_timeout": 12, "critic_warmup": 0, "log_val_generations": 0},
             "algorithm": {"adv_estimator": "grpo", "use_kl_in_reward": False, "gamma": 1.0, "lam": 1.0},
             "actor_rollout_ref": {"actor": {"ppo_mini_batch_size": 2}, "rollout": rollout, "ref": rollout},
         }
     )
     built.actor_rollout_wg = SimpleNamespace(_dispatch_info={"actor": [0]})
-    built.tokenizer = SimpleNamespace(eos_token_id=1)
+    built.tokenizer, built.processor = SimpleNamespace(eos_token_id=1), None
     built.replay_buffer = SimpleNamespace(failure_keys={"train": set()})
     return built
 
@@ -604,6 +604,7 @@ def validated(trainer, lost=frozenset()):
         "acc": list(map(float, values)),
         "pred": list(map(str, values)),
     }
+    trainer._maybe_log_val_generations(inputs=["the same"] * len(uids), outputs=uids, scores=values)
     return trainer._val_metrics_update(sources, uids, infos, [2] * len(uids), expected_acc_counts=dict(ASKED)), (
         sources, uids, infos
     )  # fmt: skip
@@ -616,6 +617,18 @@ def test_a_whole_validation_has_upstreams_metrics_and_its_size(trainer):
     sampled = {name for name in metrics if "/pass@" in name or "/distinct_" in name}
     assert sampled and {name: metrics[name] for name in metrics.keys() - sampled} == theirs | counts
     assert metrics["val-core/aime/acc/mean@4"] == 6 / 12
+
+
+def test_a_problem_in_several_rows_has_pass_at_k(trainer):
+    """verl's own validation gives each row a uid of its own and the prompts in the order of the uids."""
+    uids = [str(number) for number in range(8)]
+    trainer._maybe_log_val_generations(inputs=[*"abababab"], outputs=uids, scores=uids)
+    infos = {"acc": [1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]}
+    asked = {("aime", uid): 1 for uid in uids}
+    metrics = trainer._val_metrics_update(["aime"] * 8, uids, infos, [2] * 8, expected_acc_counts=asked)
+    # A problem of which one of four samples is right, and one of which all are.
+    shares = {k: metrics[f"val-aux/aime/acc/pass@{k}"] for k in (1, 2, 4)}
+    assert shares == {1: 5 / 8, 2: 3 / 4, 4: 1.0} and metrics["val-core/aime/acc/mean@1"] == 5 / 8
 
 
 def sizes(samples, lost):

@@ -16,6 +16,7 @@ import zlib
 from pathlib import Path
 
 import datasets
+import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -489,6 +490,17 @@ def test_no_network(tmp_path):
         "connect to the network",
         "--source",
     )
+
+
+def test_no_network_for_files_that_are_read_one_by_one(tmp_path, make, monkeypatch):
+    """`datasets` passes on what the hub's client raises there."""
+
+    def refuse(*args, **kwargs):
+        raise httpx.ConnectError("[Errno 111] Connection refused")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    result = make("--only", "livecodebench", "--out", tmp_path)
+    one_line(result, "livecodebench.parquet", "Connection refused", "connect to the network", "--source")
 
 
 def test_no_access(tmp_path, make, monkeypatch):

@@ -427,14 +427,14 @@ def test_weight_against_entropy_pairs_a_step_with_the_change_after_it():
 def test_scores_of_perfect_and_of_opposite_estimates():
     truth = np.array([-1.0, 2.0, 3.0, -4.0])
     audit = audit_of(true_change=truth, omega_signed=3 * truth, omega_size=abs(truth), omega_opposite=-truth)
-    scores = figures.estimator_scores(audit.drop(columns="omega_released"))
+    scores = figures.estimator_scores(audit.drop(columns="omega_released").assign(run=0))
     assert scores.loc["signed"].tolist() == pytest.approx([0, 1, 1, 1])
     assert scores.loc["size"].tolist()[:3] == pytest.approx([0, 1, 1]) and np.isnan(scores.loc["size", "sign"])
     assert scores.loc["opposite"].tolist() == pytest.approx([0, -1, -1, 0])
 
 
 def test_scores_are_means_over_updates(audited_run):
-    scores = figures.estimator_scores(audited_run.audit)
+    scores = figures.estimator_scores(audited_run.audit.assign(run=0))
     updates = [update for _, update in audited_run.audit.groupby(["step", "mini_batch"])]
     pairs = [(update["omega_clip_aware"], update["true_change"].abs()) for update in updates]
     assert scores.loc["clip_aware", "pearson"] == pytest.approx(np.mean([pearsonr(*pair).statistic for pair in pairs]))
@@ -443,6 +443,15 @@ def test_scores_are_means_over_updates(audited_run):
     )
     assert scores.loc["exact", "pearson"] > 0.98 and scores.loc["exact", "sign"] > 0.95
     assert scores.loc["clip_aware", "spearman"] > scores.loc["released", "spearman"]
+
+
+def test_updates_of_different_seeds_are_scored_apart():
+    """Within a seed the estimate is the truth; across both the second's larger changes have the smaller estimates."""
+    seeds = [audit_of(true_change=[1.0, 2.0], omega_signed=[9.0, 10.0]), audit_of(true_change=[5.0, 6.0])]
+    seeds[1]["omega_signed"] = [1.0, 2.0]
+    audit = figures.audited({"a": [run_with(None), *map(run_with, seeds)]})["a"]
+    assert audit["run"].tolist() == [1, 1, 2, 2]
+    assert figures.estimator_scores(audit).loc["signed", "pearson"] == pytest.approx(1)
 
 
 def test_truth_has_a_panel_for_each_estimate_and_medians_over_all_tokens(audited_run):
@@ -469,9 +478,9 @@ def test_an_audit_in_which_nothing_changed(tmp_path, recwarn):
 
 def test_clip_counts_by_hand():
     audit = audit_of(
-        prob=[0.05, 0.05, 0.05, 0.05, 0.95, 1.0],
-        advantage=[1.0, 1.0, -1.0, 1.0, -1.0, -1.0],
-        clipped=[True, True, True, False, False, True],
+        prob=[0.05, 0.05, 0.05, 0.05, 0.95, 1.0, float("nan")],
+        advantage=[1.0, 1.0, -1.0, 1.0, -1.0, -1.0, 1.0],
+        clipped=[True, True, True, False, False, True, True],
     )
     counts, shares = figures.clip_counts({"steer": [run_with(audit)]}).figure.axes
     above, below = counts.containers
@@ -493,10 +502,10 @@ def test_clip_counts_leave_out_a_loss_that_does_not_clip_as_ppo():
 
 def test_quadrants_by_hand():
     audit = audit_of(
-        advantage=[1.0, 1.0, -2.0, -2.0, 0.0],
-        prob=[0.9, 0.5, 0.9, 0.1, 0.9],
-        omega_released=[1.0, 5.0, 0.0, 2.0, 9.0],
-        true_change=[-1.0, 1.0, 1.0, -1.0, 9.0],
+        advantage=[1.0, 1.0, -2.0, -2.0, 0.0, float("nan")],
+        prob=[0.9, 0.5, 0.9, 0.1, 0.9, 0.9],
+        omega_released=[1.0, 5.0, 0.0, 2.0, 9.0, 9.0],
+        true_change=[-1.0, 1.0, 1.0, -1.0, 9.0, 9.0],
     )
     shares = figures.quadrant_shares(audit, "released", 0.5)
     assert list(shares.index) == ["A > 0, π > 0.5", "A > 0, π ≤ 0.5", "A < 0, π > 0.5", "A < 0, π ≤ 0.5"]
@@ -570,6 +579,7 @@ def test_the_page_tells_what_is_missing_and_what_gives_it(tmp_path):
     page = html.unescape(write_report([run], tmp_path, ReportOptions()).read_text())
     assert sorted(file.name for file in (tmp_path / "figures").iterdir()) == ["training.png", "training.svg"]
     assert page.count('class="lacks"') == 9
+    assert "pass@k: a run with 8 or more samples of each validation problem logs it" in page
     assert page.count("loss_mode=entropy_control logs them") == 2 and page.count("audit/*.parquet") == 4
 
 

@@ -11,8 +11,11 @@ import subprocess
 import sys
 import time
 
+import httpx
+import huggingface_hub
 import pandas as pd
 import pytest
+from huggingface_hub import errors
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from tabular_audit import tabular_audit
 from test_configuration import validated
@@ -178,15 +181,15 @@ def test_comparison_scores_predictions_single_tokens_and_held_targets(program, t
         tmp_path / "grpo/audit/step_1_updates.parquet"
     )
     tokens = tabular_audit(steps=(1,), mini_batches=1, responses=1, length=6)
-    tokens["one_token"] = [1.0, -2.0, 3.0, 0.5, float("nan"), float("nan")]
-    tokens["influence"] = [2.0, -4.0, 5.0, -1.0, 7.0, 8.0]
+    tokens["one_token"] = [1.0, -2.0, 3.0, 0.5, 0.0, float("nan")]
+    tokens["influence"] = [2.0, -4.0, 5.0, -1.0, 0.5, 8.0]
     tokens.to_parquet(tmp_path / "grpo/audit/step_1_rank_0.parquet")
     result = program("compare_runs.py", tmp_path / "grpo", tmp_path / "held", "--out", tmp_path / "p.png")
     assert result.returncode == 0, result.stderr
     rows = printed_rows(result)
     assert ["grpo", "influence", "3", "1.000", "0.500"] in rows
-    # Ranks 3, 1, 4, 2 against 3, 1, 4, 2 but for the signs of one token.
-    assert ["grpo", "influence", "4", "1.000", "0.973", "75"] in rows
+    # Ranks 4, 1, 5, 2, 3 against 4, 1, 5, 3, 2; of five tokens one has the wrong sign and one no effect.
+    assert ["grpo", "influence", "5", "0.900", "0.961", "75"] in rows
     assert ["grpo", "0.3, not its own", "0.1000", "33.3 %", "-"] in rows
     assert ["held", "0.3", "0.0200", "6.7 %", "0.900"] in rows
 
@@ -377,8 +380,10 @@ def test_the_folder_of_a_run_may_have_characters_of_hydras_grammar(command, root
     assert options["trainer.default_local_dir"] == str(folder) and options["trainer.experiment_name"] == folder.name
 
 
-@pytest.mark.parametrize("launcher", ["compare.sh", "quickstart.sh", "study.sh", "preflight.sh", "two_nodes.sh"])
-def test_launchers_of_several_processes_explain_themselves(command, root, launcher):
+@pytest.mark.parametrize(
+    "launcher", ["compare.sh", "eval.sh", "launch.sh", "preflight.sh", "quickstart.sh", "study.sh", "two_nodes.sh"]
+)
+def test_launchers_explain_themselves(command, root, launcher):
     result = command("bash", root / "run" / launcher, "--help", cwd="/", PYTHON="false")
     assert result.returncode == 0 and f"bash run/{launcher}" in result.stdout
     assert result.stdout.splitlines()[0][-1] != "#" and "set -euo" not in result.stdout
@@ -458,24 +463,46 @@ def test_comparison_names_a_folder_without_metrics(program, tmp_path):
     assert result.returncode == 1 and f"{tmp_path}: no metrics*.jsonl" in result.stderr
 
 
-def test_evaluation_by_hand(command, root, tmp_path):
-    """Two problems, three samples each: right, right, wrong and wrong, wrong, right."""
-    folder = tmp_path / "toy"
-    folder.mkdir()
-    answers = {"p": [("1", True), ("1", True), ("2", False)], "q": [("3", False), ("3", False), ("4", True)]}
-    rows = [
+def write_responses(folder, name, responses, rows=None, n=1, most=-1):
+    """An evaluation's responses, as (input, acc, pred), to a benchmark of so many rows, by default as many."""
+    lines = [
         {"input": problem, "output": "", "gts": "1", "score": 1.0 if acc else -1.0, "acc": acc, "pred": pred}
-        for problem, samples in answers.items()
-        for pred, acc in samples
+        for problem, acc, pred in responses
     ]
-    pd.DataFrame(rows).to_json(folder / "0.jsonl", lines=True, orient="records")
-    result = command(sys.executable, root / "scripts/summarize_eval.py", tmp_path, "--only", "toy", COLUMNS="200")
+    (folder / name).mkdir()
+    (folder / name / "0.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pd.DataFrame({"prompt": [""] * (rows or len(lines))}).to_parquet(folder / f"{name}.parquet")
+    config = {"data": {"val_max_samples": most}, "actor_rollout_ref": {"rollout": {"val_kwargs": {"n": n}}}}
+    (folder / "settings.json").write_text(json.dumps({"config": config}))
+
+
+def summarized(program, folder, *names):
+    """The summary of these benchmarks, and what was printed."""
+    result = program("summarize_eval.py", folder, "--only", *names, COLUMNS="200")
     assert result.returncode == 0, result.stderr
-    benchmark = json.loads((tmp_path / "results.json").read_text())["benchmarks"]["toy"]
-    assert (benchmark["n"], benchmark["k"], benchmark["complete"]) == (2, 3, True)
+    return json.loads((folder / "results.json").read_text()), result
+
+
+def test_evaluation_by_hand(program, tmp_path):
+    """Two problems, three samples each: right, right, wrong and wrong, wrong, right."""
+    responses = [("p", True, "1"), ("p", True, "1"), ("p", False, "2"), ("q", False, "3"), ("q", False, "3")]
+    write_responses(tmp_path, "toy", [*responses, ("q", True, "4")], rows=5, n=3, most=2)
+    results, printed = summarized(program, tmp_path, "toy")
+    benchmark = results["benchmarks"]["toy"]
+    assert [benchmark[name] for name in ("n", "k", "complete", "lost")] == [2, 3, True, 0]
     assert benchmark["mean"]["value"] == 0.5 and benchmark["mean"]["interval"] == pytest.approx([1 / 3, 2 / 3])
     assert benchmark["maj"]["value"] == 0.5 and benchmark["pass"]["value"] == 1.0
+    assert printed_rows(printed)[0][:4] == ["toy", "2", "3", "0"]
     assert len(pd.read_parquet(tmp_path / "responses.parquet")) == 6
+
+
+@pytest.mark.parametrize("rows, n, most, lost", [(3, 1, -1, 1), (2, 3, -1, 4), (9, 1, 2, 0)])
+def test_lost_responses_are_told(program, tmp_path, rows, n, most, lost):
+    """Two responses, each to another problem."""
+    write_responses(tmp_path, "toy", [("p", True, "1"), ("q", False, "2")], rows, n, most)
+    results, printed = summarized(program, tmp_path, "toy")
+    assert [results["benchmarks"]["toy"][name] for name in ("complete", "lost")] == [lost == 0, lost]
+    assert printed_rows(printed)[0][:4] == ["toy", "2", "1", str(lost)]
 
 
 @pytest.mark.parametrize(
@@ -488,58 +515,45 @@ def test_evaluation_by_hand(command, root, tmp_path):
 )
 def test_a_response_without_an_answer_has_no_vote(program, tmp_path, answers, share):
     """Beside a problem with a wrong answer."""
-    rows = [
-        {"input": problem, "output": "", "gts": "1", "score": 1.0 if acc else -1.0, "acc": acc, "pred": pred}
-        for problem, samples in (("p", answers), ("q", [("3", False)]))
-        for pred, acc in samples
-    ]
-    (tmp_path / "toy").mkdir()
-    pd.DataFrame(rows).to_json(tmp_path / "toy/0.jsonl", lines=True, orient="records")
-    result = program("summarize_eval.py", tmp_path, "--only", "toy")
-    assert result.returncode == 0, result.stderr
-    benchmark = json.loads((tmp_path / "results.json").read_text())["benchmarks"]["toy"]
-    assert benchmark["maj"]["value"] == share / 2
+    write_responses(tmp_path, "toy", [*(("p", acc, pred) for pred, acc in answers), ("q", False, "3")])
+    results, _ = summarized(program, tmp_path, "toy")
+    assert results["benchmarks"]["toy"]["maj"]["value"] == share / 2
 
 
 def test_rewards_that_are_no_grades(program, tmp_path):
     """A reward function without answers, whose `acc` is a number: 1 is right, -1 and a part are not."""
-    (tmp_path / "toy").mkdir()
-    rows = [
-        {"input": p, "output": "", "gts": "1", "score": acc, "acc": acc}
-        for p, acc in (("a", -1.0), ("a", 1.0), ("b", 0.5))
-    ]
-    pd.DataFrame(rows).to_json(tmp_path / "toy/0.jsonl", lines=True, orient="records")
-    result = program("summarize_eval.py", tmp_path, "--only", "toy")
-    assert result.returncode == 0, result.stderr
-    benchmark = json.loads((tmp_path / "results.json").read_text())["benchmarks"]["toy"]
-    assert benchmark["pass"]["value"] == 0.5 and "maj" not in benchmark
+    write_responses(tmp_path, "toy", [("a", -1.0, None), ("a", 1.0, None), ("b", 0.5, None)])
+    write_responses(tmp_path, "grades", [("a", True, "1")])
+    lines = tmp_path / "toy/0.jsonl"
+    lines.write_text(lines.read_text().replace(', "pred": null', "").replace('"gts": "1"', '"gts": 1'))
+    results, _ = summarized(program, tmp_path, "toy", "grades")
+    assert results["benchmarks"]["toy"]["pass"]["value"] == 0.5 and "maj" not in results["benchmarks"]["toy"]
+    together = pd.read_parquet(tmp_path / "responses.parquet")
+    assert together["acc"].tolist() == [-1.0, 1.0, 0.5, 1.0] and together["gts"].tolist() == ["1"] * 4
 
 
 def test_programs_have_no_majority(program, tmp_path):
     for name, pred in (("programs", ""), ("answers", "1")):
-        (tmp_path / name).mkdir()
-        rows = [{"input": "p", "gts": "1", "score": 1.0, "acc": acc, "pred": pred} for acc in (True, False)]
-        pd.DataFrame(rows).to_json(tmp_path / name / "0.jsonl", lines=True, orient="records")
-    result = program("summarize_eval.py", tmp_path, "--only", "programs", "answers")
-    assert result.returncode == 0, result.stderr
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["benchmarks"]["programs"].keys() == {"n", "k", "complete", "mean", "pass"}
+        write_responses(tmp_path, name, [("p", True, pred), ("p", False, pred)])
+    results, _ = summarized(program, tmp_path, "programs", "answers")
+    assert results["benchmarks"]["programs"].keys() == {"n", "k", "complete", "lost", "mean", "pass"}
     assert results["average"] == {"mean": 0.5, "maj": 1.0, "pass": 1.0}
-    assert program("summarize_eval.py", tmp_path, "--only", "programs").returncode == 0
+    summarized(program, tmp_path, "programs")
 
 
-#: Answers each benchmark with the model's weights, and merges shards by copying one.
+#: Answers each benchmark with the model's weights and the benchmark's text, and merges shards by copying one.
 EVALUATOR = """
-import json, os, pathlib, sys
+import ast, json, os, pathlib, re, sys
 arguments = sys.argv[1:]
 if arguments[:2] == ["-m", "verl.steer.main"]:
     options = dict(word.split("=", 1) for word in arguments if "=" in word)
     (weights,) = pathlib.Path(os.environ["MODEL_PATH"]).glob("*.safetensors")
-    for file in map(pathlib.Path, options["data.val_files"].strip("[]").split(",")):
+    for file in map(pathlib.Path, ast.literal_eval(options["data.val_files"])):
         with open(os.environ["CALLS"], "a") as calls:
             calls.write(file.stem.split("-")[0] + "\\n")
-        row = {"input": "1 + 1", "output": weights.read_text() + " " + file.read_text(), "gts": "2", "acc": False}
-        folder = pathlib.Path(options["trainer.validation_data_dir"], file.stem)
+        text = re.search(b"<(.*?)>", file.read_bytes())[1].decode()
+        row = {"input": "1 + 1", "output": weights.read_text() + " " + text, "gts": "2", "acc": False}
+        folder = pathlib.Path(ast.literal_eval(options["trainer.validation_data_dir"]), file.stem)
         folder.mkdir(parents=True)
         (folder / "0.jsonl").write_text(json.dumps(row | {"pred": "", "score": -1.0}) + "\\n")
 elif arguments[:2] == ["-m", "verl.model_merger"]:
@@ -553,14 +567,25 @@ else:
 """
 
 
+DATA, OUT = "it's à=b {c}", "(1, 2) [3]"
+
+
+def write_benchmark(file, text):
+    """A benchmark of one row whose text the evaluator finds without a reader of parquet."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame({"prompt": [f"<{text}>"]}).to_parquet(file, compression=None)
+
+
 @pytest.fixture
 def evaluated(launch, root, tmp_path):
-    """run/eval.sh with that interpreter: the folder of results, the responses by benchmark, and what was generated."""
-    calls = tmp_path / "calls"
-    (tmp_path / "data").mkdir()
+    """run/eval.sh with that interpreter: the folder of results, the responses by benchmark, and what was generated.
+
+    Data and results lie in folders whose names have characters of Hydra's grammar.
+    """
+    calls, data, out = tmp_path / "calls", tmp_path / DATA, tmp_path / OUT
     for name in ("first", "second"):
-        (tmp_path / f"data/{name}.parquet").write_text(name)
-    environment = {"CALLS": str(calls), "DATA_DIR": str(tmp_path / "data"), "OUTPUT_DIR": str(tmp_path / "out")}
+        write_benchmark(data / f"{name}.parquet", name)
+    environment = {"CALLS": str(calls), "DATA_DIR": str(data), "OUTPUT_DIR": str(out)}
 
     def run(model, *overrides, only="first", fails=False, **more):
         calls.write_text("")
@@ -595,13 +620,15 @@ def test_an_evaluation_is_done_once_under_each_set_of_options(evaluated, tmp_pat
     sampling = "actor_rollout_ref.rollout.val_kwargs"
     folder, _, generated = evaluated(model, f"{sampling}.n=1", f"{sampling}.top_k=5")
     assert generated == ["first"]
-    again, _, generated = evaluated(model, f"{sampling}.top_k=5", only="first,second", OUTPUT_DIR=f"{tmp_path}/./out/")
+    again, _, generated = evaluated(
+        model, f"{sampling}.top_k=5", only="first,second", OUTPUT_DIR=f"{tmp_path}/./{OUT}/"
+    )
     assert again == folder and generated == ["second"]
     again, responses, generated = evaluated(model, f"{sampling}.top_k=5", only="second,first")
     assert again == folder and generated == [] and set(responses) == {"first", "second"}
     others = (f"{sampling}.temperature=0.5", f"{sampling}.top_k=6", "data.max_response_length=9")
     folders = {evaluated(model, other)[::2] == (folder, []) for other in others}
-    assert folders == {False} and len(list((tmp_path / "out/eval").iterdir())) == 1 + len(others)
+    assert folders == {False} and len(list((tmp_path / OUT / "eval").iterdir())) == 1 + len(others)
 
 
 def test_settings_tell_what_a_folder_of_results_is_of(evaluated, tmp_path):
@@ -627,7 +654,7 @@ def test_replaced_files_are_noticed(evaluated, tmp_path):
     write_weights(model, "new")
     other, responses, _ = evaluated(model)
     assert other != folder and responses == {"first": "new first"}
-    (tmp_path / "data/first.parquet").write_text("other rows")
+    write_benchmark(tmp_path / DATA / "first.parquet", "other rows")
     assert evaluated(model) == (other, {"first": "new other rows"}, ["first"])
 
 
@@ -657,6 +684,40 @@ def test_an_evaluation_refuses_an_option_before_ray_starts(evaluated, tmp_path, 
     assert (tmp_path / "calls").read_text() == ""
 
 
+RESPONSE = httpx.Response(404, request=httpx.Request("GET", "https://huggingface.co"))
+
+
+@pytest.mark.parametrize(
+    "files, error, words",
+    [
+        (["model.safetensors", "config.json"], None, "o/n is in {out}: MODEL_PATH={out}"),
+        (["config.json"], None, "download_model: o/n: no *.safetensors on the hub; expected weights in that"),
+        ([], errors.GatedRepoError("", response=RESPONSE), "download_model: o/n: access must be granted"),
+        ([], errors.HFValidationError(), "download_model: o/n: no hub id; expected OWNER/NAME"),
+        ([], errors.RepositoryNotFoundError("", response=RESPONSE), "download_model: o/n: no such model"),
+        (
+            [],
+            errors.RevisionNotFoundError("", response=RESPONSE),
+            "--revision v1: expected a branch, tag or commit",
+        ),
+        ([], OSError("timed out"), "download_model: o/n: the hub did not answer (timed out); call again"),
+    ],
+)
+def test_a_download_tells_what_it_did_or_lacks(program, tmp_path, monkeypatch, files, error, words):
+    def snapshot_download(model, revision, local_dir, allow_patterns):
+        assert (model, revision) == ("o/n", "v1") and "*.safetensors" in allow_patterns
+        if error:
+            raise error
+        local_dir.mkdir()
+        for name in files:
+            (local_dir / name).touch()
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    result = program("download_model.py", "o/n", "--revision", "v1", "--out", tmp_path / "out")
+    assert words.format(out=tmp_path / "out") in result.stdout + result.stderr
+    assert result.returncode == (0 if "model.safetensors" in files else 1)
+
+
 def test_kept_metrics_of_a_resumed_run_give_the_same_table(program, tmp_path):
     """Of speed nothing is kept, and of an entropy of 1/3 five digits, of an accuracy all; start 2 repeats step 2."""
     data = {"actor/entropy": 1 / 3, "actor/grad_norm": 1.0, "critic/score/mean": -0.5, "actor/token_weights_mean": 0.9}
@@ -680,13 +741,17 @@ def test_kept_metrics_of_a_resumed_run_give_the_same_table(program, tmp_path):
     assert whole == [*small, "50"]
 
 
-def test_kept_metrics_are_of_one_run_each(program, tmp_path):
-    for name in ("a", "b"):
-        write_run(tmp_path / name / "seed1/grpo", [0.5], [0.1])
-    runs = [tmp_path / name / "seed1/grpo" for name in ("a", "b")]
-    result = program("keep_metrics.py", *runs, "--out", tmp_path / "kept")
-    assert result.returncode == 1 and not (tmp_path / "kept").exists()
-    assert f"{runs[0]} and {runs[1]}: expected one run for seed1/grpo.jsonl" in result.stderr
+@pytest.mark.parametrize("name", ["keep_metrics.py", "compare_runs.py"])
+def test_two_runs_of_one_method_and_seed_are_refused(program, tmp_path, name):
+    """Of different experiments; they are neither seeds of one method nor the same run."""
+    for folder in ("a/seed1/grpo", "b/seed1/grpo", "a/plain", "b/plain"):
+        write_run(tmp_path / folder, [0.5], [0.1])
+    out = tmp_path / ("out.png" if name == "compare_runs.py" else "out")
+    for run, kind in (("seed1/grpo", "grpo, seed 1"), ("plain", "plain, seed none")):
+        runs = [tmp_path / "a" / run, tmp_path / "b" / run]
+        result = program(name, *runs, "--out", out)
+        assert result.returncode == 1 and not out.exists()
+        assert f"{runs[0]} and {runs[1]}: both are {kind}; expected names that differ by" in result.stderr
 
 
 def test_kept_metrics_need_a_run(program, tmp_path):

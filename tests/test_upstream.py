@@ -102,6 +102,11 @@ RELIED_ON = [
     ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._compute_old_log_prob", ["self", "batch", "metrics"]),
     ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._compute_advantage", ["self", "batch", "metrics"]),
     ("verl.trainer.ppo.v1.trainer_base", "PPOTrainer._update_actor", ["self", "batch", "metrics"]),
+    (
+        "verl.trainer.ppo.v1.trainer_base",
+        "PPOTrainer._maybe_log_val_generations",
+        ["self", "inputs", "outputs", "scores"],
+    ),
     ("verl.trainer.ppo.v1.agent_loop_tq", "AgentLoopManagerTQ.generate_sequences", ["self", "prompts"]),
     ("verl.experimental.agent_loop.agent_loop", "AgentLoopBase.ct_build_initial_tokens", None),
     ("verl.experimental.reward_loop.reward_loop", "RewardLoopWorker.compute_score_batch", ["self", "data"]),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from verl.steer.validation_metrics import bootstrap_metric, pass_at_k, sampling_metrics
+from verl.steer.validation_metrics import bootstrap_metric, pass_at_k, problems_of, sampling_metrics
 from verl.trainer.ppo import metric_utils
 from verl.trainer.ppo.metric_utils import calc_maj_val
 
@@ -72,3 +72,15 @@ def test_pass_at_k_is_of_the_problems_with_k_samples_and_one_sample_has_no_metri
     scores = sampling_metrics(["a", "a"], ["x", "x"], {"acc": [-1.0, 0.5]})  # of which none is right
     assert scores == {"val-aux/a/acc/pass@1": 0.0, "val-aux/a/acc/pass@2": 0.0}
     assert sampling_metrics(["a", "a"], ["x", "x"], {"score": [1.0, 0.0]}) == {}
+
+
+def test_rows_of_one_prompt_are_samples_of_a_problem_where_each_is_sampled_once():
+    """Source a has two problems in two rows each, b a row sampled twice, and c four problems, one of them twice."""
+    sources, uids = [*"aaaabbccccc"], ["1", "2", "3", "4", "5", "5", "6", "7", "8", "9", "10"]
+    prompts = ["x", "y", "x", "y", "x", "x", "p", "p", "q", "r", "s"]
+    asked = {(source, uid): 1 + (source == "b") for source, uid in zip(sources, uids, strict=True)}
+    problems = problems_of(sources, uids, prompts, asked)
+    assert problems == ["x", "y", "x", "y", "5", "5", "p", "p", "q", "r", "s"]
+    metrics = sampling_metrics(sources, problems, {"acc": [1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1]})
+    expected = {"a/acc/pass@1": 3 / 4, "a/acc/pass@2": 1.0, "b/acc/pass@1": 1 / 2, "b/acc/pass@2": 1.0}
+    assert metrics == {f"val-aux/{name}": value for name, value in expected.items()}

@@ -49,7 +49,7 @@ from verl.steer.rollout.lost_rollouts import LOST_IN_TRAINING, lost_rollouts, me
 from verl.steer.rollout.wait import ROLLOUT_TIMEOUT, RolloutWait
 from verl.steer.run_ending import naming_a_full_disk
 from verl.steer.step_record import RecordsSteps, StepRecord
-from verl.steer.validation_metrics import sampling_metrics
+from verl.steer.validation_metrics import problems_of, sampling_metrics
 from verl.steer.worker import SteerWorkers
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.trainer.ppo.utils import create_rl_dataset
@@ -124,6 +124,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         self.entropy_audit = from_config(AuditOptions, config.trainer.get("entropy_audit"), "trainer.entropy_audit")
         self.last_entropy: float | None = None
         self.tempered: dict[str, float] = {}
+        self.val_prompts: list[str] = []
         self.batched = is_batched(config)
 
     def fit(self, agent_loop_manager: AgentLoopManager) -> None:
@@ -399,6 +400,11 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
             metrics["training/best_metric"] = self.ledger.best_value
         return metrics
 
+    def _maybe_log_val_generations(self, inputs: list[str], outputs: list[str], scores: list[float]) -> None:
+        """Keep the prompts of the stored samples, which verl calls this with before it computes their metrics."""
+        self.val_prompts = inputs
+        super()._maybe_log_val_generations(inputs, outputs, scores)
+
     def _val_metrics_update(
         self,
         data_sources: list[str],
@@ -415,7 +421,10 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         )
         if stored != asked:
             metrics = means_over_stored_samples(metrics, data_sources, sample_uids, reward_extra_infos_dict, asked)
-        return metrics | counts | sampling_metrics(data_sources, sample_uids, reward_extra_infos_dict)
+        # The text of a prompt with images doesn't tell them apart.
+        prompts = sample_uids if self.processor else self.val_prompts
+        problems = problems_of(data_sources, sample_uids, prompts, asked)
+        return metrics | counts | sampling_metrics(data_sources, problems, reward_extra_infos_dict)
 
     def _validate_one_file_after_another(self) -> dict[str, float]:
         """Evaluate; each file's responses are on disk before the next file begins, so a killed run keeps them."""

@@ -72,38 +72,56 @@ def pass_at_k(right: NDArray[Any], samples: NDArray[Any], k: int) -> NDArray[np.
     return 1 - (wrong / (samples[:, None] - np.arange(k))).prod(axis=1)
 
 
+def problems_of(
+    data_sources: Sequence[str], uids: Sequence[str], prompts: Sequence[str], asked: Mapping[tuple[str, str], int]
+) -> list[str]:
+    """What the samples of one problem have in common: the row's uid, or the prompt where each row is sampled once.
+
+    Files such as AIME's have a problem in many rows, and verl gives each row a uid.
+
+    Args:
+        data_sources, uids, prompts: of each stored sample.
+        asked: (data source, uid) -> number of samples requested.
+    """
+    several = {source for (source, _), count in asked.items() if count > 1}
+    samples = zip(data_sources, uids, prompts, strict=True)
+    return [uid if str(source) in several else prompt for source, uid, prompt in samples]
+
+
 def sampling_metrics(
-    data_sources: Sequence[str], uids: Sequence[str], values: Mapping[str, Sequence[Any]]
+    data_sources: Sequence[str], problems: Sequence[str], values: Mapping[str, Sequence[Any]]
 ) -> dict[str, float]:
     """pass@k and distinct right answers of a validation with several samples of each problem.
 
     Args:
-        data_sources, uids: of each stored sample.
+        data_sources, problems: of each stored sample.
         values: variable -> value of each stored sample; it is right if its `acc` is 1, and `pred` is its answer.
 
     Returns:
-        For each data source with `acc`, and N the greatest number of samples of a problem, at least 2:
-        `val-aux/SOURCE/acc/pass@k` for the powers of two up to N, as a mean over the problems with k samples or more,
-        which are all of them unless samples were lost. With `pred` also
+        For each data source with `acc`, and N the greatest number of samples that half of its problems have, at least
+        2: `val-aux/SOURCE/acc/pass@k` for the powers of two up to N, as a mean over the problems with k samples or
+        more, which are all of them unless samples were lost. With `pred` also
         `val-aux/SOURCE/distinct_right` and `.../distinct_share`: the number of different right answers of a problem as
         a mean over problems, and that number divided by the number of right answers, both summed over problems.
     """
     answers: dict[str, dict[str, list[tuple[bool, Any]]]] = defaultdict(lambda: defaultdict(list))
-    preds = values.get("pred", [None] * len(uids))
-    for source, uid, acc, pred in zip(data_sources, uids, values.get("acc", []), preds, strict=False):
+    preds = values.get("pred", [None] * len(problems))
+    for source, problem, acc, pred in zip(data_sources, problems, values.get("acc", []), preds, strict=False):
         if acc is not None:
-            answers[source][uid].append((acc >= 1, pred))
+            answers[source][problem].append((acc >= 1, pred))
     metrics = {}
-    for source, problems in answers.items():
-        right = np.array([sum(acc for acc, _ in samples) for samples in problems.values()])
-        samples = np.array([len(samples) for samples in problems.values()])
-        if samples.max() < 2:
+    for source, by_problem in answers.items():
+        right = np.array([sum(acc for acc, _ in samples) for samples in by_problem.values()])
+        samples = np.array([len(samples) for samples in by_problem.values()])
+        # Not the greatest number of all: of a data set with a row a problem, a few are there twice.
+        most = int(np.sort(samples)[len(samples) // 2])
+        if most < 2:
             continue
-        for k in (2**power for power in range(int(samples.max()).bit_length())):
+        for k in (2**power for power in range(most.bit_length())):
             enough = samples >= k
             metrics[f"val-aux/{source}/acc/pass@{k}"] = float(pass_at_k(right[enough], samples[enough], k).mean())
         if "pred" in values:
-            distinct = [len({pred for acc, pred in samples if acc}) for samples in problems.values()]
+            distinct = [len({pred for acc, pred in samples if acc}) for samples in by_problem.values()]
             metrics[f"val-aux/{source}/distinct_right"] = float(np.mean(distinct))
             metrics[f"val-aux/{source}/distinct_share"] = sum(distinct) / max(1, int(right.sum()))
     return metrics

@@ -5,8 +5,8 @@ verl calls `compute_score` as its custom reward function, `pkg://verl.steer.grad
 follows is about mathematics.
 
 The training rule is strict and cheap: the answer must be within the last 300 characters, in the last balanced
-`\boxed{…}` or the last line `Answer: …`, and equal the ground truth after normalization. The evaluation rule also
-accepts an answer further up that is equal after normalization or, by math-verify, symbolically.
+`\boxed{…}` or the last `Answer: …`, on that line or the next, and equal the ground truth after normalization. The
+evaluation rule also accepts an answer further up that is equal after normalization or, by math-verify, symbolically.
 """
 
 import re
@@ -30,13 +30,14 @@ EVALUATION_WINDOW = 20_000
 MAX_ANSWER = 2_000  # characters; a longer answer is wrong
 MAX_PRED = 300  # characters of an answer that are reported
 
-_ANSWER_LINE = re.compile(r"\banswer\b[ \t*]*:[ \t*]*([^\n]+)", re.IGNORECASE)
+# The answer may stand on a line of its own below "Answer:", unless that line is another "Answer:".
+_ANSWER_LINE = re.compile(r"\banswer\b[ \t*]*:[\s*]*(?![\s*]|answer\b[ \t*]*:)([^\n]+)", re.IGNORECASE)
 _ANSWER_IS = re.compile(r"\banswer is:?[ \t*]+([^\n]+?)(?=\.\s|\.?$|\n)", re.IGNORECASE | re.MULTILINE)
 _MATH_THEN_WORDS = re.compile(r"(?:\$([^$]+)\$|\\\((.+?)\\\))[a-zA-Z .*]*")
 
 
 def last_answer(text: str, *, prose: bool = False) -> str | None:
-    r"""The final answer in `text`: the last balanced box or the last line `Answer: …`, whichever ends later, or None.
+    r"""The final answer in `text`: the last balanced box or the last `Answer: …`, whichever ends later, or None.
 
     Of nested boxes the outer one counts. With `prose`, a text with neither may state `… answer is …` in a sentence.
     """

@@ -85,8 +85,11 @@ def bar_style(index: int) -> dict[str, Any]:
 
 
 def audited(groups: Groups) -> dict[str, pd.DataFrame]:
-    """The audited tokens of each method with an audit, of all its seeds."""
-    found = {name: [run.audit for run in runs if run.audit is not None] for name, runs in groups.items()}
+    """The audited tokens of each method with an audit, of all its seeds; `run` numbers them."""
+    found = {
+        name: [run.audit.assign(run=index) for index, run in enumerate(runs) if run.audit is not None]
+        for name, runs in groups.items()
+    }
     return {name: pd.concat(audits, ignore_index=True) for name, audits in found.items() if audits}
 
 
@@ -239,7 +242,7 @@ def weight_against_entropy(groups: Groups) -> Drawing | None:
 
 
 def estimator_scores(audit: pd.DataFrame) -> pd.DataFrame:
-    """Scores of each estimator, (estimators,) by mse, pearson, spearman, sign: means over the updates.
+    """Scores of each estimator, (estimators,) by mse, pearson, spearman, sign: means over the updates of each `run`.
 
     An estimate that is never negative is compared with the absolute change and has no sign; otherwise `sign` is the
     fraction of nonzero changes with the right sign. The other scores are those of `agreement`.
@@ -248,7 +251,7 @@ def estimator_scores(audit: pd.DataFrame) -> pd.DataFrame:
     for name in estimators(audit):
         signed = bool((audit[f"omega_{name}"] < 0).any())
         updates = []
-        for _, update in audit.groupby(["step", "mini_batch"]):
+        for _, update in audit.groupby(["run", "step", "mini_batch"]):
             pairs = update[[f"omega_{name}", "true_change"]].replace([np.inf, -np.inf], np.nan).dropna()
             estimates, truth = pairs[f"omega_{name}"], pairs["true_change"] if signed else pairs["true_change"].abs()
             right = (np.sign(estimates) == np.sign(truth))[(estimates != 0) & (truth != 0)]
@@ -370,6 +373,7 @@ def clip_counts(groups: Groups) -> Drawing | None:
     edges = np.linspace(0, 1, 11)
     middles = (edges[:-1] + edges[1:]) / 2
     for row, (name, audit) in zip(drawing.axes, audits.items(), strict=True):
+        audit = audit[np.isfinite(audit["prob"])]
         bins = (audit["prob"] * 10).astype(int).clip(0, 9)
         tokens = np.bincount(bins, minlength=10)
         bottom = np.zeros((2, 10))
@@ -394,7 +398,7 @@ def quadrant_shares(audit: pd.DataFrame, estimator: str, bound: float) -> pd.Dat
     Shares sum to 1; `net`, in nats, is the sum of the signed true changes. A token is likely if its probability is
     above `bound`; a token without advantage is in no quadrant.
     """
-    tokens = audit[audit["advantage"] != 0]
+    tokens = audit[audit["advantage"].abs() > 0]  # nor is one whose advantage is NaN
     columns = {
         "tokens": 1.0,
         "estimated change": estimate(tokens, estimator).replace(np.inf, np.nan),

@@ -134,8 +134,21 @@ def _records(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_runs(paths: Iterable[Path]) -> list[Run]:
-    """The runs of several folders or files, as `read_run`; one that is named twice is read once."""
-    return [read_run(path) for path in dict.fromkeys(path.resolve() for path in paths)]
+    """The runs of several folders or files, as `read_run`; one that is named twice is read once.
+
+    Raises:
+        ValueError: as `read_run`, or if two runs have the same method and seed.
+    """
+    found: dict[tuple[str, str], Path] = {}
+    runs = []
+    for path in dict.fromkeys(path.resolve() for path in paths):
+        run = read_run(path)
+        other = found.setdefault((run.name, run.seed), path)
+        if other != path:
+            both = f"both are {run.name}, seed {run.seed or 'none'}"
+            raise ValueError(f"{other} and {path}: {both}; expected names that differ by method or seed")
+        runs.append(run)
+    return runs
 
 
 def method_of(path: Path) -> str:
@@ -157,7 +170,7 @@ def seed_of(path: Path) -> str:
 
 
 def group_seeds(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """Runs by method in the given order: runs of the same name are seeds of one method."""
+    """Runs by method in the given order: runs of the same name, which `read_runs` gives different seeds."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(run.name, []).append(run)
