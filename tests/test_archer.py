@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_interventions import loss_of, row, token_gradients
+from loss_properties import loss_of, row, token_gradients
 from test_policy_loss import actor_config, gradient, micro_batch
 from test_token_weights import random_batch
 from verl.steer.loss import ppo_loss
@@ -57,10 +57,10 @@ def test_archer_by_hand():
         of_knowledge = -1.6 if (ratio, advantage) == (1.6, -1.0) else 0.0
         expected = row(of_knowledge, of_knowledge, of_reasoning, of_knowledge, of_knowledge)
         torch.testing.assert_close(token_gradients("archer", batch), expected)
-        _, metrics = loss_of("archer", batch)
+        metrics = loss_of("archer", batch).metrics
         assert metrics["actor/high_entropy_share"].item() == pytest.approx(0.2)
         # PPO's clipped loss of a knowledge token, 1.2 or 0.8, and that of the reasoning one.
-    loss, _ = loss_of("archer", batch, archer_clip_knowledge=0.7)
+    loss = loss_of("archer", batch, archer_clip_knowledge=0.7).loss
     assert loss.item() == pytest.approx(1.6)
 
 
@@ -71,7 +71,7 @@ def test_equal_clips_give_ppo(agg):
     clips = {"archer_clip_knowledge": 0.3, "archer_clip_reasoning": 0.3}
 
     def loss(x):
-        return loss_of("archer", (advantages, entropys, old_log_prob, x, mask), agg, **clips)
+        return [loss_of("archer", (advantages, entropys, old_log_prob, x, mask), agg=agg, **clips).loss]
 
     expected = gradient(lambda x: compute_policy_loss_vanilla(old_log_prob, x, advantages, mask, agg, config), log_prob)
     assert expected.any()
