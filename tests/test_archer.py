@@ -20,20 +20,22 @@ from verl.workers.utils.padding import no_padding_2_padding
 def test_tokens_above_the_quantile_by_hand():
     """Six tokens: the quantile 0.8 is the value of index 4, and only the greatest lies above. Three: that of index 1.
 
-    Each response has its own: the second one's entropies are all smaller. The last token of it isn't valid.
+    Each response has its own: the second one's entropies are all smaller. Three tokens of it and all of a third
+    response aren't valid.
     """
-    values = torch.tensor([[5.0, 1.0, 6.0, 2.0, 4.0, 3.0], [0.3, 0.1, 0.2, 9.0, 9.0, 9.0]])
-    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    values = torch.tensor([[5.0, 1.0, 6.0, 2.0, 4.0, 3.0], [0.3, 0.1, 0.2, 9.0, 9.0, 9.0], [9.0] * 6])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0] * 6])
     assert above_response_quantile(values, mask, 0.8).tolist() == [
         [False, False, True, False, False, False],
         [True, False, False, False, False, False],
+        [False] * 6,
     ]
-    assert above_response_quantile(values, mask, 0.4).sum(-1).tolist() == [3, 2]
+    assert above_response_quantile(values, mask, 0.4).sum(-1).tolist() == [3, 2, 0]
     assert not above_response_quantile(values, mask, 1.0).any()
 
 
 @settings(max_examples=60)
-@given(st.integers(0, 10_000), st.sampled_from([0.0, 0.33, 0.5, 0.8, 0.95]))
+@given(st.integers(0, 10_000), st.sampled_from([0.0, 0.33, 0.5, 0.8, 0.95, 1.0]))
 def test_the_quantile_is_numpys(seed, quantile):
     """torch's `nanquantile`, which waits for a device, interpolates; the tokens above are the same, ties included."""
     _, entropys, _, _, mask = random_batch(seed=seed, shape=(5, 17))
