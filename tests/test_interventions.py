@@ -662,6 +662,17 @@ def test_the_trainer_gives_an_estimator_the_scores_before_a_kl_penalty(trainer):
     torch.testing.assert_close(trainer.seen["advantages"], expected)
 
 
+def test_the_trainer_gives_an_estimator_the_progress_of_the_run(trainer, monkeypatch):
+    """The first of four steps; Entrocraft's band moves with it."""
+    from verl.steer import trainer as trainer_steer
+
+    bound = {}
+    monkeypatch.setattr(trainer_steer, "bind_estimator", lambda name, fields: bound.update(fields))
+    monkeypatch.setattr(trainer_steer.PPOTrainerSync, "_compute_advantage", lambda self, batch, metrics: batch)
+    trainer._compute_advantage(SimpleNamespace(keys=["a_0_0"], partition_id="train", extra_info={}), {})
+    assert bound["progress"] == 1 / 4
+
+
 def test_the_trainer_sends_the_flag_of_the_sums_and_the_coefficient(trainer):
     batch, metrics = SimpleNamespace(extra_info={}), {"actor/entropy": 0.1}
     trainer._update_actor(batch, metrics)
