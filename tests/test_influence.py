@@ -494,7 +494,7 @@ def test_the_controllers_state_is_part_of_the_checkpoint(model_folder, tmp_path)
 @pytest.mark.parametrize("options", [{"loss_mode": "vanilla"}, {"linear": False}, BAND | {"entropy_band": 1.0}])
 def test_the_audit_records_each_update(model_folder, tmp_path, options):
     engine, config = make_engine(model_folder, lr=1e-5), actor_config(**options)
-    one_token = 0 if weighs_mini_batches(config.policy_loss) else 5
+    one_token = 0 if weighs_mini_batches(config.policy_loss) else 2
     request = AuditRequest(3, str(tmp_path), 1000, MINI_BATCHES, influence=True, one_token=one_token)
     with engine.train_mode():
         for batch in mini_batches(entropy_audit=request):
@@ -510,4 +510,6 @@ def test_the_audit_records_each_update(model_folder, tmp_path, options):
     summed = tokens.assign(c=tokens["weight"] * tokens["influence"]).groupby("mini_batch")["c"].sum()
     assert np.allclose(summed, updates["influence_without_momentum"], rtol=1e-4, atol=1e-9)
     if one_token:
-        assert tokens[tokens["mini_batch"] == 0]["one_token"].notna().sum() == 5
+        # Their size at Adam's first step is no derivative's.
+        known = tokens[(tokens["mini_batch"] == 0) & tokens["one_token"].notna()]
+        assert len(known) == 2 and known["one_token"].ne(0).equals(known["influence"].ne(0))
