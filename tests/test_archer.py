@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_interventions import loss_of, row, token_gradients
+from loss_properties import loss_of, row, token_gradients
 from test_policy_loss import actor_config, gradient, micro_batch
 from test_token_weights import random_batch
 from verl.steer.loss import ppo_loss
@@ -20,20 +20,22 @@ from verl.workers.utils.padding import no_padding_2_padding
 def test_tokens_above_the_quantile_by_hand():
     """Six tokens: the quantile 0.8 is the value of index 4, and only the greatest lies above. Three: that of index 1.
 
-    Each response has its own: the second one's entropies are all smaller. The last token of it isn't valid.
+    Each response has its own: the second one's entropies are all smaller. Three tokens of it and all of a third
+    response aren't valid.
     """
-    values = torch.tensor([[5.0, 1.0, 6.0, 2.0, 4.0, 3.0], [0.3, 0.1, 0.2, 9.0, 9.0, 9.0]])
-    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
+    values = torch.tensor([[5.0, 1.0, 6.0, 2.0, 4.0, 3.0], [0.3, 0.1, 0.2, 9.0, 9.0, 9.0], [9.0] * 6])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0] * 6])
     assert above_response_quantile(values, mask, 0.8).tolist() == [
         [False, False, True, False, False, False],
         [True, False, False, False, False, False],
+        [False] * 6,
     ]
-    assert above_response_quantile(values, mask, 0.4).sum(-1).tolist() == [3, 2]
+    assert above_response_quantile(values, mask, 0.4).sum(-1).tolist() == [3, 2, 0]
     assert not above_response_quantile(values, mask, 1.0).any()
 
 
 @settings(max_examples=60)
-@given(st.integers(0, 10_000), st.sampled_from([0.0, 0.33, 0.5, 0.8, 0.95]))
+@given(st.integers(0, 10_000), st.sampled_from([0.0, 0.33, 0.5, 0.8, 0.95, 1.0]))
 def test_the_quantile_is_numpys(seed, quantile):
     """torch's `nanquantile`, which waits for a device, interpolates; the tokens above are the same, ties included."""
     _, entropys, _, _, mask = random_batch(seed=seed, shape=(5, 17))
@@ -57,10 +59,10 @@ def test_archer_by_hand():
         of_knowledge = -1.6 if (ratio, advantage) == (1.6, -1.0) else 0.0
         expected = row(of_knowledge, of_knowledge, of_reasoning, of_knowledge, of_knowledge)
         torch.testing.assert_close(token_gradients("archer", batch), expected)
-        _, metrics = loss_of("archer", batch)
+        metrics = loss_of("archer", batch).metrics
         assert metrics["actor/high_entropy_share"].item() == pytest.approx(0.2)
         # PPO's clipped loss of a knowledge token, 1.2 or 0.8, and that of the reasoning one.
-    loss, _ = loss_of("archer", batch, archer_clip_knowledge=0.7)
+    loss = loss_of("archer", batch, archer_clip_knowledge=0.7).loss
     assert loss.item() == pytest.approx(1.6)
 
 
@@ -71,7 +73,7 @@ def test_equal_clips_give_ppo(agg):
     clips = {"archer_clip_knowledge": 0.3, "archer_clip_reasoning": 0.3}
 
     def loss(x):
-        return loss_of("archer", (advantages, entropys, old_log_prob, x, mask), agg, **clips)
+        return [loss_of("archer", (advantages, entropys, old_log_prob, x, mask), agg=agg, **clips).loss]
 
     expected = gradient(lambda x: compute_policy_loss_vanilla(old_log_prob, x, advantages, mask, agg, config), log_prob)
     assert expected.any()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_interventions import loss_of, row, token_gradients
+from loss_properties import loss_of, row, token_gradients
 from test_policy_loss import actor_config, gradient
 from test_token_weights import random_batch
 from verl.steer.config import PolicyLossConfig
@@ -65,19 +65,19 @@ def test_bapo_by_hand():
     """
     batch = batch_of((2.0, 0.5, 0.5, 1.5), (1.0, 1.0, -1.0, -1.0))
     # Of the share 0.4999 no bound reaches equality, which rounding would decide.
-    loss, metrics = loss_of("bapo", batch, bapo_share=0.4999)
-    assert metrics["actor/bapo_low"].item() == pytest.approx(0.9)
-    assert metrics["actor/bapo_high"].item() == pytest.approx(1.9)
-    assert metrics["actor/bapo_share"].item() == pytest.approx(0.5)
-    assert loss.item() == pytest.approx((-1.9 - 0.5 + 0.9 + 1.5) / 4, abs=1e-6)
+    outputs = loss_of("bapo", batch, bapo_share=0.4999)
+    assert outputs.metrics["actor/bapo_low"].item() == pytest.approx(0.9)
+    assert outputs.metrics["actor/bapo_high"].item() == pytest.approx(1.9)
+    assert outputs.metrics["actor/bapo_share"].item() == pytest.approx(0.5)
+    assert outputs.loss.item() == pytest.approx((-1.9 - 0.5 + 0.9 + 1.5) / 4, abs=1e-6)
     # 2 is above 1.9, and the negative token at 0.5 is below 0.9.
     torch.testing.assert_close(token_gradients("bapo", batch, bapo_share=0.4999), row(0.0, 0.5, 0.0, -1.5))
     # A share of 0.44 is there at the first bounds (1.7 of 3.8), which keep less: 0.5 is below 0.6, 2 above 1.2.
-    _, metrics = loss_of("bapo", batch, bapo_share=0.44)
+    metrics = loss_of("bapo", batch, bapo_share=0.44).metrics
     assert metrics["actor/bapo_low"].item() == pytest.approx(0.6)
     assert metrics["actor/bapo_high"].item() == pytest.approx(1.2)
     # Out of reach: the last bounds.
-    _, metrics = loss_of("bapo", batch, bapo_share=0.9)
+    metrics = loss_of("bapo", batch, bapo_share=0.9).metrics
     assert metrics["actor/bapo_high"].item() == pytest.approx(3.0)
 
 
@@ -105,18 +105,18 @@ def test_fixed_bounds_give_ppo():
     advantages, _, old_log_prob, log_prob, mask = random_batch(spread=1.5)
     bounds = {"bapo_low": 0.8, "bapo_low_max": 0.8, "bapo_high": 1.28, "bapo_high_max": 1.28}
 
-    def loss(x):
+    def outputs(x):
         return loss_of("bapo", (advantages, None, old_log_prob, x, mask), **bounds)
 
     config = actor_config()
     vanilla, metrics = compute_policy_loss_vanilla(old_log_prob, log_prob, advantages, mask, "token-mean", config)
-    found, found_metrics = loss(log_prob)
-    torch.testing.assert_close(found, vanilla)
-    assert {name: float(found_metrics[name]) for name in metrics} == pytest.approx(metrics)
+    found = outputs(log_prob)
+    torch.testing.assert_close(found.loss, vanilla)
+    assert {name: float(found.metrics[name]) for name in metrics} == pytest.approx(metrics)
     expected = gradient(
         lambda x: compute_policy_loss_vanilla(old_log_prob, x, advantages, mask, "token-mean", config), log_prob
     )
-    torch.testing.assert_close(gradient(loss, log_prob), expected)
+    torch.testing.assert_close(gradient(lambda x: [outputs(x).loss], log_prob), expected)
 
 
 def test_the_configuration_keeps_its_clip():
@@ -132,7 +132,7 @@ def test_a_batch_without_advantages_has_the_first_bounds():
         (torch.zeros_like(advantages), None, old_log_prob, log_prob, mask),
         (advantages, None, old_log_prob, log_prob, torch.zeros_like(mask)),
     ):
-        _, metrics = loss_of("bapo", batch)
+        metrics = loss_of("bapo", batch).metrics
         found = [float(metrics[f"actor/bapo_{name}"]) for name in ("low", "high", "share")]
         assert found == pytest.approx([0.6, 1.2, 0.0])
 

@@ -21,7 +21,9 @@ from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorData, NonTensorStack
 from transfer_queue import KVBatchMeta
 from verl.steer import trainer as trainer_steer
+from verl.steer.audit.scores import AuditOptions
 from verl.steer.gc_heap import freeze_gc_heap
+from verl.steer.replacements import balanced_partitions
 from verl.steer.rollout import batched_manager
 from verl.steer.rollout.batched_manager import BatchedAgentLoopManager
 from verl.steer.rollout.checks import BATCHED_MANAGER, check_rollouts
@@ -505,7 +507,12 @@ def trainer(monkeypatch):
     rollout = {"n": ROLLOUTS, "log_prob_micro_batch_size_per_gpu": 9, "log_prob_use_dynamic_bsz": False}
     built.config = OmegaConf.create(
         {
-            "trainer": {"rollout_timeout": 12, "critic_warmup": 0, "log_val_generations": 0},
+            "trainer": {
+                "rollout_timeout": 12,
+                "critic_warmup": 0,
+                "log_val_generations": 0,
+                "skip_old_log_prob": False,
+            },
             "algorithm": {"adv_estimator": "grpo", "use_kl_in_reward": False, "gamma": 1.0, "lam": 1.0},
             "actor_rollout_ref": {"actor": {"ppo_mini_batch_size": 2}, "rollout": rollout, "ref": rollout},
         }
@@ -552,15 +559,16 @@ def test_a_step_goes_on_without_the_lost(run, trainer, monkeypatch, lost):
     assert metrics[LOST_IN_TRAINING] == len(lost)
     assert len(batch.keys) == LACKING[lost]
     asked_of_workers = []
-    monkeypatch.setattr(
-        trainer_steer.PPOTrainerSync,
-        "_compute_ref_log_prob",
-        lambda self, batch, metrics: asked_of_workers.append(dict(batch.extra_info)) or batch,
-    )
-    trainer.batched = False
-    assert "micro_batch_size_per_gpu" not in trainer._compute_ref_log_prob(batch, metrics).extra_info
+    trainer.batched, trainer.entropy_audit, trainer.last_entropy = False, AuditOptions(), None
+    for method in ("_compute_old_log_prob", "_compute_ref_log_prob"):
+        monkeypatch.setattr(
+            trainer_steer.PPOTrainerSync,
+            method,
+            lambda self, batch, metrics: asked_of_workers.append(dict(batch.extra_info)) or batch,
+        )
+        assert "micro_batch_size_per_gpu" not in getattr(trainer, method)(batch, metrics).extra_info
     # 9 divides 18 rows of a rank, and 3 is what it shares with 12.
-    assert asked_of_workers == [{} if len(batch.keys) == 18 else {"micro_batch_size_per_gpu": 3}]
+    assert asked_of_workers == [{} if len(batch.keys) == 18 else {"micro_batch_size_per_gpu": 3}] * 2
 
     trainer._compute_advantage(batch, metrics)
     for key in batch.keys:
@@ -720,7 +728,7 @@ def test_what_can_not_be_served_is_refused_before_ray_starts(tmp_path, changes, 
 def test_partitions_of_a_batch_are_verls(lengths, ranks):
     lengths = lengths[: len(lengths) // ranks * ranks]
     expected = seqlen_balancing.get_seqlen_balanced_partitions(lengths, ranks, equal_size=True)
-    assert trainer_base.get_seqlen_balanced_partitions(lengths, k_partitions=ranks, equal_size=True) == expected
+    assert balanced_partitions(lengths, k_partitions=ranks, equal_size=True) == expected
 
 
 def test_later_collections_pass_over_the_start():

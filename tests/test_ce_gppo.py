@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_interventions import loss_of, row, token_gradients
+from loss_properties import loss_of, row, token_gradients
 from test_policy_loss import actor_config, gradient
 from test_token_weights import random_batch
 from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla
@@ -39,14 +39,14 @@ def test_ce_gppo_by_hand(beta1, beta2):
 
 def test_the_loss_and_its_metrics_by_hand():
     """Each token's loss is -A times 0.6 (0.75 * 0.8), 0.9, 1.2, 1.28, 0.5, 2, 10 and 0.6."""
-    loss, metrics = loss_of("ce_gppo", batch_of(RATIOS, ADVANTAGES))
+    outputs = loss_of("ce_gppo", batch_of(RATIOS, ADVANTAGES))
     values = (0.6, 0.9, 1.2, 1.28, 0.5, 2.0, 10.0, 0.6)
     expected = sum(-a * value for a, value in zip(ADVANTAGES, values, strict=True)) / 8
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert metrics["actor/pg_clipfrac_low"] == pytest.approx(2 / 8)
+    assert outputs.loss.item() == pytest.approx(expected, rel=1e-5)
+    assert outputs.metrics["actor/pg_clipfrac_low"] == pytest.approx(2 / 8)
     # as PPO counts them: one above 1.28, and a negative one above 10
-    assert metrics["actor/pg_clipfrac_high"] == pytest.approx(2 / 8)
-    assert metrics["actor/ppo_kl"].item() == pytest.approx(-sum(map(math.log, RATIOS)) / 8, rel=1e-5)
+    assert outputs.metrics["actor/pg_clipfrac_high"] == pytest.approx(2 / 8)
+    assert outputs.metrics["actor/ppo_kl"].item() == pytest.approx(-sum(map(math.log, RATIOS)) / 8, rel=1e-5)
 
 
 @pytest.mark.parametrize("agg", ["token-mean", "seq-mean-token-sum"])
@@ -57,7 +57,7 @@ def test_without_the_kept_gradients_it_is_ppo(agg):
 
     def loss(x):
         batch = (advantages, entropys, old_log_prob, x, mask)
-        return loss_of("ce_gppo", batch, agg, ce_gppo_beta1=0.0, ce_gppo_beta2=0.0)
+        return [loss_of("ce_gppo", batch, agg=agg, ce_gppo_beta1=0.0, ce_gppo_beta2=0.0).loss]
 
     vanilla = gradient(lambda x: compute_policy_loss_vanilla(old_log_prob, x, advantages, mask, agg, config), log_prob)
     torch.testing.assert_close(gradient(loss, log_prob), vanilla)
@@ -73,7 +73,7 @@ def test_ratios_beyond_the_range_of_numbers_keep_their_gradient():
 def test_rollout_weights_are_multiplied_in():
     batch = random_batch()
     weights = torch.rand(batch[0].shape)
-    found = gradient(lambda x: loss_of("ce_gppo", (*batch[:3], x, batch[4]), weights=weights), batch[3])
-    plain = gradient(lambda x: loss_of("ce_gppo", (*batch[:3], x, batch[4])), batch[3])
+    found = token_gradients("ce_gppo", batch, {"rollout_is_weights": weights})
+    plain = token_gradients("ce_gppo", batch)
     assert plain.any()
     torch.testing.assert_close(found, weights * plain)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from omegaconf import OmegaConf
+from test_configuration import TARGET, resolved
 from verl.steer import trainer as trainer_steer
 from verl.steer.checkpoint_ledger import UNFINISHED, CheckpointLedger, step_of
 from verl.steer.methods.adaptive_entropy import AdaptiveEntropyCoefficient
@@ -24,6 +25,9 @@ from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils.checkpoint.checkpoint_manager import BaseCheckpointManager, find_latest_ckpt_path
 
 METRIC = "val-core/a/acc/mean@1"
+
+#: Of `target_entropy`, by the step from which on each holds.
+SCHEDULE = {1: 0.4, 3: 0.2}
 
 
 class Worker(BaseCheckpointManager):
@@ -322,6 +326,33 @@ def test_a_run_that_goes_back_and_is_killed_before_it_saves_has_lost_nothing(tmp
     trainer._load_checkpoint()
     assert trainer.ledger.saved_steps == [1, 2]
     assert CheckpointLedger.open(tmp_path) == before
+
+
+def test_a_resumed_run_has_the_coefficient_of_its_checkpoint(tmp_path):
+    run = trainer_of(tmp_path, values=NEW, steps=1)
+    run.entropy_coefficient.value = 0.7
+    train(run)
+    resumed = trainer_of(tmp_path, values=NEW)
+    resumed._load_checkpoint()
+    assert resumed.entropy_coefficient.value == 0.7
+
+
+@pytest.mark.parametrize(
+    "options, target",
+    [
+        ({"loss_mode": "adaptive_entropy"}, SCHEDULE),
+        ({"loss_mode": "entropic"}, SCHEDULE),
+        (TARGET, SCHEDULE),
+        ({"loss_mode": "siren"}, None),
+        ({"loss_mode": "entropy_control"}, None),
+    ],
+    ids=str,
+)
+def test_the_targets_of_the_steps_go_to_those_that_read_them(tmp_path, monkeypatch, options, target):
+    monkeypatch.setattr(trainer_steer.PPOTrainerSync, "__init__", lambda self, config: None)
+    config = resolved("grpo", "hardware=cpu", f"trainer.default_local_dir={tmp_path}")
+    config.actor_rollout_ref.actor.policy_loss.update(options, target_entropy=SCHEDULE)
+    assert SteerTrainer(config).target_entropy == target
 
 
 def test_an_evaluation_changes_nothing_in_the_folder_of_a_run(tmp_path):

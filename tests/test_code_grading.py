@@ -174,9 +174,11 @@ def test_integers_of_any_length(program, tests):
 
 
 @needs_bwrap
-def test_all_calls_together_have_an_end():
-    case = "for n in range(1000): assert f(n) == n"
-    found = grade("import time\ndef f(x):\n    time.sleep(0.2)\n    return x", {"assert_case": [case]}, wall=0.5)
+def test_all_calls_together_have_an_end(monkeypatch):
+    """Of 2 s, in which no single call comes near its own of 20 s."""
+    monkeypatch.setattr(code, "CALLS", 0.1)
+    case = "for n in range(15): assert f(n) == n"
+    found = grade("import time\ndef f(x):\n    time.sleep(0.2)\n    return x", {"assert_case": [case]}, wall=20)
     assert not found["acc"] and found["timed_out"]
 
 

@@ -5,11 +5,13 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 from test_configuration import ACTOR, METHODS, POLICY_LOSS, resolved
 from transfer_queue.controller import TransferQueueController
 from transfer_queue.storage.simple_storage import SimpleStorageUnit
 from verl.experimental.reward_loop.reward_manager.remote import RewardComputeWorker
 from verl.steer import ray_cpus
+from verl.steer.cpu.platform import PlatformCPU
 from verl.steer.methods.registry import fields_needed
 from verl.steer.requirements import check_and_complete, hardware
 from verl.trainer.main_ppo import TaskRunnerV1
@@ -112,6 +114,34 @@ def test_ranks_that_share_a_rollout_count_as_one(engine, sizes, ranks):
             "steer_exp", f"model_engine={engine}", *overrides,
             "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8192",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "engine, size",
+    [
+        ("dp", "ulysses_sequence_parallel_size=3"),
+        ("dp", "ulysses_sequence_parallel_size=0"),
+        ("veomni", "veomni.ulysses_parallel_size=16"),
+    ],
+)
+def test_ranks_that_share_a_rollout_divide_the_devices(engine, size):
+    message = f"^actor.{size}: expected sizes whose product divides the 8 devices"
+    with pytest.raises(ValueError, match=message):
+        checked("grpo", f"model_engine={engine}", f"{ACTOR}.{size}")
+
+
+def test_an_accelerators_platform_is_not_for_a_run_on_the_cpu():
+    with pytest.raises(ValueError, match="^trainer.device=cpu: verl's platform here is cuda; expected VERL_PLATFORM=c"):
+        checked("grpo", "hardware=cpu")
+
+
+@pytest.mark.parametrize("build", ["cuda", "hip"])
+def test_the_cpu_is_no_platform_for_an_accelerators_torch(monkeypatch, build):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert PlatformCPU().is_platform_available()
+    monkeypatch.setattr(torch.version, build, "13.0")
+    assert not PlatformCPU().is_platform_available()
 
 
 # The CPUs of Ray.

@@ -506,7 +506,7 @@ def trainer(monkeypatch, tmp_path):
         }
     )
     built.entropy_coefficient, built.last_entropy, built.target_entropy = None, None, None
-    built.entropy_audit, built.folder, built.actor_rollout_wg = AuditOptions(2, 77), tmp_path, "workers"
+    built.entropy_audit, built.folder, built.actor_rollout_wg = AuditOptions(2, 77, True, 5), tmp_path, "workers"
     built.sent, entropies = [], iter([0.5, 0.3, 0.4])
 
     def old_log_prob(self, batch, metrics):
@@ -535,7 +535,7 @@ def test_the_trainer_asks_for_an_audit_at_audited_steps_only(trainer, tmp_path):
 
     plain, audited = step(1), step(2)
     flags = {"calculate_sum_pi_squared": False, "token_metrics": True}
-    request = AuditRequest(2, str(tmp_path / "audit"), 77, mini_batches=6)
+    request = AuditRequest(2, str(tmp_path / "audit"), 77, mini_batches=6, influence=True, one_token=5)
     assert trainer.sent == [{}, flags, {"calculate_sum_pi_squared": True}, flags | {"entropy_audit": request}]
     assert "entropy_audit/step/x" not in plain
     assert audited["entropy_audit/step/x"] == ("workers", 0.7)

@@ -30,6 +30,11 @@ AUDIT = "trainer.entropy_audit"
         ("influence_exp", [f"{ACTOR}.use_kl_loss=true"], "actor.use_kl_loss=True: expected false with entropy_change"),
         ("pi_released", ["actor_rollout_ref.model.use_fused_kernels=true"], "model.use_fused_kernels=True: expected f"),
         ("pi_exact", [f"{ACTOR}.fsdp_config.one_pass_reductions=false"], "one_pass_reductions=False: expected true"),
+        (
+            "influence_band",
+            [f"{POLICY_LOSS}.influence_way=head", f"{ACTOR}.fsdp_config.one_pass_reductions=false"],
+            "one_pass_reductions=False: expected true",
+        ),
         ("pi_released", ["trainer.v1.trainer_mode=sync"], "trainer.v1.trainer_mode=sync: expected steer with policy_l"),
         (
             "influence_target",

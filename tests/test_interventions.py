@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_properties import check_loss, loss_of, row, token_gradients
 from omegaconf import OmegaConf
 from tensordict import TensorDict
-from test_policy_loss import NoHostSynchronisation, actor_config, gradient
+from test_policy_loss import actor_config
 from test_token_weights import random_batch
 from verl.steer.audit.scores import AuditOptions
 from verl.steer.config import ADVANTAGE_OPTIONS, PolicyLossConfig
@@ -31,34 +32,10 @@ LOSSES += ("archer", "bapo", "ce_gppo")
 ESTIMATORS = tuple(ESTIMATOR_FIELDS)
 
 
-def loss_of(mode, batch, agg="token-mean", weights=None, **options):
-    """The loss and metrics of one micro-batch, with all inputs that the loss may read."""
-    advantages, entropys, old_log_prob, log_prob, mask = batch
-    inputs = LossInputs(
-        old_log_prob, log_prob, advantages, mask, entropys, entropys, rollout_is_weights=weights, entropy_coeff=0.01
-    )
-    outputs = POLICY_LOSSES[mode].compute(inputs, actor_config(mode, agg=agg, **options))
-    return outputs.loss, outputs.metrics
-
-
-def row(*values):
-    return torch.tensor([values], dtype=torch.float32)
-
-
 def on_policy(advantages, probs, entropys):
     """A batch of one response at a ratio of 1."""
     log_prob = row(*probs).log()
     return row(*advantages), row(*entropys), log_prob, log_prob.clone(), torch.ones(1, len(probs), dtype=torch.bool)
-
-
-def token_gradients(mode, batch, **options):
-    """d(-loss * tokens) / d log_prob: on policy that is each token's advantage as the loss has it."""
-    advantages, entropys, old_log_prob, log_prob, mask = batch
-
-    def loss(x):
-        return loss_of(mode, (advantages, entropys, old_log_prob, x, mask), **options)
-
-    return -gradient(loss, log_prob) * mask.sum()
 
 
 # The losses, by hand.
@@ -69,7 +46,7 @@ def test_entropy_shaped_advantage_by_hand():
     batch = on_policy(advantages=(1.0, 1.0, -0.6, 0.0), probs=(0.5,) * 4, entropys=(0.5, 3.0, 3.0, 3.0))
     found = token_gradients("entropy_shaped_advantage", batch)
     torch.testing.assert_close(found, row(1.2, 1.5, -0.3, 0.0))
-    _, metrics = loss_of("entropy_shaped_advantage", batch)
+    metrics = loss_of("entropy_shaped_advantage", batch).metrics
     assert metrics["actor/advantage_bonus_mean"] == pytest.approx((0.2 + 0.5 + 0.3) / 4)
     found = token_gradients("entropy_shaped_advantage", batch, advantage_entropy_alpha=0.1, advantage_entropy_kappa=4.0)
     torch.testing.assert_close(found, row(1.05, 1.25, -0.45, 0.0))
@@ -107,11 +84,11 @@ def test_dynamic_clip_by_hand():
     batch = (advantages, None, old_log_prob, old_log_prob + ratios.log(), torch.ones(1, 7, dtype=torch.bool))
     found = token_gradients("dynamic_clip", batch)
     torch.testing.assert_close(found, row(4.0, 0.0, -0.6, 0.0, -6.0, 0.4, 0.0))
-    loss, metrics = loss_of("dynamic_clip", batch)
-    assert loss.item() == pytest.approx((-4 - 5 + 0.6 + 0.5 + 6 - 0.4 + 10) / 7)
-    assert metrics["actor/pg_clipfrac_high"] == pytest.approx(2 / 7)
-    assert metrics["actor/pg_clipfrac_low"] == pytest.approx(1 / 7)
-    assert metrics["actor/ppo_kl"] == pytest.approx(-ratios.log().mean().item())
+    outputs = loss_of("dynamic_clip", batch)
+    assert outputs.loss.item() == pytest.approx((-4 - 5 + 0.6 + 0.5 + 6 - 0.4 + 10) / 7)
+    assert outputs.metrics["actor/pg_clipfrac_high"] == pytest.approx(2 / 7)
+    assert outputs.metrics["actor/pg_clipfrac_low"] == pytest.approx(1 / 7)
+    assert outputs.metrics["actor/ppo_kl"] == pytest.approx(-ratios.log().mean().item())
 
 
 def test_dynamic_clip_has_a_ceiling():
@@ -125,8 +102,8 @@ def test_dynamic_clip_has_a_ceiling():
 
 def test_dynamic_clip_multiplies_rollout_weights_in():
     batch = random_batch()
-    weighted, _ = loss_of("dynamic_clip", batch, weights=torch.full_like(batch[0], 2.0))
-    torch.testing.assert_close(weighted, 2 * loss_of("dynamic_clip", batch)[0])
+    weighted = loss_of("dynamic_clip", batch, {"rollout_is_weights": torch.full_like(batch[0], 2.0)}).loss
+    torch.testing.assert_close(weighted, 2 * loss_of("dynamic_clip", batch).loss)
 
 
 def test_high_entropy_tokens_by_hand():
@@ -139,12 +116,12 @@ def test_high_entropy_tokens_by_hand():
     batch = (torch.ones(1, 11), entropys, log_prob, log_prob, entropys < 50)
     found = token_gradients("high_entropy_tokens", batch)
     torch.testing.assert_close(found, 5 * ((entropys == 9) | (entropys == 10)).float())
-    loss, metrics = loss_of("high_entropy_tokens", batch)
-    assert loss.item() == pytest.approx(-1.0)
-    assert metrics["actor/high_entropy_share"] == pytest.approx(0.2)
-    assert metrics["actor/high_entropy_threshold"] == 9
+    outputs = loss_of("high_entropy_tokens", batch)
+    assert outputs.loss.item() == pytest.approx(-1.0)
+    assert outputs.metrics["actor/high_entropy_share"] == pytest.approx(0.2)
+    assert outputs.metrics["actor/high_entropy_threshold"] == 9
     assert (token_gradients("high_entropy_tokens", batch, high_entropy_share=1.0) != 0).sum() == 10
-    _, metrics = loss_of("high_entropy_tokens", (*batch[:4], torch.zeros_like(batch[4])))
+    metrics = loss_of("high_entropy_tokens", (*batch[:4], torch.zeros_like(batch[4]))).metrics
     assert metrics["actor/high_entropy_share"] == metrics["actor/high_entropy_threshold"] == 0
 
 
@@ -158,20 +135,18 @@ def test_high_entropy_tokens_are_the_share_rounded_up(count, share):
     generator = torch.Generator().manual_seed(count)
     advantages, entropys = torch.randn(2, 1, count, generator=generator)
     log_prob, mask = torch.full((1, count), -1.0), torch.ones(1, count, dtype=torch.bool)
-    loss, metrics = loss_of(
-        "high_entropy_tokens", (advantages, entropys, log_prob, log_prob, mask), high_entropy_share=share
-    )
+    outputs = loss_of("high_entropy_tokens", (advantages, entropys, log_prob, log_prob, mask), high_entropy_share=share)
     number = -(-count * round(100 * share) // 100)
     chosen = sorted(zip(entropys[0].tolist(), advantages[0].tolist(), strict=True))[-number:]
-    assert metrics["actor/high_entropy_share"] == pytest.approx(number / count)
-    assert loss.item() == pytest.approx(-sum(advantage for _, advantage in chosen) / number, rel=1e-5, abs=1e-6)
+    assert outputs.metrics["actor/high_entropy_share"] == pytest.approx(number / count)
+    assert outputs.loss.item() == pytest.approx(-sum(advantage for _, advantage in chosen) / number, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_high_entropy_tokens_are_those_of_trl_which_averages_over_all(seed):
     """TRL 1.16 keeps entropies of at least the 0.8-quantile, interpolated, and divides by the number of all tokens."""
     advantages, entropys, old_log_prob, log_prob, mask = batch = random_batch(seed=seed)
-    loss, metrics = loss_of("high_entropy_tokens", batch)
+    outputs = loss_of("high_entropy_tokens", batch)
     in_order = sorted(entropys[mask].tolist())
     place = 0.8 * (len(in_order) - 1)
     below = int(place)
@@ -184,8 +159,8 @@ def test_high_entropy_tokens_are_those_of_trl_which_averages_over_all(seed):
         if entropy >= threshold:
             kept += 1
             total -= min(ratio * advantage, min(max(ratio, 0.8), 1.28) * advantage)
-    assert metrics["actor/high_entropy_share"] == pytest.approx(kept / len(in_order))
-    assert loss.item() * kept / len(in_order) == pytest.approx(total / len(in_order), rel=1e-4, abs=1e-6)
+    assert outputs.metrics["actor/high_entropy_share"] == pytest.approx(kept / len(in_order))
+    assert outputs.loss.item() * kept / len(in_order) == pytest.approx(total / len(in_order), rel=1e-4, abs=1e-6)
 
 
 def test_high_entropy_tokens_are_ranked_by_the_policy_being_updated():
@@ -206,7 +181,7 @@ def test_quadrants_by_hand(quadrant, place):
     expected[0, place] *= 0.3
     found = token_gradients("quadrant", batch, quadrant=quadrant, quadrant_weight=0.3)
     torch.testing.assert_close(found, expected)
-    _, metrics = loss_of("quadrant", batch, quadrant=quadrant)
+    metrics = loss_of("quadrant", batch, quadrant=quadrant).metrics
     assert metrics["actor/quadrant_share"] == pytest.approx(0.2)
 
 
@@ -231,10 +206,11 @@ def test_adaptive_entropy_by_hand():
     advantages, entropys, old_log_prob, log_prob, mask = batch = random_batch()
     config = actor_config()
     vanilla, _ = compute_policy_loss_vanilla(old_log_prob, log_prob, advantages, mask, "token-mean", config)
-    found, _ = loss_of("adaptive_entropy", batch)
+    found = loss_of("adaptive_entropy", batch, {"entropy_coeff": 0.01}).loss
     torch.testing.assert_close(found, vanilla - 0.01 * entropys[mask].mean())
     leaf = entropys.clone().requires_grad_()
-    (slope,) = torch.autograd.grad(loss_of("adaptive_entropy", (advantages, leaf, *batch[2:]))[0], leaf)
+    loss = loss_of("adaptive_entropy", (advantages, leaf, *batch[2:]), {"entropy_coeff": 0.01}).loss
+    (slope,) = torch.autograd.grad(loss, leaf)
     torch.testing.assert_close(slope, -0.01 * mask / mask.sum())
 
 
@@ -278,46 +254,8 @@ def test_the_adaptive_coefficient_is_that_of_trl_which_switches_it_a_step_later(
 
 
 @pytest.mark.parametrize("mode", LOSSES)
-@pytest.mark.parametrize("agg", ["token-mean", "seq-mean-token-mean"])
-def test_losses_do_not_depend_on_padding_or_garbage(mode, agg):
-    advantages, entropys, old_log_prob, log_prob, mask = random_batch()
-    mask = torch.arange(mask.shape[1]) < torch.tensor([[33], [7], [1], [20], [12], [3]])
-    clean, clean_metrics = loss_of(mode, (advantages, entropys, old_log_prob, log_prob, mask), agg)
-    dirty = [tensor.masked_fill(~mask, 7.0) for tensor in (advantages, entropys)]
-    dirty += [tensor.masked_fill(~mask, -9.0) for tensor in (old_log_prob, log_prob)]
-    padded = [torch.nn.functional.pad(tensor, (0, 5), value=-2.0) for tensor in dirty]
-    found, metrics = loss_of(mode, (*padded, torch.nn.functional.pad(mask, (0, 5))), agg)
-    torch.testing.assert_close(found, clean)
-    torch.testing.assert_close(metrics, clean_metrics)
-
-
-@pytest.mark.parametrize("mode", LOSSES)
-def test_losses_have_no_gradient_where_nothing_is_valid_or_worth_anything(mode):
-    advantages, entropys, old_log_prob, log_prob, mask = random_batch()
-    for batch in (
-        (advantages, entropys, old_log_prob, log_prob, torch.zeros_like(mask)),
-        (torch.zeros_like(advantages), entropys, old_log_prob, log_prob, mask),
-    ):
-        found = token_gradients(mode, batch)
-        assert found.isfinite().all() and not found.any()
-
-
-@pytest.mark.parametrize("mode", LOSSES)
-def test_losses_of_bf16_inputs_are_computed_in_float32(mode):
-    *tensors, mask = random_batch()
-    rounded = [tensor.bfloat16() for tensor in tensors]
-    found, _ = loss_of(mode, (*rounded, mask))
-    expected, _ = loss_of(mode, (*(tensor.float() for tensor in rounded), mask))
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
-
-
-@pytest.mark.parametrize("mode", LOSSES)
-def test_losses_never_wait_for_the_device(mode):
-    advantages, entropys, old_log_prob, log_prob, mask = random_batch()
-    with NoHostSynchronisation():
-        loss, _ = loss_of(mode, (advantages, entropys, old_log_prob, log_prob.requires_grad_(), mask))
-        loss.backward()
+def test_properties(mode):
+    check_loss(mode, {"entropy_coeff": 0.01} if mode == "adaptive_entropy" else {})
 
 
 @pytest.mark.parametrize(
@@ -722,6 +660,17 @@ def test_the_trainer_gives_an_estimator_the_scores_before_a_kl_penalty(trainer):
     assert trainer.seen["fetched"][2] == ["entropy", "rm_scores"]
     expected = advantages_of("gtpo", REWARDS, MASK, ["a"] * 4, entropy=ENTROPYS)
     torch.testing.assert_close(trainer.seen["advantages"], expected)
+
+
+def test_the_trainer_gives_an_estimator_the_progress_of_the_run(trainer, monkeypatch):
+    """The first of four steps; Entrocraft's band moves with it."""
+    from verl.steer import trainer as trainer_steer
+
+    bound = {}
+    monkeypatch.setattr(trainer_steer, "bind_estimator", lambda name, fields: bound.update(fields))
+    monkeypatch.setattr(trainer_steer.PPOTrainerSync, "_compute_advantage", lambda self, batch, metrics: batch)
+    trainer._compute_advantage(SimpleNamespace(keys=["a_0_0"], partition_id="train", extra_info={}), {})
+    assert bound["progress"] == 1 / 4
 
 
 def test_the_trainer_sends_the_flag_of_the_sums_and_the_coefficient(trainer):

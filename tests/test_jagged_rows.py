@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mini-batches and micro-batches of jagged columns against verl's own functions."""
 
-import sys
-
 import pytest
 import torch
 from hypothesis import given
@@ -69,17 +67,6 @@ def test_verl_calls_them_once_replaced(monkeypatch):
     assert tu.chunk_tensordict is chunk_tensordict
     batches = list(tu.make_iterator(batch_of([3, 1, 4, 2]), mini_batch_size=2, epochs=1))
     assert [batch["input_ids"].offsets().tolist() for batch in batches] == [[0, 3, 4], [0, 4, 6]]
-
-
-def test_importing_the_module_replaces_nothing(command):
-    script = (
-        "from verl.utils import tensordict_utils as tu\n"
-        "before = tu.index_select_tensor_dict, tu.chunk_tensordict\n"
-        "import verl.steer.engine.jagged_rows\n"
-        "assert (tu.index_select_tensor_dict, tu.chunk_tensordict) == before"
-    )
-    result = command(sys.executable, "-c", script)
-    assert result.returncode == 0, result.stderr
 
 
 @given(lengths=st.lists(st.integers(1, 7), min_size=1, max_size=9), data=st.data())

@@ -236,7 +236,11 @@ def test_weights_of_the_mini_batch_multiply_each_tokens_loss():
 
 
 class NoHostSynchronisation(TorchDispatchMode):
-    """Fails on the operators that make a host wait for its device."""
+    """Fails on the operators that make a host wait for its device.
+
+    Those that only copy values to the host, such as `tolist`, are no operators on a CPU: tensors on the device `meta`
+    have no values and fail there.
+    """
 
     forbidden = ("_local_scalar_dense", "nonzero", "masked_select", "item", "equal", "is_nonzero")
 
@@ -270,16 +274,30 @@ def form_statistics(batch, options):
     return {"change_range": EntropyChangeRange(0.1, 0.5)} if "global" in options.values() else {}
 
 
-@pytest.mark.parametrize("options", FORMS, ids=str)
-def test_loss_never_waits_for_the_device(options):
-    advantages, entropys, old_log_prob, log_prob, mask = random_batch()
-    log_prob.requires_grad_()
-    batch = (advantages, entropys, old_log_prob, log_prob, mask)
+@pytest.mark.parametrize("options", [*FORMS, *({"loss_mode": mode} for mode in sorted(POLICY_LOSSES))], ids=str)
+def test_no_loss_waits_for_the_device(options):
+    batch, config = [tensor.to("meta") for tensor in random_batch()], actor_config(**options)
+    advantages, entropys, old_log_prob, log_prob, mask = batch
+    others = {"current_entropys": entropys, "nucleus_entropys": entropys, "entropy_anchor": 0.5, "entropy_coeff": 0.1}
+    others |= {name: torch.empty_like(advantages) for name in squares(random_batch()[0])}
+    fields = others | {
+        name: value.to("meta") if torch.is_tensor(value) else value
+        for name, value in form_statistics(random_batch(), options).items()
+    }
+    inputs = LossInputs(old_log_prob, log_prob.requires_grad_(), advantages, mask, entropys, **fields)
     with NoHostSynchronisation():
-        loss, _ = steer_loss(batch, actor_config(**options), **form_statistics(batch, options))
-        loss.backward()
+        outputs = POLICY_LOSSES[config.policy_loss.loss_mode].compute(inputs, config)
+        outputs.loss.backward()
+        loss_module._token_metrics(config, inputs, outputs)
+
+
+def test_waits_for_the_device_are_noticed():
+    values = torch.ones(2, device="meta")
+    for wait in (torch.Tensor.tolist, torch.Tensor.cpu, torch.Tensor.item, torch.nonzero):
+        with pytest.raises((AssertionError, NotImplementedError, RuntimeError)), NoHostSynchronisation():
+            wait(values)
     with pytest.raises(AssertionError, match="waits for the device"), NoHostSynchronisation():
-        loss.item()
+        values[values > 0] = 0
 
 
 @pytest.mark.parametrize("options", FORMS, ids=str)
@@ -419,17 +437,28 @@ def test_ppo_loss_does_not_replace_old_log_probs_that_are_missing(mode):
         ppo_loss(actor_config(mode), dict(output), data)
 
 
+@pytest.mark.parametrize("mode", ["entropy_control", "positive_advantage"])
+def test_ppo_loss_hands_over_the_rollouts_weights(mode):
+    data, output = micro_batch()
+    plain, _ = ppo_loss(actor_config(mode), dict(output), data)
+    data["rollout_is_weights"] = torch.full_like(data["advantages"], 2.0)
+    weighted, _ = ppo_loss(actor_config(mode), dict(output), data)
+    torch.testing.assert_close(weighted, 2 * plain)
+
+
+@pytest.mark.parametrize("agg", ["token-mean", "seq-mean-token-sum-norm"])
 @pytest.mark.parametrize("use_kl_loss", [False, True])
 @pytest.mark.parametrize("entropy_coeff", [0.0, 0.02])
-def test_ppo_loss_adds_verls_entropy_bonus_and_kl_loss(use_kl_loss, entropy_coeff):
+def test_ppo_loss_adds_verls_entropy_bonus_and_kl_loss(use_kl_loss, entropy_coeff, agg):
     """With weights of 1 STEER's loss and its metrics are those of verl's `ppo_loss` with the vanilla loss."""
     results = []
     for mode, loss_fn in (("entropy_control", ppo_loss), ("vanilla", verl_ppo_loss)):
         data, output = micro_batch()
         data["ref_log_prob"] = data["old_log_probs"] * 0.9
-        config = actor_config(mode, token_weight_min=1.0, token_weight_max=1.0)
+        config = actor_config(mode, agg=agg, token_weight_min=1.0, token_weight_max=1.0)
         object.__setattr__(config, "use_kl_loss", use_kl_loss)
         object.__setattr__(config, "entropy_coeff", entropy_coeff)
+        object.__setattr__(config, "loss_scale_factor", 7)
         results.append(loss_fn(config, output, data))
     (loss, metrics), (verl_loss, verl_metrics) = results
     assert torch.equal(loss, verl_loss) and metrics.keys() >= verl_metrics.keys()
@@ -437,6 +466,7 @@ def test_ppo_loss_adds_verls_entropy_bonus_and_kl_loss(use_kl_loss, entropy_coef
         assert (name in metrics) == (name in verl_metrics)
         if name in metrics:
             assert metrics[name].aggregation == verl_metrics[name].aggregation
+            assert float(metrics[name].aggregate()) == pytest.approx(float(verl_metrics[name].aggregate()))
 
 
 def test_ppo_loss_returns_the_weights_where_outputs_are_requested():

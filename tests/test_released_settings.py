@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 from omegaconf import OmegaConf
-from test_configuration import resolved
+from test_configuration import configuration_of, resolved
 from verl.utils.config import omega_conf_to_dataclass
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +115,9 @@ def check(rows, authors, names):
 def test_training_launchers():
     assert len(TRAINED) == 45
     check(TRAINED, flat(AUTHORS), TRAINING.values())
+    assert {name: configuration_of(name) for name in TRAINING} == TRAINING
+    estimator = "A.actor.policy_loss.entropy_change_estimator"
+    assert {effective(name, estimator) for name in TRAINING.values()} == {"released"}
 
 
 def test_keys_that_differ_between_the_launchers():
@@ -128,8 +131,11 @@ def test_evaluation():
 
 
 def test_grpo_differs_in_the_loss_alone():
+    assert configuration_of("run_grpo") == "grpo"
     different = [key for key, _, here, *_ in TRAINED if effective("grpo", cell(key)) != cell(here)]
     assert [cell(key) for key in different] == ["A.actor.policy_loss.loss_mode"]
+    clip = [f"A.actor.clip_ratio_{side}" for side in ("low", "high")]
+    assert [effective("grpo", key) for key in clip] == [BY_LAUNCHER[key][0] for key in clip]
 
 
 def test_defaults_of_their_configuration():

@@ -16,30 +16,12 @@ from test_token_weights import random_batch
 from verl.steer.config import PolicyLossConfig
 from verl.steer.loss import ppo_loss
 from verl.steer.methods.registry import POLICY_LOSSES
-from verl.steer.methods.response_quantile import above_response_quantile
 from verl.steer.methods.siren import EntropyAnchor
 from verl.trainer.ppo.core_algos import LossInputs
 
 #: Two responses of five and four tokens, and one of none.
 ENTROPYS = torch.tensor([[0.1, 0.9, 0.3, 0.7, 0.5], [2.0, 0.0, 0.0, 1.0, 9.0], [9.0] * 5])
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0], [0] * 5]).bool()
-
-
-def test_peak_tokens_by_hand():
-    """The median of five is 0.5, that of 0, 0, 1, 2 is 0.5; at 0.8 the bounds are 0.74 and 1.4."""
-    half = torch.tensor([[0, 1, 0, 1, 0], [1, 0, 0, 1, 0], [0] * 5]).bool()
-    assert torch.equal(above_response_quantile(ENTROPYS, MASK, 0.5), half)
-    most = torch.tensor([[0, 1, 0, 0, 0], [1, 0, 0, 0, 0], [0] * 5]).bool()
-    assert torch.equal(above_response_quantile(ENTROPYS, MASK, 0.8), most)
-
-
-@pytest.mark.parametrize("quantile", [0.0, 0.25, 0.8, 1.0])
-def test_peak_tokens_are_above_torchs_quantile(quantile):
-    _, entropys, _, _, mask = random_batch(shape=(40, 21))
-    masked = entropys.double().masked_fill(~mask, torch.nan)
-    expected = mask & (entropys > masked.nanquantile(quantile, -1, keepdim=True))
-    found = above_response_quantile(entropys.double(), mask, quantile)
-    assert torch.equal(found, expected) and found.any() == (quantile < 1)
 
 
 def penalty(anchor, entropys=ENTROPYS, mask=MASK, global_batch=None, **options):

@@ -160,13 +160,6 @@ def test_the_split_of_a_mini_batch_changes_nothing(tmp_path):
                 assert spread > 1e-3 * scale
 
 
-@pytest.fixture
-def one_rank(tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 def test_the_range_is_that_of_the_estimate_at_the_old_policy(one_rank):
     data, options = mini_batch(0, SEQUENCES), actor_config(token_weight_map="threshold").policy_loss
     flat = {name: data[name].values() for name in ("advantages", "entropy", "old_log_probs", "response_mask")}

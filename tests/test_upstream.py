@@ -9,6 +9,7 @@ import numpy as np
 import plain_step
 import pytest
 import torch
+from test_configuration import ACTOR, resolved
 from test_policy_loss import micro_batch
 from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.core_algos import BASE_LOSSES, get_policy_loss_fn
@@ -170,6 +171,24 @@ def test_worker_names_that_need_vllm():
     extension = importlib.import_module("verl.workers.rollout.vllm_rollout.utils").vLLMColocateWorkerExtension
     parameters = list(inspect.signature(extension.update_weights_from_ipc).parameters)
     assert parameters == ["self", "peft_config", "base_sync_done", "use_shm"]
+
+
+@pytest.mark.parametrize("mode", ["sync", "colocate_async", "separate_async"])
+def test_every_trainer_of_verl_starts_this_forks_workers(monkeypatch, mode):
+    """By verl's own choice of workers; one of `separate_async` alone keeps the weights of several steps."""
+    from verl.steer import worker
+
+    ours = worker.SteerDetachActorWorker if mode == "separate_async" else worker.SteerActorRolloutRefWorker
+    monkeypatch.setattr(worker, "TRAINER_REGISTRY", dict(worker.TRAINER_REGISTRY))
+    worker.give_steer_workers(mode)
+    trainer = object.__new__(worker.TRAINER_REGISTRY[mode])
+    trainer.config = resolved("grpo", "hardware=cpu", "algorithm.adv_estimator=gae", f"{ACTOR}.use_kl_loss=true")
+    trainer._init_resource_pool_mgr()
+    found = {role: actor.__ray_metadata__.modified_class for role, actor in trainer.role_worker_mapping.items()}
+    assert issubclass(found.pop(worker.Role.Critic), worker.SteerTrainingWorker) and found
+    assert all(issubclass(actor, ours) for actor in found.values())
+    assert all(hasattr(actor, "save_model_to_cpu") == (mode == "separate_async") for actor in found.values())
+    assert ours.actor_worker_cls is ours.ref_worker_cls is worker.SteerTrainingWorker
 
 
 def test_a_step_without_the_forks_options_is_plain_verls(command, tmp_path):
