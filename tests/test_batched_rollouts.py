@@ -682,7 +682,7 @@ def checked(tmp_path, agent_names=None, rollout=None, **trainer):
     pyarrow.parquet.write_table(pa.table(columns), tmp_path / "test.parquet")
     pyarrow.parquet.write_table(pa.table({"prompt": ["1"]}), tmp_path / "train.parquet")
     agent = {"agent_loop_manager_class": BATCHED_MANAGER, "default_agent_loop": "single_turn_agent"}
-    rollout = {"agent": agent, "enable_rollout_routing_replay": False} | (rollout or {})
+    rollout = {"name": "vllm", "agent": agent, "enable_rollout_routing_replay": False} | (rollout or {})
     files = {
         "train_files": str(tmp_path / "train.parquet"),
         "val_files": [str(tmp_path / "test.parquet"), "no.parquet"],
