@@ -13,11 +13,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
 import pytest
+from omegaconf import OmegaConf
 from test_configuration import resolved
 from verl.steer.grading import code, code_driver, sandbox
 from verl.steer.grading.score import compute_score
 from verl.steer.requirements import check_and_complete
+from verl.trainer.ppo.reward import get_custom_reward_fn
 from verl.utils import reward_score
+from verl.utils.reward_score import prime_code, sandbox_fusion
 
 needs_bwrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="needs bwrap: apt-get install bubblewrap")
 KWARGS = "+reward.custom_reward_function.reward_kwargs"
@@ -280,9 +283,6 @@ def test_an_unprivileged_grader(monkeypatch):
 @needs_bwrap
 def test_a_parquet_from_eight_threads(tmp_path):
     """Rows of all forms, right and wrong by turns, through verl's hook."""
-    from omegaconf import OmegaConf
-    from verl.trainer.ppo.reward import get_custom_reward_fn
-
     packed = {
         "zlib": base64.b64encode(zlib.compress(json.dumps({"inputs": ["1"], "outputs": ["2"]}).encode())).decode()
     }
@@ -355,8 +355,6 @@ def test_options_out_of_range(options, message):
 
 
 def test_verls_graders_are_reached(monkeypatch):
-    from verl.utils.reward_score import prime_code, sandbox_fusion
-
     calls = []
     monkeypatch.setattr(prime_code, "compute_score", lambda *args, **kwargs: calls.append((args, kwargs)) or (0.5, []))
     monkeypatch.setattr(

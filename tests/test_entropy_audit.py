@@ -21,7 +21,6 @@ from transfer_queue import KVBatchMeta
 from verl.steer import trainer as trainer_steer
 from verl.steer.audit import step as step_entropy_audit
 from verl.steer.audit.scores import (
-    AUDITED_ESTIMATORS,
     AuditOptions,
     AuditRequest,
     covariance_estimate,
@@ -34,8 +33,17 @@ from verl.steer.audit.update import ENGINE_STATE
 from verl.steer.loss import ppo_loss
 from verl.steer.options import from_config
 from verl.steer.report.run_metrics import Run
-from verl.trainer.ppo.core_algos import compute_token_weights, ppo_clipped, signed_entropy_change
+from verl.trainer.ppo import core_algos
+from verl.trainer.ppo.core_algos import (
+    ENTROPY_CHANGE_ESTIMATORS,
+    compute_token_weights,
+    ppo_clipped,
+    signed_entropy_change,
+)
 from verl.utils import tensordict_utils as tu
+
+#: All estimators that an audit scores: those of STEER and the covariance.
+AUDITED_ESTIMATORS = (*ENTROPY_CHANGE_ESTIMATORS, "covariance")
 
 COLUMNS = (
     "step mini_batch token_id text response position prob entropy advantage ratio clipped omega_released "
@@ -342,8 +350,6 @@ def test_the_metrics_are_the_scores_of_each_updates_tokens(audit):
 )
 def test_the_weights_are_those_that_the_loss_gave(model_folder, tmp_path, monkeypatch, options, dynamic):
     """However the mini-batch is split: each token has the weight that its loss was multiplied by."""
-    from verl.trainer.ppo import core_algos
-
     given, inner = [], core_algos.reweighted_policy_loss
 
     def spy(base_loss, token_weights, inputs, *args, **kwargs):

@@ -2,6 +2,7 @@
 """Options of the control of the entropy: what a run accepts, and what it refuses before Ray starts."""
 
 import re
+from dataclasses import dataclass
 
 import pytest
 from test_configuration import ACTOR, POLICY_LOSS, validated
@@ -78,8 +79,6 @@ def test_a_controlled_run_needs_no_entropy_with_gradient(name):
 
 
 def test_only_options_with_a_schedule_take_one():
-    from dataclasses import dataclass
-
     @dataclass
     class Options:
         plain: float = option(0.5)

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from tensordict import TensorDict
 from test_policy_loss import actor_config
 from test_token_weights import random_batch
+from verl.steer import trainer as trainer_steer
 from verl.steer.audit.scores import AuditOptions
 from verl.steer.config import ADVANTAGE_OPTIONS, PolicyLossConfig
 from verl.steer.methods.adaptive_entropy import AdaptiveEntropyCoefficient
@@ -587,8 +588,6 @@ def registered_estimators():
 @pytest.fixture
 def trainer(monkeypatch):
     """The steer trainer without Ray: upstream's methods return what they were called with."""
-    from verl.steer import trainer as trainer_steer
-
     seen = {"arguments": {}}
 
     def upstream_compute_advantage(self, batch, metrics):
@@ -664,8 +663,6 @@ def test_the_trainer_gives_an_estimator_the_scores_before_a_kl_penalty(trainer):
 
 def test_the_trainer_gives_an_estimator_the_progress_of_the_run(trainer, monkeypatch):
     """The first of four steps; Entrocraft's band moves with it."""
-    from verl.steer import trainer as trainer_steer
-
     bound = {}
     monkeypatch.setattr(trainer_steer, "bind_estimator", lambda name, fields: bound.update(fields))
     monkeypatch.setattr(trainer_steer.PPOTrainerSync, "_compute_advantage", lambda self, batch, metrics: batch)

@@ -6,9 +6,13 @@ import os
 import runpy
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
+from omegaconf import OmegaConf
 from verl.steer.grading import code, score
 from verl.steer.grading.normalize import normalize
+from verl.trainer.ppo.reward import get_custom_reward_fn
+from verl.utils import reward_score
 
 # Ground truth, an answer, and whether the training rule and the evaluation rule accept it.
 TABLE = [
@@ -373,16 +377,11 @@ def test_other_sources_go_to_verl():
 
 
 def test_verls_own_dispatch_is_untouched():
-    from verl.utils import reward_score
-
     assert reward_score.default_compute_score.__code__.co_filename != score.__file__
     assert reward_score.get_default_compute_score("naive") is reward_score.default_compute_score
 
 
 def test_verls_hook_finds_the_grader_and_passes_options():
-    from omegaconf import OmegaConf
-    from verl.trainer.ppo.reward import get_custom_reward_fn
-
     hook = {"path": "pkg://verl.steer.grading.score", "name": "compute_score", "reward_kwargs": {"rule": "train"}}
     score = get_custom_reward_fn(OmegaConf.create({"reward": {"custom_reward_function": hook}}))
     call = {"data_source": "math500", "ground_truth": r"\frac{1}{2}", "extra_info": {}}
@@ -404,8 +403,6 @@ def _truths(name: str, rows: int | None) -> tuple[str, collections.Counter]:
     path = Path(folder) / f"{name}.parquet"
     if not path.exists():
         pytest.skip(f"{path} is missing")
-    import pyarrow.parquet as pq
-
     table = pq.read_table(path, columns=["data_source", "reward_model"]).slice(0, rows).to_pylist()
     return table[0]["data_source"], collections.Counter(row["reward_model"]["ground_truth"] for row in table)
 

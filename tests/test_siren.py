@@ -13,6 +13,7 @@ from test_configuration import validated
 from test_interventions import trainer  # noqa: F401 - a fixture
 from test_policy_loss import actor_config
 from test_token_weights import random_batch
+from verl.steer import trainer as trainer_steer
 from verl.steer.config import PolicyLossConfig
 from verl.steer.loss import ppo_loss
 from verl.steer.methods.registry import POLICY_LOSSES
@@ -69,7 +70,6 @@ def test_the_rest_is_ppos_loss():
 
 def test_anchor_of_the_first_step(trainer, tmp_path, monkeypatch):  # noqa: F811
     """The first step sends none and sets it, later steps send it, and a resumed run sends the same."""
-    from verl.steer import trainer as trainer_steer
 
     def update(self, batch, metrics):
         metrics |= {"actor/peak_entropy": 0.1 * self.global_steps, "actor/peak_share": 1.0}

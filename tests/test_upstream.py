@@ -11,8 +11,11 @@ import pytest
 import torch
 from test_configuration import ACTOR, resolved
 from test_policy_loss import micro_batch
+from verl import DataProto
+from verl.steer import worker
 from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.core_algos import BASE_LOSSES, get_policy_loss_fn
+from verl.trainer.ppo.v1 import trainer_base, utils
 
 # module, attribute, parameters that the fork passes or overrides (None: not a function, presence is enough)
 RELIED_ON = [
@@ -137,9 +140,6 @@ def test_base_losses_take_what_steer_passes(name):
 
 def test_the_trainer_passes_advantage_estimators_what_they_take(monkeypatch):
     """Rewards, mask, prompt and `algorithm`, and nothing that they would refuse; the entropy is in its metrics."""
-    from verl import DataProto
-    from verl.trainer.ppo.v1 import trainer_base, utils
-
     seen = {}
 
     def estimator(**arguments):
@@ -176,8 +176,6 @@ def test_worker_names_that_need_vllm():
 @pytest.mark.parametrize("mode", ["sync", "colocate_async", "separate_async"])
 def test_every_trainer_of_verl_starts_this_forks_workers(monkeypatch, mode):
     """By verl's own choice of workers; one of `separate_async` alone keeps the weights of several steps."""
-    from verl.steer import worker
-
     ours = worker.SteerDetachActorWorker if mode == "separate_async" else worker.SteerActorRolloutRefWorker
     monkeypatch.setattr(worker, "TRAINER_REGISTRY", dict(worker.TRAINER_REGISTRY))
     worker.give_steer_workers(mode)

@@ -33,9 +33,6 @@ from verl.trainer.ppo.core_algos import (
     signed_entropy_change,
 )
 
-#: All that are audited: those of STEER and the covariance.
-AUDITED_ESTIMATORS = (*ENTROPY_CHANGE_ESTIMATORS, "covariance")
-
 
 @dataclass
 class AuditOptions:

@@ -29,8 +29,8 @@ class TokenStatistics(FSDPEngineWithLMHead):
             yield
         self.mode = mode
         self.module.train(training)
-        # A forward pass leaves parameters gathered for a backward pass, which does not follow here: the root's, with
-        # `reshard_after_forward=false` those of all layers.
+        # A forward pass leaves parameters gathered for a backward pass, which does not follow here: the root's, and
+        # with `reshard_after_forward=false` those of all layers.
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

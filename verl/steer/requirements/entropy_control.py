@@ -10,7 +10,7 @@ from verl.steer.audit.scores import AuditOptions
 from verl.steer.methods.registry import base_loss_of
 from verl.steer.options import from_config
 from verl.steer.requirements.allowed import refuse_others
-from verl.steer.requirements.loss import FSDP_STRATEGIES
+from verl.steer.requirements.loss import FSDP_STRATEGIES, bypasses_old_log_prob
 from verl.trainer.ppo.core_algos import INFLUENCE, weighs_mini_batches
 
 
@@ -86,14 +86,13 @@ def check_entropy_audit(config: DictConfig, policy_loss: Any) -> None:
     """
     trainer, actor = config.trainer, config.actor_rollout_ref.actor
     options = from_config(AuditOptions, trainer.get("entropy_audit"), "trainer.entropy_audit")
-    bypass = (config.algorithm.get("rollout_correction") or {}).get("bypass_mode", False)
     needs = [
         ("trainer.use_v1", trainer.use_v1, (True,)),
         ("trainer.v1.trainer_mode", trainer.v1.trainer_mode, ("steer",)),
         ("actor.strategy", actor.strategy, FSDP_STRATEGIES),
         ("actor.fsdp_config.one_pass_reductions", OmegaConf.select(actor, "fsdp_config.one_pass_reductions"), (True,)),
         ("model.use_fused_kernels", config.actor_rollout_ref.model.use_fused_kernels, (False,)),
-        ("algorithm.rollout_correction.bypass_mode", bypass, (False,)),
+        ("algorithm.rollout_correction.bypass_mode", bypasses_old_log_prob(config), (False,)),
         ("trainer.skip_old_log_prob", trainer.get("skip_old_log_prob", False), (False,)),
     ]
     if not options.freq:

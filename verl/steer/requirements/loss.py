@@ -33,10 +33,14 @@ CLIP_RATIO_C_ABOVE = {"archer": 1, "bapo": 1, "ce_gppo": 1, "dynamic_clip": 1, "
 MEANS = ("token-mean", "seq-mean-token-mean")
 
 
+def bypasses_old_log_prob(config: DictConfig) -> bool:
+    """Whether the rollout's log-probs serve as the old policy's, verl's bypass mode."""
+    return (config.algorithm.get("rollout_correction") or {}).get("bypass_mode", False)
+
+
 def has_old_entropy(config: DictConfig) -> bool:
     """Whether the trainer computes the old policy's entropies and keeps them in the batch."""
-    rollout_correction = config.algorithm.get("rollout_correction") or {}
-    skips = rollout_correction.get("bypass_mode", False) or config.trainer.get("skip_old_log_prob", False)
+    skips = bypasses_old_log_prob(config) or config.trainer.get("skip_old_log_prob", False)
     return config.trainer.use_v1 and not skips
 
 
@@ -122,7 +126,7 @@ def check_trainer(config: DictConfig, policy_loss: Any, needed: set[str]) -> Non
                 f"{key}: expected {expected} where the trainer computes no entropies of the old policy, as in bypass "
                 "mode or with trainer.skip_old_log_prob=true"
             )
-    if aepo and (config.algorithm.get("rollout_correction") or {}).get("bypass_mode", False):
+    if aepo and bypasses_old_log_prob(config):
         raise ValueError(f"{adv_estimator}: expected another in bypass mode, without entropies of the old policy")
     if aepo and not is_batched(config):
         manager = config.actor_rollout_ref.rollout.agent.get("agent_loop_manager_class")

@@ -8,7 +8,7 @@ from typing import Any
 from omegaconf import DictConfig
 from verl.steer.methods.registry import estimator_fields
 from verl.steer.requirements.allowed import refuse_others
-from verl.steer.requirements.loss import ENTROPY_STRATEGIES
+from verl.steer.requirements.loss import ENTROPY_STRATEGIES, bypasses_old_log_prob
 from verl.trainer.distillation import is_distillation_enabled
 from verl.trainer.ppo.core_algos import weighs_mini_batches
 
@@ -25,14 +25,13 @@ def check_skipped_old_log_prob(config: DictConfig, policy_loss: Any) -> None:
     if not skips:
         return
     algorithm, actor, rollout = config.algorithm, config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
-    corrections = algorithm.get("rollout_correction") or {}
     refuse_others(
         [
             ("actor.ppo_mini_batch_size", actor.ppo_mini_batch_size, (config.data.train_batch_size,)),
             ("actor.ppo_epochs", actor.ppo_epochs, (1,)),
             ("actor.strategy", actor.strategy, ENTROPY_STRATEGIES),
             ("rollout.calculate_log_probs", rollout.calculate_log_probs, (False,)),
-            ("algorithm.rollout_correction.bypass_mode", corrections.get("bypass_mode", False), (False,)),
+            ("algorithm.rollout_correction.bypass_mode", bypasses_old_log_prob(config), (False,)),
             ("algorithm.use_kl_in_reward", algorithm.use_kl_in_reward, (False,)),
             ("distillation.enabled", is_distillation_enabled(config.get("distillation")), (False,)),
         ],
