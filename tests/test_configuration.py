@@ -495,6 +495,30 @@ HEAD = ("entropy_change_estimator=influence", "token_weight_map=target", "influe
             [f"{ACTOR}.clip_ratio_high=null", f"{ACTOR}.clip_ratio=wide"],
             "actor.clip_ratio=wide: expected a number of at least 0",
         ),
+        ([f"{ACTOR}.entropy_coeff=nan"], "actor.entropy_coeff=nan: expected a finite number"),
+        ([f"{ACTOR}.entropy_coeff=null"], "actor.entropy_coeff=None: expected a finite number"),
+        ([f"{ACTOR}.kl_loss_coef=strong"], "actor.kl_loss_coef='strong': expected a finite number"),
+        ([f"{ACTOR}.loss_scale_factor=0"], "actor.loss_scale_factor=0: expected a finite number above 0"),
+        ([f"{ACTOR}.optim.lr=-1e-6"], "actor.optim.lr=-1e-06: expected a finite number of at least 0"),
+        ([f"{ACTOR}.ppo_epochs=0"], "actor.ppo_epochs=0: expected an integer of at least 1"),
+        ([f"{ACTOR}.ppo_mini_batch_size=0"], "actor.ppo_mini_batch_size=0: expected an integer of at least 1"),
+        (["actor_rollout_ref.rollout.n=0"], "rollout.n=0: expected an integer of at least 1"),
+        (["data.train_batch_size=0"], "data.train_batch_size=0: expected an integer of at least 1"),
+        (["algorithm.adv_estimator=clipb"], "algorithm.adv_estimator=clipb: expected one of gae, "),
+        ([f"{ACTOR}.use_kl_loss=true", f"{ACTOR}.kl_loss_type=k4"], "actor.kl_loss_type=k4: expected one of kl, k1, "),
+        (
+            ["algorithm.use_kl_in_reward=true", "algorithm.kl_penalty=full"],
+            "algorithm.kl_penalty=full: expected one of kl, k1, ",
+        ),
+        (
+            ["algorithm.use_kl_in_reward=true", "algorithm.kl_ctrl.type=constant"],
+            "algorithm.kl_ctrl.type=constant: expected one of fixed, adaptive",
+        ),
+        (
+            [f"+{POLICY_LOSS}.token_weight_mim=0.5"],
+            "policy_loss.token_weight_mim: unknown; expected one of token_weight_min, ",
+        ),
+        (["trainer.entropy_audit=5"], "trainer.entropy_audit=5: expected a section of keys below it"),
     ],
 )
 def test_runs_that_cannot_work_are_refused(overrides, message):
@@ -510,7 +534,7 @@ def test_runs_that_cannot_work_are_refused(overrides, message):
         ["algorithm.adv_estimator=psr", "trainer.v1.trainer_mode=sync", f"{MANAGER}=null"],
         ["algorithm.adv_estimator=psr", "algorithm.use_kl_in_reward=true"],
         # What a loss doesn't read may be anything, and a bound may be infinite or fall back to clip_ratio.
-        [f"{ACTOR}.clip_ratio_c=null", f"{POLICY_LOSS}.base_loss=gspo"],
+        [f"{ACTOR}.clip_ratio_c=null", f"{POLICY_LOSS}.base_loss=gspo", f"{ACTOR}.kl_loss_type=k4"],
         [f"{ACTOR}.clip_ratio_c=0.5", f"{POLICY_LOSS}.loss_mode=cispo"],
         [f"{ACTOR}.clip_ratio_c=1", f"{POLICY_LOSS}.base_loss=dppo_kl"],
         [f"{ACTOR}.clip_ratio_c=inf", f"{ACTOR}.clip_ratio_high=inf", f"{ACTOR}.clip_ratio_low=null"],
@@ -795,6 +819,20 @@ def test_the_launching_process_resolves_its_variables(laptop_files, monkeypatch)
     (config,) = started
     assert config.data.train_files == f"{laptop_files}/train.parquet"
     assert config.trainer.default_local_dir == "/out/steer_exp"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (f"{ACTOR}.loss_agg_mode=mean", "Invalid loss_agg_mode: mean"),
+        ("actor_rollout_ref.rollout.temperature=0", "validation gen temperature should be greater than 0"),
+        (f"{ACTOR}.ppo_mini_batch_size=32", "train_batch_size (16) must be >= actor.ppo_mini_batch_size (32)"),
+    ],
+)
+def test_what_verl_refuses_ends_a_run_in_one_line(laptop_files, monkeypatch, override, message):
+    monkeypatch.setattr(entry_point.main_ppo, "run_ppo", mock.Mock(side_effect=AssertionError("Ray was started")))
+    with pytest.raises(SystemExit, match=f"^steer-verl: {re.escape(message)}[^\n]*$"):
+        entry_point.main.__wrapped__(resolved("steer_exp", "hardware=cpu", "task=arithmetic", override))
 
 
 @pytest.fixture

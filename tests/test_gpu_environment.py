@@ -36,8 +36,7 @@ from verl.steer.requirements import check_and_complete
 from verl.utils.config import validate_config
 for hardware in ("gpu1", "gpu8"):
     for method in METHODS:
-        fsdp2 = ["actor_rollout_ref.actor.strategy=fsdp2"] if method.startswith("influence") else []
-        config = resolved(method, f"hardware={hardware}", "ray_kwargs.ray_init.num_cpus=30", *fsdp2)
+        config = resolved(method, f"hardware={hardware}", "ray_kwargs.ray_init.num_cpus=30")
         check_and_complete(config)
         validate_config(config, use_reference_policy=False, use_critic=False)
         print("resolved", hardware, method)

@@ -13,11 +13,10 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from verl.steer.requirements import check_and_complete
 from verl.steer.requirements.files import check_data_and_model
+from verl.steer.requirements.verl_values import check_by_verl
 from verl.steer.run_ending import ActorsDied, WatchedRunner, reason_of
 from verl.steer.task_runner import SteerTaskRunner
 from verl.trainer import main_ppo
-from verl.trainer.ppo.utils import need_critic, need_reference_policy
-from verl.utils.config import validate_config
 from verl.utils.device import auto_set_device
 
 import verl_steer
@@ -40,13 +39,14 @@ def main(config: DictConfig) -> None:
     try:
         check_and_complete(config)
         check_data_and_model(config)
+        if config.trainer.use_v1:
+            auto_set_device(config)
+            check_by_verl(config)
     except ValueError as error:
         sys.exit(f"steer-verl: {error}")
     if not config.trainer.use_v1:
         main_ppo.main.__wrapped__(config)
         return
-    auto_set_device(config)
-    validate_config(config, need_reference_policy(config), need_critic(config))
     # Here, because the workers of a Ray that runs already lack this process's variables, such as OUTPUT_DIR.
     OmegaConf.resolve(config)
     try:

@@ -18,8 +18,7 @@ from verl.steer.preflight import dataset, disk, machine, memory, ranks
 from verl.steer.preflight.processes import CHECKPOINT, TOKENS, run_group
 from verl.steer.preflight.rows import Row, report, run_check
 from verl.steer.requirements import check_and_complete
-from verl.trainer.ppo.utils import need_critic, need_reference_policy
-from verl.utils.config import validate_config
+from verl.steer.requirements.verl_values import check_by_verl
 
 #: Seconds for all checks, and those that vLLM leaves to the ranks.
 SECONDS, LEFT_TO_RANKS = 290, 120
@@ -28,7 +27,7 @@ SECONDS, LEFT_TO_RANKS = 290, 120
 def check_configuration(config: DictConfig) -> str:
     """The checks with which a run begins."""
     check_and_complete(config)
-    validate_config(config, need_reference_policy(config), need_critic(config))
+    check_by_verl(config)
     return f"loss_mode={config.actor_rollout_ref.actor.policy_loss.loss_mode}, {config.actor_rollout_ref.model.path}"
 
 

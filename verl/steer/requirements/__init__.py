@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import verl.steer.methods  # noqa: F401 - registers the losses and estimators
-from hydra.errors import InstantiationException
 from omegaconf import DictConfig
 from verl.steer.config import ADVANTAGE_OPTIONS
 from verl.steer.options import from_config
@@ -20,8 +19,8 @@ from verl.steer.requirements.hardware import (
 from verl.steer.requirements.loss import check_clip, check_engine, check_trainer, inputs_needed, switch_on
 from verl.steer.requirements.rewards import check_code_rewards, check_reward_model
 from verl.steer.requirements.skipped_old_log_prob import check_skipped_old_log_prob
+from verl.steer.requirements.verl_values import as_dataclass, check_verl_values
 from verl.steer.rollout.checks import check_rollouts
-from verl.utils.config import omega_conf_to_dataclass
 
 
 def check_and_complete(config: DictConfig) -> None:
@@ -38,13 +37,11 @@ def check_and_complete(config: DictConfig) -> None:
     check_platform(config)
     check_cpus(config)
     check_model_engine(config)
+    check_verl_values(config)
     check_attention(config)
     check_micro_batches(config)
     check_rollouts(config)
-    try:
-        policy_loss = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
-    except InstantiationException as error:
-        raise ValueError(str(error.__cause__)) from error
+    policy_loss = as_dataclass(config, "policy_loss")
     for options in ADVANTAGE_OPTIONS:
         from_config(options, config.algorithm)
     check_clip(config, policy_loss)

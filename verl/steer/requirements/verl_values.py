@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checks of verl's own keys whose bad values verl finds in a worker, or never."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from verl.steer.options import Option
+from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.config import omega_conf_to_dataclass, validate_config
+
+#: Numbers that verl does not check; those with a default may not be null.
+NUMBERS = {
+    "actor_rollout_ref.actor.entropy_coeff": Option(0.0),
+    "actor_rollout_ref.actor.kl_loss_coef": Option(0.001),
+    "actor_rollout_ref.actor.loss_scale_factor": Option(above=0.0),
+    "actor_rollout_ref.actor.optim.lr": Option(1e-6, at_least=0.0),
+    "actor_rollout_ref.actor.ppo_epochs": Option(1, at_least=1, integer=True),
+    "actor_rollout_ref.actor.ppo_mini_batch_size": Option(256, at_least=1, integer=True),
+    "actor_rollout_ref.rollout.n": Option(1, at_least=1, integer=True),
+    "data.train_batch_size": Option(1024, at_least=1, integer=True),
+}
+
+#: Names of verl's estimates of a KL divergence; a + at the end gives each the gradient of k2.
+KL_ESTIMATES = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
+
+
+def check_verl_values(config: DictConfig) -> None:
+    """Check numbers and names that verl takes as they are.
+
+    Raises:
+        ValueError: if a number is out of range, or a name is unknown.
+    """
+    for key, number in NUMBERS.items():
+        number.check(key.removeprefix("actor_rollout_ref."), OmegaConf.select(config, key))
+    actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
+    names: list[tuple[str, Any, Any]] = [("algorithm.adv_estimator", algorithm.adv_estimator, ADV_ESTIMATOR_REGISTRY)]
+    kl_estimates = (*KL_ESTIMATES, *(f"{name}+" for name in KL_ESTIMATES))
+    if actor.use_kl_loss:
+        names.append(("actor.kl_loss_type", actor.kl_loss_type, kl_estimates))
+    if algorithm.use_kl_in_reward:
+        names.append(("algorithm.kl_penalty", algorithm.kl_penalty, kl_estimates))
+        names.append(("algorithm.kl_ctrl.type", algorithm.kl_ctrl.type, ("fixed", "adaptive")))
+    for key, name, known in names:
+        if name not in known:
+            raise ValueError(f"{key}={name}: expected one of {', '.join(known)}")
+
+
+def as_dataclass(config: DictConfig, key: str) -> Any:
+    """A section below `actor_rollout_ref.actor` as the dataclass that it names.
+
+    Raises:
+        ValueError: if the section has an unknown key or a bad value.
+    """
+    section = config.actor_rollout_ref.actor[key]
+    known = [field.name for field in fields(get_class(section._target_))]
+    for name in section.keys() - {*known, "_target_"}:
+        close = get_close_matches(str(name), known) or known
+        raise ValueError(f"{key}.{name}: unknown; expected one of {', '.join(close)}")
+    try:
+        return omega_conf_to_dataclass(section)
+    except InstantiationException as error:
+        raise ValueError(str(error.__cause__)) from error
+
+
+def check_by_verl(config: DictConfig) -> None:
+    """verl's check of a configuration.
+
+    Raises:
+        ValueError: if verl refuses the configuration, with whichever error.
+    """
+    try:
+        validate_config(config, need_reference_policy(config), need_critic(config))
+    except (AssertionError, InstantiationException) as error:
+        raise ValueError(str(error.__cause__ or error)) from error
