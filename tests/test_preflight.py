@@ -110,14 +110,15 @@ def difference(config, other):
     return {phase: amount - less.get(phase, 0.0) for phase, amount in more.items()}
 
 
-@pytest.mark.parametrize("kl", [f"{ACTOR}.use_kl_loss=true", "algorithm.use_kl_in_reward=true"])
-def test_a_reference_model_is_a_shard_more_in_the_machines_memory(configured, kl):
+def test_a_reference_model_is_a_shard_more_in_the_machines_memory(configured):
     """verl keeps it there, which on a CPU is the device; with LoRA it is the actor itself."""
-    cpu, gpu, lora = ["hardware=cpu", "trainer.n_gpus_per_node=2"], ["hardware=gpu1"], "model.lora_rank=8"
-    found = difference(configured(QWEN_7B, *cpu, kl), configured(QWEN_7B, *cpu))
-    assert found == dict.fromkeys(("generation", "log-probs", "update"), 4 * 7_615_616_512 / 2)
-    for others in (gpu, [*cpu, f"actor_rollout_ref.{lora}"]):
-        assert set(difference(configured(QWEN_7B, *others, kl), configured(QWEN_7B, *others)).values()) == {0.0}
+    loss, reward = f"{ACTOR}.use_kl_loss=true", "algorithm.use_kl_in_reward=true"
+    cpu = ["hardware=cpu", "task=arithmetic", "trainer.n_gpus_per_node=2"]
+    for kl in (loss, reward):
+        found = difference(configured(SMALL, *cpu, kl), configured(SMALL, *cpu))
+        assert found == dict.fromkeys(("generation", "log-probs", "update"), 4 * 2824 / 2)
+    for others in (["hardware=gpu1"], [*cpu, "actor_rollout_ref.model.lora_rank=8"]):
+        assert set(difference(configured(SMALL, *others, loss), configured(SMALL, *others)).values()) == {0.0}
 
 
 def test_a_critic_has_weights_gradients_and_moments_of_its_own(configured, tmp_path):
