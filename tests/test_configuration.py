@@ -244,6 +244,10 @@ TARGET = INFLUENCE | {"token_weight_map": "target"}
             {"token_weight_map": "threshold", "token_weight_normalizer": "winsorised"},
             "policy_loss.token_weight_normalizer='winsorised': expected another in the threshold map",
         ),
+        (
+            {"token_weight_map": "threshold", "token_weight_quantile": 1.0},
+            "policy_loss.token_weight_quantile=1.0: expected a number of at least 0 and below 1 in the threshold map",
+        ),
         (INFLUENCE | {"base_loss": "gspo"}, "policy_loss.base_loss='gspo': expected vanilla with entropy_change_estim"),
         (
             INFLUENCE | {"token_weight_normalizer": "rank"},

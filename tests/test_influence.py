@@ -251,6 +251,27 @@ def test_measuring_changes_neither_parameters_nor_the_optimizer(model_folder):
             assert torch.equal(engine.optimizer.state[parameter]["exp_avg"].full_tensor(), moment)
 
 
+def test_each_single_token_is_measured_once(model_folder, monkeypatch):
+    """Of three with an advantage all three, however many are asked for, and of none none; other ranks take part."""
+    engine, batch, updates = make_engine(model_folder), mini_batches()[0], []
+    monkeypatch.setattr(engine, "token_statistics", lambda data: {"entropy": torch.zeros(4, 12)})
+
+    def measured(count, rank=0):
+        """Tokens with an effect, and updates for them."""
+        updates.clear()
+        effects = one_token_effects(engine, batch, updates.append, count, rank)
+        return torch.nonzero(~effects.isnan()).tolist(), len(updates)
+
+    batch["advantages"] = 0.0 * batch["advantages"]
+    assert measured(8) == ([], 0)
+    batch["advantages"].values()[[0, 4, 6, 13]] = 1.0  # the last of the second response, 13, is not valid
+    tokens = [[0, 0], [0, 4], [1, 1]]
+    assert measured(8) == (tokens, 6) and measured(3) == (tokens, 6)
+    assert measured(2) == (tokens[::2], 4) and measured(1) == (tokens[:1], 2)
+    monkeypatch.setattr(engine, "sum_over_ranks", lambda values: values + 5)
+    assert measured(2, rank=1) == ([], 10)
+
+
 def contributions_in(dtype, model_folder, measure="measure_influence"):
     """Each token's contribution to the second of two updates by a model in this type."""
     engine, (first, second) = make_engine(model_folder, dtype=dtype, lr=1e-5), mini_batches()

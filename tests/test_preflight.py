@@ -104,6 +104,45 @@ def test_memory_depends_on_what_is_offloaded(configured):
     assert separate["update"] - usual["update"] == pytest.approx(7 * 4 * 4096 * 2 * 152_064)
 
 
+def difference(config, other):
+    """What the phases of a configuration need beyond those of another one."""
+    more, less = (memory.phases(*memory.model_of(found), found, 80 * GIB) for found in (config, other))
+    return {phase: amount - less.get(phase, 0.0) for phase, amount in more.items()}
+
+
+def test_a_reference_model_is_a_shard_more_in_the_machines_memory(configured):
+    """verl keeps it there, which on a CPU is the device; with LoRA it is the actor itself."""
+    loss, reward = f"{ACTOR}.use_kl_loss=true", "algorithm.use_kl_in_reward=true"
+    cpu = ["hardware=cpu", "task=arithmetic", "trainer.n_gpus_per_node=2"]
+    for kl in (loss, reward):
+        found = difference(configured(SMALL, *cpu, kl), configured(SMALL, *cpu))
+        assert found == dict.fromkeys(("generation", "log-probs", "update"), 4 * 2824 / 2)
+    for others in (["hardware=gpu1"], [*cpu, "actor_rollout_ref.model.lora_rank=8"]):
+        assert set(difference(configured(SMALL, *others, loss), configured(SMALL, *others)).values()) == {0.0}
+
+
+def test_a_critic_has_weights_gradients_and_moments_of_its_own(configured, tmp_path):
+    """Its head has a single output; micro-batches of 2 * 4096 tokens in bfloat16, with checkpointing."""
+    gae = [
+        "algorithm.adv_estimator=gae", f"critic.model.path={tmp_path / 'model'}",
+        "critic.ppo_micro_batch_size_per_gpu=2", "critic.fsdp.param_offload=true",
+    ]  # fmt: skip
+    embedding, layers = 152_064 * 3584, 28
+    parameters = 7_615_616_512 - embedding + 3584 + 1
+    assert memory.critic_of(configured(QWEN_7B, *gae))[0] == parameters
+    plain, shard = configured(QWEN_7B), 4 * parameters / 8
+    found = difference(configured(QWEN_7B, *gae), plain)
+    update, waiting = found.pop("critic's update"), 2 * shard
+    assert found == pytest.approx(dict.fromkeys(("generation", "log-probs", "update"), waiting))
+    layer = (parameters - embedding) / layers
+    saved = 2 * (4 * 3584 + 3 * 3584 + 3 * 512 + 4 * 18_944) + 8 * 3584
+    passes = 2 * (embedding + 2 * layer) + 6 * embedding + 2 * 4096 * (saved + 2 * 3584 * layers)
+    actor = 3 * 4 * 7_615_616_512 / 8
+    assert update == pytest.approx(3 * GIB + actor + 4 * shard + passes)
+    less = difference(configured(QWEN_7B, *gae, "critic.fsdp.optimizer_offload=true"), plain)
+    assert less["generation"] == 0 and less["critic's update"] == update
+
+
 def test_too_little_memory_names_the_remedy(configured, monkeypatch):
     config = configured(QWEN_7B, "hardware=gpu1")
     monkeypatch.setattr(memory, "device_memory", lambda config: 80 * GIB)
@@ -167,6 +206,10 @@ def test_disk_counts_what_the_run_still_writes(data_of, tmp_path, monkeypatch):
         (tmp_path / f"out/run/global_step_{step}").mkdir(parents=True)
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
     assert disk.check_disk(config).startswith("6 checkpoints")
+    # the critic's weights and moments, and none for Hugging Face
+    gae = ["algorithm.adv_estimator=gae", f"critic.model.path={config.actor_rollout_ref.model.path}"]
+    config = data_of(rows_of("1+2"), *gae)
+    assert disk.checkpoint_bytes(config) == 16 * parameters + 12 * memory.critic_of(config)[0]
 
 
 def test_steps_where_the_rows_are_not_counted(data_of):

@@ -380,6 +380,21 @@ def test_the_folder_of_a_run_may_have_characters_of_hydras_grammar(command, root
     assert options["trainer.default_local_dir"] == str(folder) and options["trainer.experiment_name"] == folder.name
 
 
+def test_quickstart_marks_no_run_without_metrics_as_trained(command, root, tmp_path):
+    """As with `--cfg job`; the environment is up to date by its stamp, and its interpreter does nothing."""
+    venv, run = tmp_path / "venv", tmp_path / "out/grpo"
+    run.mkdir(parents=True)
+    (venv / "bin").mkdir(parents=True)
+    (venv / "bin/python").symlink_to("/bin/true")
+    files = (root / name for name in ("pyproject.toml", "run/constraints.txt", "run/setup.sh"))
+    stamp = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    (venv / "steer-stamp").write_text(f"cpu {stamp}  -\n")
+    environment = {"STEER_VENV": str(venv), "OUTPUT_DIR": str(tmp_path / "out"), "TASK_DIR": str(tmp_path)}
+    result = command("bash", root / "run/quickstart.sh", "--cfg", "job", METHODS="grpo", **environment)
+    assert result.returncode == 1 and not (run / "finished-with").exists()
+    assert f"quickstart.sh: {run}: no metrics*.jsonl; expected a run with `file`" in result.stderr
+
+
 @pytest.mark.parametrize(
     "launcher", ["compare.sh", "eval.sh", "launch.sh", "preflight.sh", "quickstart.sh", "study.sh", "two_nodes.sh"]
 )

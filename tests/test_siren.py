@@ -116,6 +116,12 @@ def test_the_engine_must_read_logits():
         validated("siren", "actor_rollout_ref.model.use_fused_kernels=true")
 
 
+@pytest.mark.parametrize("key", ["siren_quantile", "archer_quantile"])
+def test_a_quantile_that_leaves_no_token_above_it_is_refused(key):
+    with pytest.raises(ValueError, match=rf"^policy_loss\.{key}=1\.0: expected a number of at least 0 and below 1$"):
+        PolicyLossConfig(**{key: 1.0})
+
+
 def test_missing_entropies_are_named():
     with pytest.raises(ValueError, match="nucleus_entropys=None: loss_mode=siren expects trainer.v1"):
         loss_of("siren", random_batch())

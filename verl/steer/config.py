@@ -23,6 +23,7 @@ from verl.steer.methods.opefo import OpefoOptions
 from verl.steer.methods.positive_advantage import PositiveAdvantageOptions
 from verl.steer.methods.quadrant import QuadrantOptions
 from verl.steer.methods.registry import base_loss_of
+from verl.steer.methods.response_quantile import check_response_quantiles
 from verl.steer.methods.sample_reinforcement import ReinforceOptions
 from verl.steer.methods.siren import SirenOptions
 from verl.steer.methods.unlikeliness import UnlikelinessOptions
@@ -114,6 +115,7 @@ class PolicyLossConfig(
         self._check_estimator()
         check_control(self)
         check_bapo(self)
+        check_response_quantiles(self)
 
     def _resolve_map(self) -> None:
         mapping = self.token_weight_map or ("linear" if self.linear else "exponential")
@@ -145,6 +147,12 @@ class PolicyLossConfig(
             raise ValueError(
                 "policy_loss.token_weight_normalizer='winsorised': expected another in the threshold map, which "
                 "reads no more than the order of the estimates"
+            )
+        quantile, normalizer = self.token_weight_quantile, self.token_weight_normalizer
+        if mapping == "threshold" and quantile == 1 and normalizer in core_algos.MICRO_BATCH_NORMALIZERS:
+            raise ValueError(
+                f"policy_loss.token_weight_quantile={quantile}: expected a number of at least 0 and below 1 in the "
+                "threshold map, since no estimate exceeds the largest one"
             )
 
     def _check_estimator(self) -> None:

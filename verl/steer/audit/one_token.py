@@ -29,7 +29,8 @@ def one_token_effects(
         engine: this fork's engine.
         data: this rank's part of a mini-batch.
         update: the engine's update of such data; its loss multiplies by `rollout_is_weights`.
-        count: number of tokens of rank 0, spread evenly over those whose advantage is not 0.
+        count: number of tokens of rank 0, spread evenly over those whose advantage is not 0; all of these if they are
+            fewer.
         rank: data-parallel rank. Other ranks take part in the updates only.
 
     Returns:
@@ -40,13 +41,15 @@ def one_token_effects(
     valid = batch["response_mask"].bool()
     candidates = torch.nonzero(valid & (batch["advantages"] != 0))
     effects = torch.full(valid.shape, math.nan)
-    spread = torch.linspace(0, max(len(candidates) - 1, 0), count).long()
-    for index in spread.tolist():
-        response, position = candidates[index].tolist() if len(candidates) else (0, 0)
+    number = min(count, len(candidates))
+    spread = torch.arange(number) * (len(candidates) - 1) // max(number - 1, 1)
+    measured = candidates[spread].tolist() if rank == 0 else []
+    for index in range(int(engine.sum_over_ranks(torch.tensor(len(measured))))):
         entropies = []
         for weight in WEIGHTS:
             weights = batch["rollout_is_weights"].clone() if given else torch.ones(valid.shape)
             if rank == 0:
+                response, position = measured[index]
                 weights[response, position] *= weight
             with _restored(engine.optimizer):
                 copy = data.copy()

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 from verl.steer.data_files import row_count
-from verl.steer.preflight.memory import model_of, weight_bytes
+from verl.steer.preflight.memory import critic_of, model_of, weight_bytes
 from verl.steer.preflight.rows import GIB
+from verl.trainer.ppo.utils import need_critic
 
 #: Numbers for each weight in the parts of a checkpoint: AdamW has two moments, verl exports the trained weights.
 NUMBERS = {"model": 1, "optimizer": 2, "hf_model": 1}
@@ -49,13 +50,24 @@ def most_checkpoints(trainer: DictConfig, steps: int) -> int:
     return min(total, keep + 1 + bool(best)) if keep > 0 else total
 
 
+def checkpoint_bytes(config: DictConfig) -> int:
+    """Bytes of a checkpoint: of the actor, and of the critic where there is one."""
+    actor = config.actor_rollout_ref.actor
+    saved = [(model_of(config), actor.fsdp_config, actor.checkpoint)]
+    if need_critic(config):
+        saved.append((critic_of(config), config.critic.fsdp, config.critic.checkpoint))
+    return sum(
+        parameters * weight_bytes(fsdp) * sum(NUMBERS.get(part, 0) for part in checkpoint.save_contents)
+        for (parameters, _), fsdp, checkpoint in saved
+    )
+
+
 def check_disk(config: DictConfig) -> str:
     """Whether `trainer.default_local_dir` has room for the checkpoints beside those that it holds."""
-    folder, actor = Path(config.trainer.default_local_dir).absolute(), config.actor_rollout_ref.actor
+    folder = Path(config.trainer.default_local_dir).absolute()
     count = most_checkpoints(config.trainer, training_steps(config))
     count = max(count - len(list(folder.glob("global_step_*"))), min(count, 1))
-    numbers = sum(NUMBERS.get(part, 0) for part in actor.checkpoint.save_contents)
-    needed = count * numbers * weight_bytes(actor) * model_of(config)[0] / GIB
+    needed = count * checkpoint_bytes(config) / GIB
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free / GIB
     found = f"{count} checkpoints of this run take {needed:,.1f} GiB, {free:,.1f} GiB are free in {folder}"
     if needed > free:

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """An estimate of the memory that a run needs on each device, from the model's dimensions and the configuration.
 
-It is for dense decoders with rotary attention and a gated feed-forward, trained whole by FSDP with AdamW.
+It is for dense decoders with rotary attention and a gated feed-forward, trained whole by FSDP with AdamW; a critic is
+such a decoder too.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 from verl.steer.preflight.machine import device_memory
 from verl.steer.preflight.rows import GIB
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.torch_dtypes import PrecisionType
 
 #: Bytes of a process beside the tensors below: CUDA contexts, NCCL's buffers, fragments; on a CPU its modules.
@@ -24,74 +26,149 @@ REMEDIES = {
     "log-probs": "lower rollout.log_prob_micro_batch_size_per_gpu",
     "update": "lower actor.ppo_micro_batch_size_per_gpu, take more GPUs, or set actor.strategy=fsdp2 and "
     "actor.fsdp_config.offload_policy=true",
+    "critic's update": "lower critic.ppo_micro_batch_size_per_gpu, take more GPUs, or set critic.strategy=fsdp2 and "
+    "critic.fsdp.offload_policy=true",
 }
+
+
+class Passes(NamedTuple):
+    """Bytes that a model's passes take on a device beside its shard, or for each token of a micro-batch."""
+
+    gathered: float
+    reduced: float
+    #: For a token, by one layer, and by all layers until the backward pass.
+    saved: float
+    kept: float
 
 
 def model_of(config: DictConfig) -> tuple[int, Any]:
     """The configured model's number of parameters, counted in a model without storage, and its configuration."""
-    model = config.actor_rollout_ref.model
-    found = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    return _counted(config.actor_rollout_ref.model, AutoModelForCausalLM)
+
+
+def critic_of(config: DictConfig) -> tuple[int, Any]:
+    """The same of the critic, whose head has a single output."""
+    return _counted(config.critic.model, AutoModelForTokenClassification)
+
+
+def _counted(model: DictConfig, auto_class: Any) -> tuple[int, Any]:
+    found = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code, num_labels=1)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(found).num_parameters(), found.get_text_config()
+        return auto_class.from_config(found).num_parameters(), found.get_text_config()
 
 
-def weight_bytes(actor: DictConfig) -> int:
-    """Bytes of a trained weight, of its gradient and of each of its moments."""
-    return PrecisionType.to_dtype(actor.fsdp_config.model_dtype or "fp32").itemsize
+def weight_bytes(fsdp: DictConfig) -> int:
+    """Bytes of a weight, and in training of its gradient and of each of its moments."""
+    return PrecisionType.to_dtype(fsdp.model_dtype or "fp32").itemsize
+
+
+def has_reference(config: DictConfig) -> bool:
+    """Whether a run has a second model for a KL term; with LoRA that is the actor without its adapter."""
+    model = config.actor_rollout_ref.model
+    adapter = model.lora.rank > 0 or model.lora_rank > 0 or model.lora_adapter_path is not None
+    return need_reference_policy(config) and not adapter
+
+
+def shard_of(parameters: int, fsdp: DictConfig, config: DictConfig) -> float:
+    """Bytes of a device's part of the weights."""
+    world = config.trainer.n_gpus_per_node * config.trainer.nnodes
+    return parameters * weight_bytes(fsdp) / (world if fsdp.fsdp_size == -1 else fsdp.fsdp_size)
+
+
+def trained_state(parameters: int, fsdp: DictConfig, strategy: str, config: DictConfig) -> tuple[float, float]:
+    """Bytes on a device of a trained model's weights while it computes, and of its moments between updates."""
+    shard = shard_of(parameters, fsdp, config)
+    offloaded = fsdp.offload_policy and strategy == "fsdp2"  # verl's FSDP1 ignores it
+    return (0.0, 0.0) if offloaded else (shard, 2 * shard * (not fsdp.optimizer_offload))
+
+
+def compute_bytes(fsdp: DictConfig) -> int:
+    """Bytes of a number in a model's passes."""
+    return PrecisionType.to_dtype((fsdp.get("mixed_precision") or {}).get("param_dtype", "bf16")).itemsize
+
+
+def passes_of(parameters: int, model: Any, embedding: int, compute: int, checkpointing: bool) -> Passes:
+    """The memory of a model's passes, without logits.
+
+    For a token a layer saves the two norms' inputs, their float32 copies and their outputs; queries, keys and values,
+    queries and keys rotated, attention's output; gate, up, activation and product. With checkpointing it saves its
+    input, and one layer at a time computes the rest again.
+
+    Args:
+        parameters: of the model.
+        model: its configuration in transformers.
+        embedding: how many of the parameters are outside of the layers.
+        compute: bytes of a number.
+        checkpointing: of gradients.
+    """
+    head = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    heads = head * (model.num_attention_heads + model.num_key_value_heads)
+    layer = (parameters - embedding) / model.num_hidden_layers
+    saved = compute * (4 * model.hidden_size + 3 * heads + 4 * model.intermediate_size) + 8 * model.hidden_size
+    kept = saved * model.num_hidden_layers
+    if checkpointing:
+        kept = saved + compute * model.hidden_size * model.num_hidden_layers
+    # FSDP gathers the next layer while one computes, and reduces a gradient in float32.
+    return Passes(compute * (embedding + 2 * layer), (compute + 4) * max(embedding, layer), saved, kept)
+
+
+def tokens_of(micro_batch: int | None, dynamic: bool, most: int, ranks: int, config: DictConfig) -> float:
+    """Tokens of a micro-batch on each of the ranks that share its sequences."""
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    return (most if dynamic or not micro_batch else micro_batch * longest) / ranks
 
 
 def phases(parameters: int, model: Any, config: DictConfig, memory: float) -> dict[str, float]:
     """Bytes that each phase of a step needs on a device.
 
-    For a token a layer saves the two norms' inputs, their float32 copies and their outputs; queries, keys and values,
-    queries and keys rotated, attention's output; gate, up, activation and product. With checkpointing it saves its
-    input, and one layer at a time computes the rest again. Logits: with one pass the gradient overwrites them, while
-    verl's functions keep about seven times as much beside them (docs/performance.md).
+    Logits: with one pass the gradient overwrites them, while verl's functions keep about seven times as much beside
+    them (docs/performance.md). verl always keeps a reference model in the machine's memory, which is the device on a
+    CPU, and gathers it layer by layer: its pass needs no more than that for the log-probs.
 
     Args:
         parameters: of the model.
         model: its configuration in transformers.
         memory: of a device, bytes; vLLM takes `gpu_memory_utilization` of it.
     """
-    root, data = config.actor_rollout_ref, config.data
-    actor, rollout, fsdp, world = root.actor, root.rollout, root.actor.fsdp_config, config.trainer.n_gpus_per_node
-    world *= config.trainer.nnodes
-    compute = PrecisionType.to_dtype((fsdp.get("mixed_precision") or {}).get("param_dtype", "bf16")).itemsize
-    shard = parameters * weight_bytes(actor) / (world if fsdp.fsdp_size == -1 else fsdp.fsdp_size)
-    offloaded = fsdp.offload_policy and actor.strategy == "fsdp2"  # verl's FSDP1 ignores it
-    weights, moments = (0.0, 0.0) if offloaded else (shard, 2 * shard * (not fsdp.optimizer_offload))
-
-    head = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-    heads = head * (model.num_attention_heads + model.num_key_value_heads)
+    root, on_cpu = config.actor_rollout_ref, config.trainer.device == "cpu"
+    actor, rollout, fsdp = root.actor, root.rollout, root.actor.fsdp_config
+    weights, moments = trained_state(parameters, fsdp, actor.strategy, config)
+    compute = compute_bytes(fsdp)
     embedding = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
-    layer = (parameters - embedding) / model.num_hidden_layers
-    # FSDP gathers the next layer while one computes, and reduces a gradient in float32.
-    gathered, reduced = compute * (embedding + 2 * layer), (compute + 4) * max(embedding, layer)
-    saved = compute * (4 * model.hidden_size + 3 * heads + 4 * model.intermediate_size) + 8 * model.hidden_size
-    kept = saved * model.num_hidden_layers
-    if root.model.enable_gradient_checkpointing:
-        kept = saved + compute * model.hidden_size * model.num_hidden_layers
+    passes = passes_of(parameters, model, embedding, compute, root.model.enable_gradient_checkpointing)
     logits = model.vocab_size * compute * (1 if fsdp.get("one_pass_reductions") else 8)
-
-    def tokens(micro_batch: int | None, dynamic: bool, most: int) -> float:
-        whole = (
-            most if dynamic or not micro_batch else micro_batch * (data.max_prompt_length + data.max_response_length)
-        )
-        return whole / actor.ulysses_sequence_parallel_size
-
-    updated = tokens(actor.ppo_micro_batch_size_per_gpu, actor.use_dynamic_bsz, actor.ppo_max_token_len_per_gpu)
+    share = actor.ulysses_sequence_parallel_size
+    size, dynamic = actor.ppo_micro_batch_size_per_gpu, actor.use_dynamic_bsz
+    updated = tokens_of(size, dynamic, actor.ppo_max_token_len_per_gpu, share, config)
     size, dynamic = rollout.log_prob_micro_batch_size_per_gpu, rollout.log_prob_use_dynamic_bsz
-    scored = tokens(size, dynamic, rollout.log_prob_max_token_len_per_gpu)
+    scored = tokens_of(size, dynamic, rollout.log_prob_max_token_len_per_gpu, share, config)
     vllm = rollout.gpu_memory_utilization * memory
-    if config.trainer.device == "cpu":
+    if on_cpu:
         vllm = parameters * PrecisionType.to_dtype(rollout.dtype).itemsize
         vllm += rollout.engine_kwargs.vllm.kv_cache_memory_bytes
-    awake = OVERHEAD + (0.0 if rollout.free_cache_engine else vllm)
-    return {
-        "generation": OVERHEAD + vllm + weights * (not fsdp.param_offload) + moments,
-        "log-probs": awake + weights + moments + gathered + scored * (saved + logits),
-        "update": awake + 4 * weights + gathered + reduced + updated * (kept + logits),
+    reference = shard_of(parameters, root.ref.fsdp_config, config) if on_cpu and has_reference(config) else 0.0
+    critic, critic_update = critic_memory(config) if need_critic(config) else (0.0, 0.0)
+    awake = OVERHEAD + reference + (0.0 if rollout.free_cache_engine else vllm)
+    waiting = weights * (not fsdp.param_offload) + moments
+    needed = {
+        "generation": OVERHEAD + reference + critic + vllm + waiting,
+        "log-probs": awake + critic + weights + moments + passes.gathered + scored * (passes.saved + logits),
+        "update": awake + critic + 4 * weights + passes.gathered + passes.reduced + updated * (passes.kept + logits),
     }
+    return needed | ({"critic's update": awake + waiting + critic_update} if critic_update else {})
+
+
+def critic_memory(config: DictConfig) -> tuple[float, float]:
+    """Bytes of the critic on a device, in the actor's phases and in its own update."""
+    critic, fsdp = config.critic, config.critic.fsdp
+    parameters, model = critic_of(config)
+    weights, moments = trained_state(parameters, fsdp, critic.strategy, config)
+    embedding, checkpointing = model.vocab_size * model.hidden_size, critic.model.enable_gradient_checkpointing
+    passes = passes_of(parameters, model, embedding, compute_bytes(fsdp), checkpointing)
+    size, most = critic.ppo_micro_batch_size_per_gpu, critic.ppo_max_token_len_per_gpu
+    updated = tokens_of(size, critic.use_dynamic_bsz, most, fsdp.ulysses_sequence_parallel_size, config)
+    update = 4 * weights + passes.gathered + passes.reduced + updated * passes.kept
+    return weights * (not fsdp.param_offload) + moments, update
 
 
 def check_memory(config: DictConfig) -> str:
