@@ -60,6 +60,30 @@ TABLE = [
     ("even", r"\textbf{Even}", True, True),
     ("(C)", r"\text{(C)}", True, True),
     ("(C)", "C", True, True),
+    ("33", r"33\text{ apples}", True, True),
+    ("33", r"33 \text{ million}", False, False),
+    ("33", r"33\text{ dozen}", False, False),
+    ("33", r"33\,\mathrm{Thousands}", False, False),
+    ("33", r"33\text{ million}\text{ dollars}", False, False),
+    ("33 million", r"33\text{ million}", True, True),
+    # Scientific notation
+    ("4.5e33", r"4.5 \times 10^{33}", False, True),
+    (r"4.5\times 10^{33}", r"4.5e33 \text{ erg/s}", False, True),
+    ("4.5e33", r"4.5 \times 10^{32}", False, False),
+    ("4.5e33", r"4.6 \times 10^{33}", False, False),
+    (r"4.5\times 10^{33}", "4.5e+033 kg", False, True),
+    ("1e-6", r"10^{-6}", False, True),
+    ("1e-6", "e-6", False, False),
+    ("1e-6", r"2\cdot 10^{-6}", False, False),
+    ("1e3", "1000", False, True),
+    ("1000", "1e3", False, True),
+    ("1.0e-3", r"10^{-3}", False, True),
+    ("-1.6e-19", r"-16\cdot 10^{-20}", False, True),
+    ("1.6e-19", r"3.2\cdot 10^{-19}", False, False),
+    ("1.6e-19", r"-1.6\cdot 10^{-19}", False, False),
+    ("2e", r"\frac{4e}{2}", False, True),
+    ("2e-3", "2e - 3", True, True),
+    ("e^2+2e-3", "(e+1)^2-4", False, True),
     # Expressions
     (r"2\sqrt{5}", r"2 \sqrt 5", True, True),
     (r"2\sqrt{5}", r"\sqrt{20}", False, True),
@@ -251,6 +275,8 @@ EXTRACTION = [
     ("**Answer:**\n\n**Answer:** 8", "8"),
     ("Answer: 7\nAnswer:\n", "7"),
     ("Answer:\n" + r"\boxed{7}", "7"),
+    ("**Answer:**\n\n$$\n7\n+1\n$$ apples\n", "$$\n7\n+1\n$$ apples"),
+    ("Answer:\n$$\n7", "$$"),
     (r"\boxed{7}" + "\nAnswer: 8", "8"),
     ("Answer: 8\n" + r"\boxed{7}", "7"),
     (r"Answer: it is \boxed{7}", "7"),
@@ -273,10 +299,40 @@ def test_training_reads_only_the_last_300_characters():
     assert grade(box + " " * 5_000, "7", rule="eval")["acc"]
 
 
-def test_evaluation_takes_an_answer_from_a_sentence_only_where_there_is_no_other():
-    assert grade("The final answer is $7$. I hope it is correct.", "7", rule="eval")["acc"]
-    assert not grade("The final answer is $7$.", "7", rule="train")["acc"]
-    assert not grade(r"\boxed{8}, though the answer is 7", "7", rule="eval")["acc"]
+# A response, and whether the training rule and the evaluation rule find the answer 7 in it.
+WITHOUT_BOX = [
+    # A formula below the label
+    ("Answer:\n\\[\n7\n\\]", True, True),
+    ("**Answer:**\n\n$$\n7\n$$\nThat is all.", True, True),
+    ("Answer: $$\n  7.0\n  $$", True, True),
+    ("Answer:\n\\[\n8\n\\]", False, False),
+    ("Answer:\n\\[\n7\n+1\n\\]", False, False),
+    ("Answer:\n\\[\n7\n\\] million", False, False),
+    ("Answer: $7$ million", False, False),
+    # Sentences
+    ("The final answer is $7$. I hope it is correct.", False, True),
+    (r"\boxed{8}, though the answer is 7", False, False),
+    ("Final Answer: The final answer is $7$. I hope it is correct.", False, True),
+    ("Answer: The answer is 7", False, True),
+    ("Answer: $7$ as the answer is whole. " + "That is all. " * 30, False, True),
+    # GSM8K's last line
+    ("There are 7 of them.\n#### 7\n", False, True),
+    ("So the answer is 8 or 7.\n#### 7\n", False, True),
+    ("#### 8\nSo the answer is 7", False, True),
+    ("So the answer is 7.\n#### 2. The end", False, True),
+    ("Answer: 8\n#### 7", False, False),
+    (r"\boxed{8}" + "\n#### 7", False, False),
+    # A heading
+    ("### Answer\n\n**7**\nThat is all.", False, True),
+    ("## Final answer\n$$\n7\n$$\n", False, True),
+    ("### Answer\n8\n", False, False),
+    ("### Answer\nIt follows.\n\nThe answer is 7.", False, True),
+]
+
+
+@pytest.mark.parametrize("response, trained, evaluated", WITHOUT_BOX)
+def test_an_answer_without_a_box(response, trained, evaluated):
+    assert [grade(response, "7", rule)["acc"] for rule in ("train", "eval")] == [trained, evaluated]
 
 
 UNREADABLE = [

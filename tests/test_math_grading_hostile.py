@@ -37,6 +37,7 @@ HOSTILE = {
     "a megabyte of backslashes": "\\" * 1_000_000,
     "a megabyte of dollars": "$" * 1_000_000,
     "a megabyte of answer lines": "Answer: " * 130_000,
+    "a megabyte of answers in displays": "Answer:\n$$\n" * 90_000,
     "a megabyte of spaces after boxed": r"\boxed" + " " * 1_000_000,
     "a megabyte of zeros": box("0." + "0" * 1_000_000),
     "a million digits": box("9" * 1_000_000),

@@ -30,6 +30,8 @@ _UNIT_WORDS = (
     r"|minutes?|mins?|hours?|hrs?|days?|weeks?|months?|years?|milligrams?|kilograms?|grams?|mg|kg|pounds?|lbs?|ounces?"
     r"|oz|lit(?:er|re)s?|milliliters?|ml|gallons?|dollars?|cents?|euros?|percent|people|students?|points?|ways?|times"
 )
+# These multiply the quantity before them.
+MAGNITUDES = r"(?i:\b(?:hundred|thousand|million|billion|trillion|dozen)s?\b)"
 _TOKEN = r"(\\[a-zA-Z]+|[^{}\\])"
 
 # A space has no meaning beside anything but a digit, nor after a digit that is the whole argument of a command.
@@ -46,7 +48,11 @@ _NORMALIZING: list[Rule] = [
     (r"\\?[%€£]|\\[$]|\\(?:euro|pounds)(?![a-zA-Z])", ""),
     (r"[, ]*(?:\\(?:text|mbox|textrm|mathrm)\{ *(?:and|or) *\}|\b(?:and|or)\b)[, ]*", ","),
     # Text after a quantity is its unit.
-    (r"(?<=[^\s{(,=+\-])\s*\\(?:text|mbox|hbox|textrm|mathrm)\{[^{}]*\}(?:\^ *\{?[23]\}?)? *\.?$", ""),
+    (
+        rf"(?<=[^\s{{(,=+\-])\s*\\(?:text|mbox|hbox|textrm|mathrm)\{{(?![^{{}}]*{MAGNITUDES})[^{{}}]*\}}"
+        r"(?:\^ *\{?[23]\}?)? *\.?$",
+        "",
+    ),
     (rf"(?<=[\d)}}\s])(?<=[\d)}}]) *(?:{_UNIT_WORDS})(?: *\^ *\{{?[23]\}}?)?\.?$", ""),
     (r"\\(?:text|mbox|hbox|textrm|textbf|textit|mathrm|mathbf|mathit|operatorname)\*?\{([^{}]*)\}", r"\1"),
     (r"(?<![ .,;:])[ .,;:]+$", ""),
@@ -90,6 +96,11 @@ _CLEANING: list[Rule] = [
     ),
     (r"(?<![\d./])(?<!\d )(\d+) (\d+) ?/ ?(\d+)(?![\d/]|\.\d)", r"\1\\frac{\2}{\3}"),
 ]
+
+# The whole answer, but for a sign, a name and a unit: in a longer expression `2e-3` is rather 2e − 3.
+_SCIENTIFIC = re.compile(
+    r"^((?:[a-zA-Z] ?= ?)?[-+]?(?:\d+(?:\.\d*)?|\.\d+))[eE]([-+]?\d{1,3})(?=$| ?\\(?:[ ,]|text|mathrm)| [a-zA-Z]{2})"
+)
 
 _BRACES = re.compile(r"(?P<box>\\{1,2}(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 _WORDS_AROUND_BOX = re.compile(r"(?:[a-zA-Z\s{}.:$]|\\(?:text(?:bf|it|rm)?(?![a-zA-Z])|[\[\]()]))*")
@@ -143,6 +154,14 @@ def clean(answer: str) -> str:
     unboxed = _without_boxes(answer).translate(_UNICODE_TO_LATEX)
     visible = "".join(char if char.isprintable() else " " * char.isspace() for char in unboxed)
     return _apply(_CLEANING, " ".join(visible.split())).strip(" *`").rstrip(".,;: ").strip()
+
+
+def expand_scientific(answer: str) -> str:
+    r"""Write a number in scientific notation as a product: `1.2e-05` becomes `1.2 \cdot 10^{-5}`.
+
+    Other text stays. Exponents have at most three digits.
+    """
+    return _SCIENTIFIC.sub(lambda number: rf"{number[1]} \cdot 10^{{{int(number[2])}}}", answer)
 
 
 def normalize(answer: str) -> str:

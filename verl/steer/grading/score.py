@@ -5,8 +5,9 @@ verl calls `compute_score` as its custom reward function, `pkg://verl.steer.grad
 follows is about mathematics.
 
 The training rule is strict and cheap: the answer must be within the last 300 characters, in the last balanced
-`\boxed{…}` or the last `Answer: …`, on that line or the next, and equal the ground truth after normalization. The
-evaluation rule also accepts an answer further up that is equal after normalization or, by math-verify, symbolically.
+`\boxed{…}` or the last `Answer: …`, on that line or below it, and equal the ground truth after normalization. The
+evaluation rule also accepts an answer further up or in a sentence, and one that is equal in scientific notation or, by
+math-verify, symbolically.
 """
 
 import re
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 from verl.steer.grading import code as programs
 from verl.steer.grading import symbolic
-from verl.steer.grading.normalize import boxes, clean, normalize
+from verl.steer.grading.normalize import MAGNITUDES, boxes, clean, expand_scientific, normalize
 from verl.steer.grading.sandbox import SECTION
 from verl.steer.options import from_config
 from verl.steer.tasks import TASKS
@@ -33,13 +34,19 @@ MAX_PRED = 300  # characters of an answer that are reported
 # The answer may stand on a line of its own below "Answer:", unless that line is another "Answer:".
 _ANSWER_LINE = re.compile(r"\banswer\b[ \t*]*:[\s*]*(?![\s*]|answer\b[ \t*]*:)([^\n]+)", re.IGNORECASE)
 _ANSWER_IS = re.compile(r"\banswer is:?[ \t*]+([^\n]+?)(?=\.\s|\.?$|\n)", re.IGNORECASE | re.MULTILINE)
-_MATH_THEN_WORDS = re.compile(r"(?:\$([^$]+)\$|\\\((.+?)\\\))[a-zA-Z .*]*")
+_ANSWER_HEADING = re.compile(
+    r"^#+[ \t*]*(?:final )?answer[ \t*]*\n[\s*]*(?![\s*])([^\n]+)", re.IGNORECASE | re.MULTILINE
+)
+_GSM8K_LINE = re.compile(r"####([^\na-zA-Z]*\d[^\na-zA-Z]*)")
+_MATH_THEN_WORDS = re.compile(rf"(?:\$([^$]+)\$|\\\((.+?)\\\))(?![a-zA-Z .*]*{MAGNITUDES})[a-zA-Z .*]*")
+_DISPLAYS = {r"\[": r"\]", "$$": "$$"}
 
 
 def last_answer(text: str, *, prose: bool = False) -> str | None:
     r"""The final answer in `text`: the last balanced box or the last `Answer: …`, whichever ends later, or None.
 
-    Of nested boxes the outer one counts. With `prose`, a text with neither may state `… answer is …` in a sentence.
+    Of nested boxes the outer one counts. With `prose`, a text with neither may end with GSM8K's `#### …`, state
+    `… answer is …` in a sentence, or have a heading `# Answer`; and such a sentence may follow `Answer:`.
     """
     found = list(boxes(text))
     lines = list(_ANSWER_LINE.finditer(text))
@@ -47,12 +54,31 @@ def last_answer(text: str, *, prose: bool = False) -> str | None:
         _, start, end = found[-1]
         return text[start:end]
     if not lines and prose:
-        lines = list(_ANSWER_IS.finditer(text))
+        lines = _lines_without_label(text)
     if not lines:
         return None
-    answer = lines[-1][1]
+    answer = _with_display(text, lines[-1])
     formula = _MATH_THEN_WORDS.fullmatch(answer.strip())
+    if prose and not formula and (sentence := _ANSWER_IS.search(answer)):
+        answer = sentence[1]
+        formula = _MATH_THEN_WORDS.fullmatch(answer.strip())
     return (formula[1] or formula[2]) if formula else answer
+
+
+def _lines_without_label(text: str) -> list[re.Match]:
+    """The lines of `text` that may hold an answer, of the likeliest form only."""
+    text = text.rstrip()
+    last_line = _GSM8K_LINE.fullmatch(text, text.rfind("\n") + 1)
+    if last_line:
+        return [last_line]
+    return list(_ANSWER_IS.finditer(text)) or list(_ANSWER_HEADING.finditer(text))
+
+
+def _with_display(text: str, line: re.Match) -> str:
+    r"""The answer on `line`; if that only opens a formula by `\[` or `$$`, all up to the line that closes it."""
+    closing = _DISPLAYS.get(line[1].strip())
+    end = text.find(closing, line.end(1)) if closing else -1
+    return text[line.start(1) : end] + text[end:].partition("\n")[0] if end >= 0 else line[1]
 
 
 def compute_score(
@@ -113,7 +139,8 @@ def _grade(response: str, truth: str, rule: str, timeout: float) -> dict[str, An
         answer = last_answer(response[-EVALUATION_WINDOW:], prose=True)
         verdict = _same(answer, truth)
         if not verdict and answer is not None and len(answer) <= MAX_ANSWER:
-            verdict = symbolic.comparer.equivalent(clean(truth), clean(answer), timeout)
+            pair = [expand_scientific(clean(text)) for text in (truth, answer)]
+            verdict = symbolic.comparer.equivalent(*pair, timeout)
     pred = normalize(answer[:MAX_ANSWER])[:MAX_PRED] if answer is not None else ""
     return {"score": 1.0 if verdict else -1.0, "acc": bool(verdict), "pred": pred, "timed_out": verdict is None}
 

@@ -21,6 +21,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
+from verl.steer.grading.normalize import MAGNITUDES
+
 MAX_LENGTH = 512  # characters of one answer
 MAX_DEPTH = 20  # nested brackets
 START_LIMIT = 120.0  # seconds until a new child must be ready
@@ -32,12 +34,13 @@ _INTEGER = re.compile(r"-?\d+")
 _PERCENTAGE = re.compile(r"\A([^,%]+?) *\\?%\Z")
 # Text that math-verify misreads, or that takes it too long.
 _UNFIT = re.compile(
-    r"""
+    rf"""
     \A\Z
-    | \A[a-zA-Z\ ]{3,}\Z  # a word: read as the product of its letters
+    | \A[a-zA-Z\ ]{{3,}}\Z  # a word: read as the product of its letters
     | \d\ *_  # a number with a base: read without the base
     | (?<![\^_])(?<!frac)(?<!frac\ )(?<!binom)(?<!binom\ )\d\ +\d  # `1 2`: read as 1 + 2, except in `\frac 1 2`
-    | \d{101}  # a number of more than 100 digits
+    | \d{{101}}  # a number of more than 100 digits
+    | {MAGNITUDES}  # `5 \text{{ million}}`: read as 5
     | boxed | fbox | \\\Z  # a box without braces, or a backslash at the end: only a part of the text is read
     | __  # not mathematics, but common in Python code
     """,
