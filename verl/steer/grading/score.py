@@ -139,8 +139,8 @@ def _grade(response: str, truth: str, rule: str, timeout: float) -> dict[str, An
         answer = last_answer(response[-EVALUATION_WINDOW:], prose=True)
         verdict = _same(answer, truth)
         if not verdict and answer is not None and len(answer) <= MAX_ANSWER:
-            pair = [expand_scientific(clean(text)) for text in (truth, answer)]
-            verdict = symbolic.comparer.equivalent(*pair, timeout)
+            expected, given = expand_scientific(clean(truth)), expand_scientific(clean(answer))
+            verdict = symbolic.comparer.equivalent(expected, given, timeout)
     pred = normalize(answer[:MAX_ANSWER])[:MAX_PRED] if answer is not None else ""
     return {"score": 1.0 if verdict else -1.0, "acc": bool(verdict), "pred": pred, "timed_out": verdict is None}
 
