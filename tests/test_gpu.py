@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On an NVIDIA GPU: the kernels and every loss, in the environment that `run/setup.sh gpu` makes.
+
+    .venv/bin/python -m pytest -n 0 tests/test_gpu.py tests/test_influence.py
+
+The second file's engine is on the GPU there.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_policy_loss import FORMS, actor_config, form_statistics
+from test_token_weights import random_batch, squares
+from test_vocab_reductions import INTERPRETED, assert_matches, reference
+from verl.plugin.platform import get_platform
+from verl.steer import loss as loss_module
+from verl.steer.engine import vocab_reductions as reductions_module
+from verl.steer.engine.vocab_reductions import vocab_reductions
+from verl.steer.methods.registry import POLICY_LOSSES
+from verl.trainer.ppo.core_algos import LossInputs
+
+if not torch.cuda.is_available() or get_platform().device_name != "cuda":
+    pytest.skip("verl's platform has no GPU here", allow_module_level=True)
+
+VOCABULARY = 151_936
+
+
+def test_the_kernels_match_pytorch_where_few_logits_are_special(root, tmp_path):
+    """The cases of the interpreter's test, with the real compiler: NaN, -inf, views, splits, temperatures."""
+    script = tmp_path / "compiled.py"
+    script.write_text("import torch\ntorch.set_default_device('cuda')\n" + INTERPRETED)
+    run = subprocess.run([sys.executable, script, root / "verl/steer/engine"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) == 12 * (5 + 5 + 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 7, 600])
+def test_the_kernels_match_float64_on_a_whole_vocabulary(tokens, dtype):
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    logits = (3 * torch.randn(tokens, VOCABULARY, device="cuda", generator=generator)).to(dtype)
+    logits[0, 5] = logits[0].max() + 12  # one token with nearly all the mass
+    labels = torch.randint(VOCABULARY, (tokens,), device="cuda", generator=generator)
+    labels[0] = 5
+    temperature = torch.linspace(1.0, 0.6, tokens, device="cuda")
+    assert reductions_module._uses_triton(logits)
+    leaf, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    inner = leaf * 1
+    found = vocab_reductions(inner, labels, temperature, with_squares=True, inplace_backward=True)
+    wanted = reference(exact, labels, temperature[:, None])
+    assert_matches(found, wanted)
+    weights = torch.linspace(0.5, 2, tokens, device="cuda")
+    for log_prob, entropy, *_ in (found, wanted):
+        (weights * (log_prob + 0.3 * entropy)).sum().backward()
+    largest = exact.grad.abs().amax(-1, keepdim=True)
+    rtol = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    torch.testing.assert_close(leaf.grad / largest, exact.grad / largest, rtol=rtol, atol=1e-6, check_dtype=False)
+
+
+def outcome(options, device):
+    """Loss, gradient and metrics of a loss on a device, which the host never waits for."""
+    batch, config = random_batch(), actor_config(**options)
+    others = {"current_entropys": batch[1], "nucleus_entropys": batch[1], **squares(batch[0])}
+    others |= form_statistics(batch, options)
+    tensors = [tensor.to(device) for tensor in batch]
+    fields = {name: value.to(device) if torch.is_tensor(value) else value for name, value in others.items()}
+    advantages, entropys, old_log_prob, log_prob, mask = tensors
+    log_prob.requires_grad_()
+    fields |= {"entropy_anchor": 0.5, "entropy_coeff": 0.1}
+    inputs = LossInputs(old_log_prob, log_prob, advantages, mask, entropys, **fields)
+    torch.manual_seed(0)
+    torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
+    try:
+        outputs = POLICY_LOSSES[config.policy_loss.loss_mode].compute(inputs, config)
+        outputs.loss.backward()
+        logged = outputs.metrics | loss_module._token_metrics(config, inputs, outputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return outputs.loss.detach().cpu(), log_prob.grad.cpu(), {name: float(value) for name, value in logged.items()}
+
+
+@pytest.mark.parametrize("options", [*FORMS, *({"loss_mode": mode} for mode in sorted(POLICY_LOSSES))], ids=str)
+def test_no_loss_waits_for_the_gpu_and_all_are_those_of_the_cpu(options):
+    found, expected = outcome(options, "cuda"), outcome(options, "cpu")
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
