@@ -3,6 +3,7 @@
 
 import importlib
 import inspect
+import math
 import sys
 
 import numpy as np
@@ -13,8 +14,9 @@ from test_configuration import ACTOR, resolved
 from test_policy_loss import micro_batch
 from verl import DataProto
 from verl.steer import worker
+from verl.steer.requirements.verl_values import KL_ESTIMATES
 from verl.trainer.ppo import core_algos
-from verl.trainer.ppo.core_algos import BASE_LOSSES, get_policy_loss_fn
+from verl.trainer.ppo.core_algos import BASE_LOSSES, get_policy_loss_fn, kl_penalty
 from verl.trainer.ppo.v1 import trainer_base, utils
 
 # module, attribute, parameters that the fork passes or overrides (None: not a function, presence is enough)
@@ -196,3 +198,11 @@ def test_a_step_without_the_forks_options_is_plain_verls(command, tmp_path):
     result = command(sys.executable, plain_step.__file__, batch, cwd=tmp_path, VERL_USE_EXTERNAL_PLUGINS="none")
     assert result.returncode == 0, result.stderr
     assert result.stdout == plain_step.outcome(batch) and "loss_mode: vanilla" in result.stdout
+
+
+@pytest.mark.parametrize("name", [name + gradient for name in KL_ESTIMATES for gradient in ("", "+")])
+def test_verl_knows_the_estimates_of_a_kl_divergence(name):
+    """It has their names inside a function only."""
+    estimate = kl_penalty(torch.tensor([-1.0]), torch.tensor([-1.5]), name)
+    # ln π - ln π_ref = 0.5: k1, its magnitude, k2 or k3.
+    assert estimate.item() in [pytest.approx(value) for value in (0.5, 0.125, math.exp(-0.5) - 0.5)]

@@ -23,7 +23,6 @@ from verl.steer.methods.opefo import OpefoOptions
 from verl.steer.methods.positive_advantage import PositiveAdvantageOptions
 from verl.steer.methods.quadrant import QuadrantOptions
 from verl.steer.methods.registry import base_loss_of
-from verl.steer.methods.response_quantile import check_response_quantiles
 from verl.steer.methods.sample_reinforcement import ReinforceOptions
 from verl.steer.methods.siren import SirenOptions
 from verl.steer.methods.unlikeliness import UnlikelinessOptions
@@ -115,7 +114,6 @@ class PolicyLossConfig(
         self._check_estimator()
         check_control(self)
         check_bapo(self)
-        check_response_quantiles(self)
 
     def _resolve_map(self) -> None:
         mapping = self.token_weight_map or ("linear" if self.linear else "exponential")

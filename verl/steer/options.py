@@ -28,7 +28,7 @@ class Option:
 
     Args:
         default: in place of None.
-        above, at_least, at_most: bounds of a number.
+        above, at_least, at_most, below: bounds of a number.
         integer: whether only integers are allowed.
         choices: allowed values of a field that is not a number.
         schedule: whether a mapping from training steps to numbers is allowed too, such as {1: 0.3, 21: 0.2}.
@@ -38,6 +38,7 @@ class Option:
     above: float | None = None
     at_least: float = -LARGEST
     at_most: float = LARGEST
+    below: float | None = None
     integer: bool = False
     choices: tuple[Any, ...] = ()
     schedule: bool = False
@@ -62,14 +63,21 @@ class Option:
                 replace(self, schedule=False).check(f"{key}.{step}", number)
             return
         number = isinstance(value, int if self.integer else int | float) and not isinstance(value, bool)
-        if not number or not self.at_least <= value <= self.at_most or self.above is not None and value <= self.above:
+        if not number or not self._within(value):
             raise ValueError(f"{key}={value!r}: expected {self._range()}")
 
+    def _within(self, number: float) -> bool:
+        inside = self.at_least <= number <= self.at_most
+        return inside and (self.above is None or number > self.above) and (self.below is None or number < self.below)
+
     def _range(self) -> str:
-        kind = "an integer" if self.integer else "a finite number" if self.at_most == LARGEST else "a number"
+        bounded = self.at_most < LARGEST or self.below is not None
+        kind = "an integer" if self.integer else "a number" if bounded else "a finite number"
         low = f" of at least {self.at_least:g}" if self.at_least > -LARGEST else ""
         low = low if self.above is None else f" above {self.above:g}"
-        return kind + low + (f" and at most {self.at_most:g}" if self.at_most < LARGEST else "")
+        high = f" and at most {self.at_most:g}" if self.at_most < LARGEST else ""
+        high = high if self.below is None else f" and below {self.below:g}"
+        return kind + low + high
 
 
 def at_step(value: Any, step: int) -> float:

@@ -26,7 +26,7 @@ class ArcherOptions:
         archer_kl_reasoning: the KL loss of a reasoning token, as a multiple of that of a knowledge token.
     """
 
-    archer_quantile: float = option(0.8, at_least=0.0, at_most=1.0)
+    archer_quantile: float = option(0.8, at_least=0.0, below=1.0)  # none lies above the largest
     archer_clip_knowledge: float = option(0.2, above=0.0)
     archer_clip_reasoning: float = option(0.5, above=0.0)
     archer_kl_reasoning: float = option(0.0, at_least=0.0)

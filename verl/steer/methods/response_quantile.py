@@ -3,21 +3,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from verl.trainer.ppo.core_algos import PerToken, TokenMask
-
-
-def check_response_quantiles(options: Any) -> None:
-    """Check that tokens can lie above the quantiles of `policy_loss`: none lies above the largest of its response.
-
-    Raises:
-        ValueError: if a quantile is 1; the message has the key and the value.
-    """
-    for key in ("archer_quantile", "siren_quantile"):
-        if getattr(options, key) == 1:
-            raise ValueError(f"policy_loss.{key}={getattr(options, key)}: expected a number of at least 0 and below 1")
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ class SirenOptions:
     """
 
     siren_top_p: float = option(0.8, above=0.0, at_most=1.0)
-    siren_quantile: float = option(0.8, at_least=0.0, at_most=1.0)
+    siren_quantile: float = option(0.8, at_least=0.0, below=1.0)  # none lies above the largest
     siren_coeff: float = option(0.005, at_least=0.0)
 
 
