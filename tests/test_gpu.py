@@ -11,15 +11,11 @@ import sys
 
 import pytest
 import torch
-from test_policy_loss import FORMS, actor_config, form_statistics
-from test_token_weights import random_batch, squares
-from test_vocab_reductions import INTERPRETED, assert_matches, reference
+from test_policy_loss import ALL_LOSSES, loss_on
+from test_vocab_reductions import CASES, INTERPRETED, assert_matches, reference
 from verl.plugin.platform import get_platform
-from verl.steer import loss as loss_module
 from verl.steer.engine import vocab_reductions as reductions_module
 from verl.steer.engine.vocab_reductions import vocab_reductions
-from verl.steer.methods.registry import POLICY_LOSSES
-from verl.trainer.ppo.core_algos import LossInputs
 
 if not torch.cuda.is_available() or get_platform().device_name != "cuda":
     pytest.skip("verl's platform has no GPU here", allow_module_level=True)
@@ -33,7 +29,7 @@ def test_the_kernels_match_pytorch_where_few_logits_are_special(root, tmp_path):
     script.write_text("import torch\ntorch.set_default_device('cuda')\n" + INTERPRETED)
     run = subprocess.run([sys.executable, script, root / "verl/steer/engine"], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert int(run.stdout) == 12 * (5 + 5 + 3)
+    assert int(run.stdout) == CASES
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -59,29 +55,17 @@ def test_the_kernels_match_float64_on_a_whole_vocabulary(tokens, dtype):
     torch.testing.assert_close(leaf.grad / largest, exact.grad / largest, rtol=rtol, atol=1e-6, check_dtype=False)
 
 
-def outcome(options, device):
-    """Loss, gradient and metrics of a loss on a device, which the host never waits for."""
-    batch, config = random_batch(), actor_config(**options)
-    others = {"current_entropys": batch[1], "nucleus_entropys": batch[1], **squares(batch[0])}
-    others |= form_statistics(batch, options)
-    tensors = [tensor.to(device) for tensor in batch]
-    fields = {name: value.to(device) if torch.is_tensor(value) else value for name, value in others.items()}
-    advantages, entropys, old_log_prob, log_prob, mask = tensors
-    log_prob.requires_grad_()
-    fields |= {"entropy_anchor": 0.5, "entropy_coeff": 0.1}
-    inputs = LossInputs(old_log_prob, log_prob, advantages, mask, entropys, **fields)
-    torch.manual_seed(0)
-    torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
-    try:
-        outputs = POLICY_LOSSES[config.policy_loss.loss_mode].compute(inputs, config)
-        outputs.loss.backward()
-        logged = outputs.metrics | loss_module._token_metrics(config, inputs, outputs)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return outputs.loss.detach().cpu(), log_prob.grad.cpu(), {name: float(value) for name, value in logged.items()}
-
-
-@pytest.mark.parametrize("options", [*FORMS, *({"loss_mode": mode} for mode in sorted(POLICY_LOSSES))], ids=str)
+@pytest.mark.parametrize("options", ALL_LOSSES, ids=str)
 def test_no_loss_waits_for_the_gpu_and_all_are_those_of_the_cpu(options):
-    found, expected = outcome(options, "cuda"), outcome(options, "cpu")
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    outcomes = []
+    for device, waiting in (("cuda", "error"), ("cpu", "default")):
+        inputs, compute = loss_on(device, options)
+        torch.manual_seed(0)
+        torch.cuda.set_sync_debug_mode(waiting)
+        try:
+            loss, metrics = compute()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        logged = {name: float(value) for name, value in metrics.items()}
+        outcomes.append((loss.cpu(), inputs.log_prob.grad.cpu(), logged))
+    torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-6)

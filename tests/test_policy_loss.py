@@ -274,21 +274,32 @@ def form_statistics(batch, options):
     return {"change_range": EntropyChangeRange(0.1, 0.5)} if "global" in options.values() else {}
 
 
-@pytest.mark.parametrize("options", [*FORMS, *({"loss_mode": mode} for mode in sorted(POLICY_LOSSES))], ids=str)
-def test_no_loss_waits_for_the_device(options):
-    batch, config = [tensor.to("meta") for tensor in random_batch()], actor_config(**options)
-    advantages, entropys, old_log_prob, log_prob, mask = batch
-    others = {"current_entropys": entropys, "nucleus_entropys": entropys, "entropy_anchor": 0.5, "entropy_coeff": 0.1}
-    others |= {name: torch.empty_like(advantages) for name in squares(random_batch()[0])}
-    fields = others | {
-        name: value.to("meta") if torch.is_tensor(value) else value
-        for name, value in form_statistics(random_batch(), options).items()
-    }
+ALL_LOSSES = [*FORMS, *({"loss_mode": mode} for mode in sorted(POLICY_LOSSES))]
+
+
+def loss_on(device, options):
+    """The inputs of a form or a loss mode on a device, and its outputs and metrics as a function."""
+    batch, config = random_batch(), actor_config(**options)
+    others = {"current_entropys": batch[1], "nucleus_entropys": batch[1], **squares(batch[0])}
+    others |= form_statistics(batch, options)
+    advantages, entropys, old_log_prob, log_prob, mask = [tensor.to(device) for tensor in batch]
+    fields = {name: value.to(device) if torch.is_tensor(value) else value for name, value in others.items()}
+    fields |= {"entropy_anchor": 0.5, "entropy_coeff": 0.1}
     inputs = LossInputs(old_log_prob, log_prob.requires_grad_(), advantages, mask, entropys, **fields)
-    with NoHostSynchronisation():
+
+    def compute():
         outputs = POLICY_LOSSES[config.policy_loss.loss_mode].compute(inputs, config)
         outputs.loss.backward()
-        loss_module._token_metrics(config, inputs, outputs)
+        return outputs.loss.detach(), outputs.metrics | loss_module._token_metrics(config, inputs, outputs)
+
+    return inputs, compute
+
+
+@pytest.mark.parametrize("options", ALL_LOSSES, ids=str)
+def test_no_loss_waits_for_the_device(options):
+    _, compute = loss_on("meta", options)
+    with NoHostSynchronisation():
+        compute()
 
 
 def test_waits_for_the_device_are_noticed():
