@@ -50,6 +50,9 @@ def right(program, tests, **options):
         ("```python3 title\nx```", "x"),
         ("```python\nx = 1", "x = 1"),
         ("```python\n```", ""),
+        ("```python\nx\n```\nIt prints:\n```pycon\n>>> 1\n```", "x\n"),
+        ("```python\nx\n```\nThe ```python ``` block above\nsolves it.", "x\n"),
+        ("Here: ```python\nx\n```", "x\n"),
         ("```python", None),
         ("```\nx\n```", None),
         ("x", None),
@@ -199,6 +202,8 @@ def test_all_calls_together_have_an_end(monkeypatch):
         ("def f(x):\n    if x < 0: raise ValueError('no')\n    return x",
          "try:\n    f(-1)\n    assert False\nexcept ValueError:\n    pass\nassert f(1) == 1", True),
         ("def f(x): return x", "try:\n    f(-1)\n    assert False\nexcept ValueError:\n    pass", False),
+        ("def f(x): return {frozenset(x): 1}, {(1, frozenset(x))}",
+         "assert f([1, 2]) == ({frozenset({1, 2}): 1}, {(1, frozenset({1, 2}))})", True),
         ("def f(x): raise type('Odd', (Exception,), {})", "try:\n    f(1)\nexcept RuntimeError:\n    pass", True),
         ("def f(x): return x\ndef g(x): return f(x) + 1", "assert [g(x) for x in (1, 2)] == [2, 3] and g(f(1)) == 2",
          True),
@@ -226,6 +231,8 @@ VALUES = [
     (),
     set(),
     {(1, "a"), b"x"},
+    {(1, frozenset({2})), frozenset({frozenset()})},
+    {frozenset({1}): frozenset()},
     2j,
 ]
 VALUES += [{1: {"2": (3,)}, (4,): [5]}, {"int": "0x1"}, {"dict": 1}, {"set": [1]}, [float("inf"), -0.5]]
@@ -327,6 +334,8 @@ def test_a_parquet_from_eight_threads(tmp_path):
         {"inputs": [], "outputs": []},
         {"inputs": ["1", "2"], "outputs": ["1"]},
         {"assert_case": []},
+        {"assert_case": None, "inputs": None, "zlib": None},
+        {"assert_case": [], "fn_name": "", "inputs": ["1"], "outputs": []},
     ],
 )
 def test_rows_without_tests_are_refused(tests):
@@ -335,10 +344,44 @@ def test_rows_without_tests_are_refused(tests):
 
 
 @pytest.mark.parametrize(
+    "ground_truth, expected",
+    [
+        ([1], "ground_truth=[1]: expected a JSON object with tests"),
+        (None, "ground_truth=None: expected a JSON object with tests"),
+        ({"zlib": "eJw="}, "ground_truth.zlib='eJw=': expected base64 of compressed JSON: Error -5"),
+        ({"zlib": 3}, "ground_truth.zlib=3: expected base64 of compressed JSON: argument should be"),
+        ({"inputs": [1], "outputs": ["1"]}, "ground_truth with 1 as an input or output: expected text or a list of it"),
+        ({"inputs": ["1"], "outputs": [[2]]}, "ground_truth with [2] as an input or output: expected text or a list"),
+        ({"fn_name": "f", "inputs": ["a"], "outputs": ["1"]}, "ground_truth with 'a': expected JSON: Expecting value"),
+    ],
+)
+def test_tests_of_another_form_are_named(ground_truth, expected):
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        grade("print(1)", ground_truth)
+
+
+@needs_bwrap
+def test_forms_that_are_empty_do_not_count():
+    """A table of rows with tests of several forms fills the others' columns."""
+    tests = {"inputs": ["1"], "outputs": ["2"]}
+    for others in ({"assert_case": [], "fn_name": ""}, {"assert_case": None, "fn_name": None, "zlib": None}):
+        assert right("print(int(input()) + 1)", tests | others)
+        assert not right("syntax error(", tests | others)
+        assert right("def f(n): return n", {"inputs": [], "outputs": []} | others | {"assert_case": ["assert f(1)"]})
+
+
+@needs_bwrap
+def test_what_a_program_does_before_the_first_call_has_the_time_of_a_call():
+    busy = "import time\nwhile time.process_time() < 5: pass\ndef f(n): return n"
+    found = grade(busy, {"assert_case": ["assert f(1) == 1"]}, timeout=1, wall=10**6)
+    assert not found["acc"] and found["timed_out"]
+
+
+@pytest.mark.parametrize(
     "options, message",
     [
-        ({"timeout": 0}, "reward_kwargs.code.timeout=0: expected a finite number above 0"),
-        ({"wall": "x"}, "reward_kwargs.code.wall='x': expected a finite number above 0"),
+        ({"timeout": 0}, "reward_kwargs.code.timeout=0: expected a number above 0 and at most 1e+06"),
+        ({"wall": "x"}, "reward_kwargs.code.wall='x': expected a number above 0 and at most 1e+06"),
         ({"memory_mb": 10}, "reward_kwargs.code.memory_mb=10: expected an integer of at least 256"),
         ({"output_mb": 1.5}, "reward_kwargs.code.output_mb=1.5: expected an integer of at least 1"),
         ({"sandbox": "none"}, "reward_kwargs.code.sandbox='none': expected one of bwrap, prime_code"),

@@ -36,6 +36,7 @@ MAX_PROGRAM = 100_000  # characters; a longer program is wrong
 
 _DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
+_FENCE = re.compile(r"```py(?:thon)?3?(?![a-z])[^`\n]*\n")  # what follows on a fence's line has no backtick
 _slots = threading.BoundedSemaphore(os.cpu_count() or 1)
 
 
@@ -59,26 +60,34 @@ def is_code(data_source: str) -> bool:
 
 def last_program(response: str) -> str | None:
     """The content of the last block fenced as Python, to the end if it isn't closed; None if there is none."""
-    start = response.rfind("```py")
-    newline = response.find("\n", start)
-    if start < 0 or newline < 0:
-        return None
-    end = response.find("```", newline)
-    return response[newline + 1 : end if end >= 0 else None]
+    *_, after = [None, *(found.end() for found in _FENCE.finditer(response))]
+    return None if after is None else response[after:].partition("```")[0]
 
 
 def tests_of(ground_truth: str | dict[str, Any]) -> dict[str, Any]:
-    """The tests of a row.
+    """The tests of a row, without the keys that are empty.
 
     Raises:
         ValueError: there are none, or they have another form.
     """
     tests = _from_json(ground_truth) if isinstance(ground_truth, str) else ground_truth
-    if "zlib" in tests:
-        tests = _from_json(zlib.decompress(base64.b64decode(tests["zlib"])))
-    given, expected = tests.get("inputs"), tests.get("outputs")
-    if not tests.get("assert_case") and not (given and expected and len(given) == len(expected)):
+    if isinstance(tests, dict) and (packed := tests.get("zlib")):
+        try:
+            tests = _from_json(zlib.decompress(base64.b64decode(packed)))
+        except (TypeError, ValueError, zlib.error) as error:
+            raise ValueError(f"ground_truth.zlib={packed!r:.60}: expected base64 of compressed JSON: {error}") from None
+    if not isinstance(tests, dict):
+        raise ValueError(f"ground_truth={tests!r:.60}: expected a JSON object with tests")
+    tests = {key: value for key, value in tests.items() if value}
+    if "assert_case" in tests:
+        return tests
+    given, expected = tests.get("inputs", ()), tests.get("outputs", ())
+    if not given or len(given) != len(expected):
         raise ValueError(f"ground_truth with {sorted(tests)}: expected as many inputs as outputs, or assert_case")
+    if "fn_name" not in tests:
+        for text in (*given, *expected):
+            if not (isinstance(text, str) or (isinstance(text, list) and all(isinstance(line, str) for line in text))):
+                raise ValueError(f"ground_truth with {text!r:.60} as an input or output: expected text or a list of it")
     return tests
 
 
@@ -100,7 +109,7 @@ def compute_score(
 
     Returns:
         As `verl.steer.grading.score`. `score` is +1 or -1 or, if `continuous`, 1 if all tests pass, else the share that
-        passes among the first ten. `pred` is empty.
+        passes among the first ten (by `service` among all). `pred` is empty.
 
     Raises:
         ValueError: `ground_truth` has no tests.
@@ -150,7 +159,7 @@ def _service_slots(number: int) -> threading.Semaphore:
 
 def _run(program: str, tests: dict[str, Any], options: CodeOptions, partial: bool) -> tuple[bool, float, bool]:
     """Whether all tests pass; the share of the first ones that do, each run alone; and whether one took too long."""
-    cases, grade = _cases(tests), _grade_values if "assert_case" in tests or tests.get("fn_name") else _grade_output
+    cases, grade = _cases(tests), _grade_values if "assert_case" in tests or "fn_name" in tests else _grade_output
     passed, timed_out = grade(program, cases, options)
     if passed or not partial:
         return passed, float(passed), timed_out
@@ -199,8 +208,15 @@ def _grade_values(program: str, cases: list[Any], limits: Limits) -> tuple[bool,
 
 
 def _from_json(text: str | bytes) -> Any:
-    """The value of JSON, whose integers may have more digits than Python reads by itself."""
-    return json.loads(text, parse_int=lambda digits: int(Decimal(digits)))
+    """The value of JSON, whose integers may have more digits than Python reads by itself.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    try:
+        return json.loads(text, parse_int=lambda digits: int(Decimal(digits)))
+    except ValueError as error:
+        raise ValueError(f"ground_truth with {text!r:.60}: expected JSON: {error}") from None
 
 
 def _arguments(given: str | list) -> list:

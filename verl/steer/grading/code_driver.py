@@ -45,8 +45,9 @@ def encode(value: Any) -> Any:
         return int(value) if abs(value) < 2**53 else {"int": hex(value)}  # of any length, unlike decimal text
     if isinstance(value, list):
         return [encode(item) for item in value]
-    if isinstance(value, tuple | set | frozenset):
-        return {"tuple" if isinstance(value, tuple) else "set": [encode(item) for item in value]}
+    for kind in (tuple, set, frozenset):
+        if isinstance(value, kind):
+            return {kind.__name__: [encode(item) for item in value]}
     if isinstance(value, dict):
         return {"dict": [[encode(key), encode(item)] for key, item in value.items()]}
     if isinstance(value, complex):
@@ -59,7 +60,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """The inverse of `encode`; arrays become lists, and sets in a set frozen."""
+    """The inverse of `encode`; arrays become lists."""
     if isinstance(value, list):
         return [decode(item) for item in value]
     if not isinstance(value, dict):
@@ -73,8 +74,7 @@ def decode(value: Any) -> Any:
         return complex(*content)
     if kind == "dict":
         return {decode(key): decode(item) for key, item in content}
-    items = [decode(item) for item in content]
-    return tuple(items) if kind == "tuple" else {frozenset(item) if isinstance(item, set) else item for item in items}
+    return {"tuple": tuple, "set": set, "frozenset": frozenset}[kind](map(decode, content))
 
 
 def as_json(value: Any) -> Any:
@@ -126,11 +126,16 @@ def write(file: IO[bytes], line: str) -> None:
 
 
 def serve_calls(job: dict[str, Any]) -> None:
-    asked, answers = channel()
-    names = load(job["program"], "program")
     _, most = resource.getrlimit(resource.RLIMIT_CPU)
-    for line in asked:
+
+    def start_clock() -> None:
         resource.setrlimit(resource.RLIMIT_CPU, (min(most, int(time.process_time()) + job["timeout"] + 1), most))
+
+    asked, answers = channel()
+    start_clock()
+    names = load(job["program"], "program")
+    for line in asked:
+        start_clock()
         call = json.loads(line)
         try:
             name, solution = call["name"], names.get("Solution", object)

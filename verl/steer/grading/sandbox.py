@@ -51,14 +51,15 @@ class Limits:
     """Limits of one process, keys below `SECTION`.
 
     Args:
-        timeout: seconds of CPU time for one input or call; all calls together have ten times as many.
+        timeout: seconds of CPU time for one input or call, or for what comes before the calls, rounded up and one more;
+            all calls together have ten times as many.
         wall: seconds of wall time for one input or call, for programs that wait instead of computing.
         memory_mb: MiB of address space.
         output_mb: MiB that the process may print, or return from one call.
     """
 
-    timeout: float = option(10.0, above=0.0)
-    wall: float = option(200.0, above=0.0)
+    timeout: float = option(10.0, above=0.0, at_most=1e6)
+    wall: float = option(200.0, above=0.0, at_most=1e6)
     memory_mb: int = option(1024, at_least=256, integer=True)
     output_mb: int = option(8, at_least=1, integer=True)
 
