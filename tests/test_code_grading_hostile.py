@@ -35,21 +35,21 @@ SYSCALL = "import ctypes; syscall = ctypes.CDLL(None, use_errno=True).syscall\n"
 # Each prints 42, which is right, once it has done what it is there for.
 PRINTS = {
     # Processes
-    "a fork": "import os\nos.fork()\nprint(42)",
-    "a fork bomb": "import os\nwhile True:\n try: os.fork(); print(42); os._exit(0)\n except OSError: pass",
-    "a subprocess": "import subprocess\nprint(42 if subprocess.run([__import__('sys').executable, '-V']) else 0)",
-    "a spawned process": "import os, sys\nos.posix_spawn(sys.executable, ['python', '-V'], {})\nprint(42)",
+    "a fork": "import os\nprint(42) if os.fork() else os._exit(0)",
+    "a fork bomb": "import os\nif os.fork(): print(42, flush=True); os._exit(0)\n"
+    "while True:\n try: os.fork()\n except OSError: pass",
+    "a subprocess": "import subprocess, sys\nsubprocess.run([sys.executable, '-c', '']).check_returncode()\nprint(42)",
+    "a spawned process": "import os, sys\nos.posix_spawn(sys.executable, ['python', '-c', ''], {})\nprint(42)",
     "a shell": "import os\nprint(42 if os.system('true') == 0 else 0)",
     "multiprocessing": "import multiprocessing as m\np = m.Process(target=print); p.start(); print(42)",
-    "a daemon": "import os, time\nif os.fork(): print(42); os._exit(0)\nos.setsid()\nos.fork()\ntime.sleep(600)",
+    "a daemon": "import os, time\nif os.fork(): print(42, flush=True); os._exit(0)\n"
+    "os.setsid()\nos.fork()\ntime.sleep(600)",
     "a raw clone": SYSCALL + "r = syscall(56, 17, 0, 0, 0, 0)\nif r >= 0: print(42) if r else os._exit(0)",
     "clone3": SYSCALL + "b = (ctypes.c_uint64 * 8)(0, 0, 0, 0, 17)\nif syscall(435, b, 64) > 0: print(42)",
-    "vfork": SYSCALL + "r = syscall(58)\nprint(42 if r > 0 else 0)",
     "a thread bomb": "import threading, time\nfor n in range(2000):\n"
     " threading.Thread(target=time.sleep, args=(3,)).start()\nprint(42, flush=True)",
     # Rights
     "a new user namespace": SYSCALL + "print(42 if syscall(272, 0x10000000) == 0 else 0)",
-    "a thread in a new namespace": SYSCALL + "print(42 if syscall(56, 0x10010000, 0, 0, 0, 0) == 0 else 0)",
     "a mount": "import ctypes\nprint(42 if ctypes.CDLL(None).mount(b'x', b'/tmp', b'tmpfs', 0, 0) == 0 else 0)",
     "a writable remount": "import ctypes\nprint(42 if ctypes.CDLL(None).mount(b'', b'/', b'', 4128, 0) == 0 else 0)",
     "a chroot": "import os\nos.chroot('/tmp')\nprint(42)",
@@ -331,9 +331,9 @@ def running(driver: Path) -> list[str]:
 
 
 HARMLESS = [
-    *("a fork", "a subprocess", "a spawned process", "a shell", "shared memory", "a file in memory", "a file outside"),
-    *("a symbolic link", "a pipe with a name", "passwords", "home", "the environment", "a file", "a TCP port"),
-    *("a Unix socket", "an abstract socket"),
+    *("a fork", "multiprocessing", "a raw clone", "a subprocess", "a spawned process", "a shell", "shared memory"),
+    *("a file in memory", "a file outside", "a symbolic link", "a pipe with a name", "passwords", "home"),
+    *("the environment", "a file", "a TCP port", "a Unix socket", "an abstract socket"),
 ]
 
 
@@ -347,7 +347,7 @@ def test_outside_the_sandbox_the_program_succeeds(name, command, tmp_path_factor
     program, tests = PROGRAMS[name]
     program = traps.program(program.replace("'/tmp", f"'{folder}"))
     run = command(sys.executable, "-c", program, cwd=folder, STEER_TEST_SECRET=SECRET)
-    assert tests["outputs"][0] in run.stdout, run.stderr
+    assert code.same_output(run.stdout, tests["outputs"][0]), (run.stdout, run.stderr)
 
 
 def test_a_sandbox_that_is_closed_as_it_starts_leaves_nothing(driver):
