@@ -69,10 +69,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(**DEFAULTS[parser.parse_known_args()[0].task])
     args = parser.parse_args()
-    if args.hidden_size < 64 or args.hidden_size % 64:
-        parser.error(f"--hidden-size {args.hidden_size}: expected a multiple of 64")
-    if args.test_size < 1:
-        parser.error(f"--test-size {args.test_size}: expected at least 1")
+    for option, fits, expected in (
+        ("hidden_size", args.hidden_size >= 64 and args.hidden_size % 64 == 0, "a multiple of 64"),
+        ("layers", args.layers >= 1, "at least 1"),
+        ("train_size", args.train_size >= 1, "at least 1"),
+        ("test_size", args.test_size >= 1, "at least 1"),
+        ("steps", args.steps >= 0 and args.steps != 9, "at least 0, and not 9: its schedule would divide by zero"),
+        ("slip", 0 <= args.slip <= 1, "a probability"),
+        ("out", args.out.is_dir() or not args.out.exists(), "a folder"),
+    ):
+        if not fits:
+            parser.error(f"--{option.replace('_', '-')} {getattr(args, option)}: expected {expected}")
     return args
 
 
@@ -229,7 +236,8 @@ def main() -> None:
     if stamp is None and out.exists() and any(out.iterdir()):
         raise SystemExit(f"{out} is not empty and has no {STAMP}: expected a new folder or one made by this program")
 
-    if stamp is not None and stamp["settings"] == settings:
+    files = (*(f"{split}.parquet" for split in SPLITS), "model/config.json")
+    if stamp is not None and stamp["settings"] == settings and all((out / name).exists() for name in files):
         accuracy, done = stamp["sampled_accuracy"], "already made"
     else:
         out.parent.mkdir(parents=True, exist_ok=True)

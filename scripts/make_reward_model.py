@@ -46,11 +46,16 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=8, help="answers to each")
     parser.add_argument("--steps", type=int, default=1500, help=f"training steps of {BATCH_SIZE} pairs")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for option, least in (("problems", 1), ("samples", 2), ("steps", 0)):
+        if getattr(args, option) < least:
+            parser.error(f"--{option} {getattr(args, option)}: expected at least {least}")
+    return args
 
 
 def quality(prompt: str, answer: str) -> float:
     """0 for an answer with a wrong step or an unused number, else 1 / (1 + distance of its result from the target)."""
+    answer = answer.strip()
     numbers, _, target = prompt.partition("=")
     result = answer.rpartition("=")[2]
     # An answer solves the problem with its own result as the target if its steps are right and use all numbers.
@@ -73,13 +78,19 @@ def preference_pairs(prompt: str, answers: list[str]) -> list[Pair]:
 def sampled_pairs(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], samples: int
 ) -> list[Pair]:
-    """Pairs of the model's answers to each prompt."""
+    """Pairs of the model's answers to each prompt, at least one."""
     answers = sample(model, tokenizer, prompts, samples)
-    return [
+    pairs = [
         pair
         for index, prompt in enumerate(prompts)
         for pair in preference_pairs(prompt, answers[index * samples : (index + 1) * samples])
     ]
+    if not pairs:
+        raise SystemExit(
+            f"make_reward_model: {len(answers)} answers, none better than another to the same problem; expected a "
+            "better model, more --problems or more --samples"
+        )
+    return pairs
 
 
 def margins(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: list[Pair]) -> Tensor:
@@ -114,15 +125,18 @@ def pair_accuracy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pa
 
 
 def prompts_of(file: Path, limit: int) -> list[str]:
+    if not file.exists():
+        raise SystemExit(f"{file}: no such file; expected a task that make_laptop_task.py made")
     rows: Any = pd.read_parquet(file, columns=["data_source", "extra_info"])
-    if set(rows["data_source"]) != {countdown.DATA_SOURCE}:
-        raise SystemExit(f"{file}: data_source is {rows['data_source'].iloc[0]!r}, expected {countdown.DATA_SOURCE!r}")
+    if (sources := set(rows["data_source"])) != {countdown.DATA_SOURCE}:
+        raise SystemExit(f"{file}: data_source is {sorted(sources)}, expected {countdown.DATA_SOURCE!r}")
     return [info["raw_problem"] for info in rows["extra_info"][:limit]]
 
 
 def main() -> None:
     args = parse_args()
     out = args.out or args.task_dir / "reward_model"
+    prompts = {split: prompts_of(args.task_dir / f"{split}.parquet", args.problems) for split in SPLITS}
     set_verbosity_error()  # the new weights of the reward model's head are no mistake
     disable_progress_bar()
     torch.set_num_threads(THREADS)
@@ -130,12 +144,7 @@ def main() -> None:
     source = args.task_dir / "model"
     tokenizer = AutoTokenizer.from_pretrained(source)
     policy = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
-    pairs = {
-        split: sampled_pairs(
-            policy, tokenizer, prompts_of(args.task_dir / f"{split}.parquet", args.problems), args.samples
-        )
-        for split in SPLITS
-    }
+    pairs = {split: sampled_pairs(policy, tokenizer, found, args.samples) for split, found in prompts.items()}
     model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=1, dtype=torch.float32)
     train(model, tokenizer, pairs["train"], args)
     model.save_pretrained(out)

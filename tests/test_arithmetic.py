@@ -202,16 +202,52 @@ def test_program_makes_another_task_with_a_larger_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "option, value, expected",
-    [("hidden-size", 32, "a multiple of 64"), ("hidden-size", 100, "a multiple of 64"), ("test-size", 0, "at least 1")],
+    [
+        *(
+            ("hidden-size", 32, "a multiple of 64"),
+            ("hidden-size", 100, "a multiple of 64"),
+            ("test-size", 0, "at least"),
+        ),
+        *(
+            ("train-size", -5, "at least 1"),
+            ("layers", 0, "at least 1"),
+            ("steps", -1, "at least 0"),
+            ("steps", 9, "at"),
+        ),
+        *(("slip", 7.0, "a probability"), ("slip", -0.5, "a probability")),
+    ],
 )
 def test_program_refuses_sizes_without_a_model_or_test(
-    program: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, option: str, value: int, expected: str
+    program: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    option: str,
+    value: float,
+    expected: str,
 ) -> None:
     sizes = {"train-size": 12, "test-size": 6, "steps": 2, option: value}
     words = [f"--{name}={number}" for name, number in sizes.items()]
     result = program("make_laptop_task.py", "--out", tmp_path / "task", "--quiet", *words)
     assert result.returncode == 2 and f"error: --{option} {value}: expected {expected}" in result.stderr
     assert not (tmp_path / "task").exists()
+
+
+def test_program_refuses_a_file_for_its_folder(
+    program: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    (tmp_path / "task").write_text("x")
+    result = program("make_laptop_task.py", "--out", tmp_path / "task")
+    assert result.returncode == 2 and f"error: --out {tmp_path / 'task'}: expected a folder" in result.stderr
+
+
+def test_program_makes_a_task_again_that_lost_a_file(
+    program: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    words = ["--out", tmp_path / "task", "--train-size=12", "--test-size=6", "--steps=2", "--quiet"]
+    assert "task made in" in program("make_laptop_task.py", *words).stdout
+    for lost in ("train.parquet", "test.parquet", "model/config.json"):
+        (tmp_path / "task" / lost).unlink()
+        assert "task made in" in program("make_laptop_task.py", *words).stdout
+    assert "task already made in" in program("make_laptop_task.py", *words).stdout
 
 
 def test_program_keeps_a_folder_that_is_not_its_own(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from test_configuration import resolved
@@ -38,6 +39,7 @@ def reward_model(task, root, command):
     "answer, expected",
     [
         ("3*8=24;24-7=17;17+2=19", 1.0),
+        (" 3*8=24;24-7=17;17+2=19\n", 1.0),  # white space, which the rule ignores too
         ("3*8=24;24-7=17;17-2=15", 1 / 5),  # right steps to 15, 4 away from 19
         ("3+8=11;11-7=4;4*2=8", 1 / 12),
         ("3*8=25;25-7=18;18+1=19", 0.0),  # a wrong product
@@ -90,6 +92,38 @@ def test_training_learns_the_preferences_it_is_given(task):
     assert pair_accuracy(model.eval(), tokenizer, pairs) == 1.0
     reversed_pairs = [(prompt, worse, better) for prompt, better, worse in pairs]
     assert pair_accuracy(model, tokenizer, reversed_pairs) == 0.0
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--samples", "1"], "--samples 1: expected at least 2"),
+        (["--problems", "0"], "--problems 0: expected at least 1"),
+        (["--steps", "-1"], "--steps -1: expected at least 0"),
+        (
+            ["--task-dir", "nowhere"],
+            "nowhere/train.parquet: no such file; expected a task that make_laptop_task.py made",
+        ),
+    ],
+)
+def test_the_script_names_what_it_cannot_use(words, expected, program):
+    result = program("make_reward_model.py", "--task-dir", "nowhere", *words)
+    assert result.returncode != 0 and expected in result.stderr
+
+
+def test_answers_that_are_all_alike_are_named(monkeypatch):
+    monkeypatch.setattr(make_reward_model, "sample", lambda *_: ["x", "y"])
+    with pytest.raises(SystemExit, match="2 answers, none better than another"):
+        make_reward_model.sampled_pairs(None, None, ["1,1=2"], 2)
+
+
+def test_rows_of_another_task_are_named(tmp_path):
+    file = tmp_path / "train.parquet"
+    pd.DataFrame({"data_source": ["countdown", "arithmetic"], "extra_info": [{"raw_problem": "1,1=2"}] * 2}).to_parquet(
+        file
+    )
+    with pytest.raises(SystemExit, match=r"data_source is \['arithmetic', 'countdown'\], expected 'countdown'"):
+        make_reward_model.prompts_of(file, 9)
 
 
 def test_a_classifier_with_several_labels_is_refused(reward_model, tmp_path):
