@@ -657,8 +657,8 @@ def test_checkpoints_that_come_are_taken(overrides):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("save_best_only=off", "trainer.save_best_only='off': expected one of true, false"),
-        ("delete_old_best_checkpoint=no", "trainer.delete_old_best_checkpoint='no': expected one of true, false"),
+        ("save_best_only=never", "trainer.save_best_only='never': expected one of true, false"),
+        ("delete_old_best_checkpoint=1", "trainer.delete_old_best_checkpoint=1: expected one of true, false"),
         ("save_after=-1", "trainer.save_after=-1: expected an integer of at least 0"),
         ("test_freq=often", "trainer.test_freq='often': expected an integer"),
         ("max_actor_ckpt_to_keep=1.5", "trainer.max_actor_ckpt_to_keep=1.5: expected an integer"),
@@ -792,6 +792,129 @@ def test_old_log_probs_that_something_reads_are_not_skipped(method, override, me
         check_and_complete(resolved(method, *overrides))
 
 
+CORRECTION = "algorithm.rollout_correction"
+ROLLOUT = "actor_rollout_ref.rollout"
+CHECKPOINT = "actor_rollout_ref.actor.checkpoint"
+DYNAMIC = [f"{ACTOR}.use_dynamic_bsz=true", f"{ROLLOUT}.log_prob_use_dynamic_bsz=true"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([f"{ACTOR}.optim.clip_grad=-1"], "actor.optim.clip_grad=-1: expected a finite number above 0"),
+        ([f"{ACTOR}.optim.clip_grad=null"], "actor.optim.clip_grad=None: expected a finite number above 0"),
+        ([f"{ACTOR}.optim.weight_decay=-1"], "actor.optim.weight_decay=-1: expected a finite number of at least 0"),
+        ([f"{ACTOR}.optim.lr_warmup_steps_ratio=5"], "actor.optim.lr_warmup_steps_ratio=5: expected a number of at l"),
+        ([f"{ACTOR}.optim.min_lr_ratio=5"], "actor.optim.min_lr_ratio=5: expected a number of at least 0 and at most"),
+        (
+            [f"{ACTOR}.optim.lr_scheduler_type=linear"],
+            "actor.optim.lr_scheduler_type=linear: expected one of constant,",
+        ),
+        ([f"{ACTOR}.kl_loss_coef=-1"], "actor.kl_loss_coef=-1: expected a finite number of at least 0"),
+        (["algorithm.kl_ctrl.kl_coef=-1"], "algorithm.kl_ctrl.kl_coef=-1: expected a finite number of at least 0"),
+        ([f"{ROLLOUT}.temperature=-1"], "rollout.temperature=-1: expected a finite number above 0"),
+        ([f"{ROLLOUT}.temperature=abc"], "rollout.temperature='abc': expected a finite number above 0"),
+        ([f"{ROLLOUT}.top_p=0"], "rollout.top_p=0: expected a number above 0 and at most 1"),
+        ([f"{ROLLOUT}.tensor_model_parallel_size=0"], "rollout.tensor_model_parallel_size=0: expected an integer of"),
+        ([f"{ROLLOUT}.val_kwargs.n=0"], "rollout.val_kwargs.n=0: expected an integer of at least 1"),
+        ([f"{ROLLOUT}.val_kwargs.top_p=1.5"], "rollout.val_kwargs.top_p=1.5: expected a number above 0 and at most 1"),
+        ([f"{ROLLOUT}.val_kwargs.temperature=-1"], "rollout.val_kwargs.temperature=-1: expected a finite number of at"),
+        ([f"{ROLLOUT}.n=1"], "rollout.n=1: expected at least 2 with algorithm.adv_estimator=grpo"),
+        (["data.max_response_length=0"], "data.max_response_length=0: expected an integer of at least 1"),
+        (["data.max_prompt_length=abc"], "data.max_prompt_length='abc': expected an integer of at least 1"),
+        ([f"{ROLLOUT}.max_model_len=40"], "rollout.max_model_len=40: expected at least 80, data.max_prompt_length + "),
+        (["reward.num_workers=0"], "reward.num_workers=0: expected an integer of at least 1"),
+        (["trainer.nnodes=0"], "trainer.nnodes=0: expected an integer of at least 1"),
+        (["trainer.n_gpus_per_node=null"], "trainer.n_gpus_per_node=None: expected an integer of at least 1"),
+        (["trainer.total_epochs=-1"], "trainer.total_epochs=-1: expected an integer of at least 1"),
+        (["trainer.total_training_steps=0"], "trainer.total_training_steps=0: expected a finite number of at least 1"),
+        (["trainer.logger=[console,bogus]"], "trainer.logger=bogus: expected one of wandb, mlflow, "),
+        (["trainer.logger=bogus"], "trainer.logger=bogus: expected one of wandb, mlflow, "),
+        (["trainer.logger=[]"], "trainer.logger=None: expected one of wandb, mlflow, "),
+        ([f"{CORRECTION}.rollout_is=bogus"], f"{CORRECTION}.rollout_is=bogus: expected one of None, token, sequence"),
+        (
+            [f"{CORRECTION}.rollout_rs='token_k1,k9'"],
+            f"{CORRECTION}.rollout_rs=k9: expected one of seq_max_k2, seq_max",
+        ),
+    ],
+)
+def test_values_that_verl_takes_as_they_are_are_checked(overrides, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        check_and_complete(resolved("grpo", "hardware=cpu", "task=arithmetic", *overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["custom_reward_function.path=/my.py"], "custom_reward_function.path=/my.py: expected null, and a key below"),
+        (
+            ["reward_model.reward_manager=dapo"],
+            "reward_model.reward_manager=dapo: expected null, and a key below `rewa",
+        ),
+        (["sandbox_fusion.url=http://x"], "sandbox_fusion.url=http://x: expected null, and a key below `reward`"),
+        (
+            [f"{ACTOR}.use_kl_loss=no"],
+            f"{ACTOR}.use_kl_loss=no: expected true or false: 'no' is a text, which counts as",
+        ),
+        (["trainer.val_only=Off"], "trainer.val_only=Off: expected true or false: 'Off' is a text"),
+        ([f"{ACTOR}.grad_clip=0.5"], "actor.grad_clip=0.5: expected actor.optim.clip_grad in its place"),
+        (
+            [f"{ACTOR}.clip_ratio=0.1"],
+            "actor.clip_ratio=0.1: expected clip_ratio_low and clip_ratio_high in its place, ",
+        ),
+        (
+            ["trainer.resume_from_path=/x/global_step_5"],
+            "trainer.resume_mode=auto: expected resume_path with trainer.resume_from_path=/x/global_step_5",
+        ),
+        (
+            [f"{ROLLOUT}.val_kwargs.do_sample=false"],
+            "rollout.val_kwargs.temperature=1.0: expected 0 with rollout.val_kwargs.do_sample=false",
+        ),
+        (
+            ["trainer.critic_warmup=9"],
+            "trainer.critic_warmup=9: expected 0 without a critic: the actor would not train",
+        ),
+        *(
+            (
+                [f"{CORRECTION}.{key}={value}", f"{ROLLOUT}.calculate_log_probs=false"],
+                f"{CORRECTION}.{key}={value}: expected rollout.calculate_log_probs=true with it",
+            )
+            for key, value in (("rollout_is", "token"), ("rollout_rs", "seq_mean_k3"), ("bypass_mode", True))
+        ),
+        (
+            [f"{CHECKPOINT}.save_contents=[hf]"],
+            "actor.checkpoint.save_contents=['hf']: expected some of model, optimiz",
+        ),
+        ([f"{CHECKPOINT}.load_contents=[Model]"], "actor.checkpoint.load_contents=['Model']: expected some of model, "),
+        (
+            [f"{CHECKPOINT}.save_contents=[hf_model]"],
+            "actor.checkpoint.save_contents=['hf_model']: expected model among them, or trainer.resume_mode=disable",
+        ),
+    ],
+)
+def test_what_verl_would_ignore_is_refused(overrides, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
+        check_and_complete(resolved("grpo", "hardware=cpu", "task=arithmetic", *overrides))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [f"{ACTOR}.clip_ratio=0.1", f"{ACTOR}.clip_ratio_low=null"],
+        [f"{ROLLOUT}.val_kwargs.do_sample=false", f"{ROLLOUT}.val_kwargs.temperature=0"],
+        [f"{ROLLOUT}.max_model_len=null"],
+        [f"{ROLLOUT}.n=1", "algorithm.adv_estimator=reinforce_plus_plus", *DYNAMIC],
+        [f"{ROLLOUT}.n=1", "trainer.val_only=true"],
+        [f"{CORRECTION}.rollout_is=token", f"{CORRECTION}.rollout_rs='token_k1, seq_mean_k3'"],
+        [f"{CHECKPOINT}.save_contents=[hf_model]", "trainer.resume_mode=disable"],
+        ["+ray_kwargs.ray_init.runtime_env.env_vars.NCCL_IB_DISABLE=on", "trainer.experiment_name=no"],
+        ["trainer.logger=console"],
+    ],
+)
+def test_what_verl_reads_is_taken(overrides):
+    check_and_complete(resolved("grpo", "hardware=cpu", "task=arithmetic", *overrides))
+
+
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_cfg_prints_the_resolved_configuration(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["main", "--config-name", "steer", "method=steer_exp", "--cfg", "job"])
@@ -829,7 +952,6 @@ def test_the_launching_process_resolves_its_variables(laptop_files, monkeypatch)
     ("override", "message"),
     [
         (f"{ACTOR}.loss_agg_mode=mean", "Invalid loss_agg_mode: mean"),
-        ("actor_rollout_ref.rollout.temperature=0", "validation gen temperature should be greater than 0"),
         (f"{ACTOR}.ppo_mini_batch_size=32", "train_batch_size (16) must be >= actor.ppo_mini_batch_size (32)"),
     ],
 )

@@ -16,6 +16,7 @@ from verl.steer.requirements.hardware import (
     check_model_engine,
     check_platform,
 )
+from verl.steer.requirements.ignored import check_ignored
 from verl.steer.requirements.loss import check_clip, check_engine, check_trainer, inputs_needed, switch_on
 from verl.steer.requirements.rewards import check_code_rewards, check_reward_model
 from verl.steer.requirements.skipped_old_log_prob import check_skipped_old_log_prob
@@ -35,9 +36,10 @@ def check_and_complete(config: DictConfig) -> None:
             does not compute.
     """
     check_platform(config)
+    check_verl_values(config)
+    check_ignored(config)
     check_cpus(config)
     check_model_engine(config)
-    check_verl_values(config)
     check_attention(config)
     check_micro_batches(config)
     check_rollouts(config)

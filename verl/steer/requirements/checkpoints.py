@@ -27,6 +27,8 @@ TRAINER_KEYS = {
 
 #: Values of `trainer.resume_mode`.
 RESUME_MODES = ("auto", "disable", "resume_path")
+#: Parts of a checkpoint.
+CONTENTS = ("model", "optimizer", "extra", "hf_model")
 
 
 @dataclass
@@ -59,6 +61,7 @@ def check_checkpoints(config: DictConfig) -> None:
     """
     trainer = config.trainer
     _check_resumed(trainer)
+    _check_contents(config.actor_rollout_ref.actor.checkpoint, trainer)
     if trainer.val_only:
         if not trainer.val_before_train:
             raise ValueError("trainer.val_before_train=false: expected true with trainer.val_only=true, or verl trains")
@@ -92,6 +95,20 @@ def _check_resumed(trainer: DictConfig) -> None:
     if (path / UNFINISHED).exists():
         raise ValueError(f"{named}: expected a complete checkpoint; the run that wrote this one was killed meanwhile")
     trainer.resume_from_path = str(path)
+
+
+def _check_contents(checkpoint: DictConfig, trainer: DictConfig) -> None:
+    """verl skips unknown parts, and resumes a checkpoint without `model` with the start model's weights."""
+    for key in ("save_contents", "load_contents"):
+        parts = list(checkpoint[key])
+        for part in parts:
+            if part not in CONTENTS:
+                raise ValueError(f"actor.checkpoint.{key}={parts}: expected some of {', '.join(CONTENTS)}")
+        if "model" not in parts and trainer.resume_mode != "disable":
+            raise ValueError(
+                f"actor.checkpoint.{key}={parts}: expected model among them, or trainer.resume_mode=disable: a resumed "
+                "run would begin with other weights"
+            )
 
 
 def _yaml(value: Any) -> str:

@@ -12,20 +12,43 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from verl.steer.options import Option
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
+from verl.trainer.ppo.rollout_corr_helper import SUPPORTED_ROLLOUT_RS_OPTIONS
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
+from verl.utils.tracking import Tracking
 
 #: Numbers that verl does not check; those with a default may not be null.
 NUMBERS = {
     "actor_rollout_ref.actor.entropy_coeff": Option(0.0),
-    "actor_rollout_ref.actor.kl_loss_coef": Option(0.001),
+    "actor_rollout_ref.actor.kl_loss_coef": Option(0.001, at_least=0.0),
     "actor_rollout_ref.actor.loss_scale_factor": Option(above=0.0),
+    "actor_rollout_ref.actor.optim.clip_grad": Option(1.0, above=0.0),  # a bound below 0 would reverse the gradient
     "actor_rollout_ref.actor.optim.lr": Option(1e-6, at_least=0.0),
+    "actor_rollout_ref.actor.optim.lr_warmup_steps_ratio": Option(at_least=0.0, at_most=1.0),
+    "actor_rollout_ref.actor.optim.min_lr_ratio": Option(at_least=0.0, at_most=1.0),
+    "actor_rollout_ref.actor.optim.weight_decay": Option(0.01, at_least=0.0),
     "actor_rollout_ref.actor.ppo_epochs": Option(1, at_least=1, integer=True),
     "actor_rollout_ref.actor.ppo_mini_batch_size": Option(256, at_least=1, integer=True),
     "actor_rollout_ref.rollout.n": Option(1, at_least=1, integer=True),
+    "actor_rollout_ref.rollout.temperature": Option(1.0, above=0.0),
+    "actor_rollout_ref.rollout.tensor_model_parallel_size": Option(1, at_least=1, integer=True),
+    "actor_rollout_ref.rollout.top_p": Option(1.0, above=0.0, at_most=1.0),
+    "actor_rollout_ref.rollout.val_kwargs.n": Option(1, at_least=1, integer=True),
+    "actor_rollout_ref.rollout.val_kwargs.temperature": Option(0.0, at_least=0.0),
+    "actor_rollout_ref.rollout.val_kwargs.top_p": Option(1.0, above=0.0, at_most=1.0),
+    "algorithm.kl_ctrl.kl_coef": Option(0.001, at_least=0.0),
+    "data.max_prompt_length": Option(512, at_least=1, integer=True),
+    "data.max_response_length": Option(512, at_least=1, integer=True),
     "data.train_batch_size": Option(1024, at_least=1, integer=True),
+    "reward.num_workers": Option(8, at_least=1, integer=True),
+    "trainer.n_gpus_per_node": Option(1, at_least=1, integer=True),
+    "trainer.nnodes": Option(1, at_least=1, integer=True),
+    "trainer.total_epochs": Option(1, at_least=1, integer=True),
+    "trainer.total_training_steps": Option(at_least=1),
 }
+
+#: Estimators that compare a prompt's rollouts with each other.
+GROUPED = ("grpo", "grpo_vectorized", "grpo_passk", "gdpo", "rloo", "rloo_vectorized", "opo")
 
 #: Names of verl's estimates of a KL divergence; a + at the end gives each the gradient of k2.
 KL_ESTIMATES = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
@@ -39,7 +62,7 @@ def check_verl_values(config: DictConfig) -> None:
     """
     for key, number in NUMBERS.items():
         number.check(key.removeprefix("actor_rollout_ref."), OmegaConf.select(config, key))
-    actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
+    actor, algorithm, loggers = config.actor_rollout_ref.actor, config.algorithm, config.trainer.logger
     names: list[tuple[str, Any, Any]] = [("algorithm.adv_estimator", algorithm.adv_estimator, ADV_ESTIMATOR_REGISTRY)]
     kl_estimates = (*KL_ESTIMATES, *(f"{name}+" for name in KL_ESTIMATES))
     if actor.use_kl_loss:
@@ -47,9 +70,34 @@ def check_verl_values(config: DictConfig) -> None:
     if algorithm.use_kl_in_reward:
         names.append(("algorithm.kl_penalty", algorithm.kl_penalty, kl_estimates))
         names.append(("algorithm.kl_ctrl.type", algorithm.kl_ctrl.type, ("fixed", "adaptive")))
+    if config.model_engine == "dp":
+        names.append(("actor.optim.lr_scheduler_type", actor.optim.lr_scheduler_type, ("constant", "cosine")))
+    if correction := algorithm.get("rollout_correction"):
+        criteria = str(correction.rollout_rs).split(",") if correction.rollout_rs else ()
+        names.append(("algorithm.rollout_correction.rollout_is", correction.rollout_is, (None, "token", "sequence")))
+        names += [
+            ("algorithm.rollout_correction.rollout_rs", one.strip(), sorted(SUPPORTED_ROLLOUT_RS_OPTIONS))
+            for one in criteria
+        ]
+    for logger in [loggers] if isinstance(loggers, str) else loggers or [None]:
+        names.append(("trainer.logger", logger, Tracking.supported_backend))
     for key, name, known in names:
         if name not in known:
-            raise ValueError(f"{key}={name}: expected one of {', '.join(known)}")
+            raise ValueError(f"{key}={name}: expected one of {', '.join(map(str, known))}")
+    if config.actor_rollout_ref.rollout.n == 1 and algorithm.adv_estimator in GROUPED and not config.trainer.val_only:
+        raise ValueError(f"rollout.n=1: expected at least 2 with algorithm.adv_estimator={algorithm.adv_estimator}")
+    _check_lengths(config)
+
+
+def _check_lengths(config: DictConfig) -> None:
+    """vLLM would cut responses at its own limit without a word."""
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    limit = config.actor_rollout_ref.rollout.max_model_len
+    if limit is not None and limit < longest:
+        raise ValueError(
+            f"rollout.max_model_len={limit}: expected at least {longest}, data.max_prompt_length + "
+            "data.max_response_length"
+        )
 
 
 def as_dataclass(config: DictConfig, key: str) -> Any:
