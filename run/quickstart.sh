@@ -37,7 +37,7 @@ for method in ${METHODS:-grpo steer_exp}; do
   rm -rf "$finished" "$run"/metrics*.jsonl "$run/audit"
   "$python" "$root/scripts/watch.py" --title "$method" --log "$run/train.log" --metrics "$run" -- \
     bash "$root/run/launch.sh" "$method" "${overrides[@]}" trainer.experiment_name="$method"
-  compgen -G "$run/metrics*.jsonl" >/dev/null ||
+  ls "$run"/metrics*.jsonl >/dev/null 2>&1 ||
     { echo "quickstart.sh: $run: no metrics*.jsonl; expected a run with \`file\` among trainer.logger" >&2; exit 1; }
   echo "$settings" >"$finished"
 done

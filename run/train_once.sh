@@ -33,6 +33,6 @@ echo "$settings" >"$run/settings"
 bash "$root/run/launch.sh" "$config" "${overrides[@]}" --cfg job --resolve >"$run/config.yaml"
 "${PYTHON:-${STEER_VENV:-$root/.venv}/bin/python}" "$root/scripts/watch.py" \
   --title "$title" --log "$run/train.log" --metrics "$run" -- bash "$root/run/launch.sh" "$config" "${overrides[@]}"
-compgen -G "$run/metrics*.jsonl" >/dev/null ||
+ls "$run"/metrics*.jsonl >/dev/null 2>&1 ||
   { echo "train_once.sh: $run: no metrics*.jsonl; expected a run with \`file\` among trainer.logger" >&2; exit 1; }
 touch "$run/finished"

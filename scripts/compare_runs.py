@@ -20,6 +20,7 @@ import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pandas as pd
@@ -110,7 +111,8 @@ def single_table(methods: dict[str, list[Run]], baseline: str, wanted: list[str]
     result.add_row("interval", *(f"{least[name]:.3f} to {greatest[name]:.3f}" for name in wanted))
     for name, row in found.iterrows():
         outside = (row < least) | (row > greatest)
-        result.add_row(name, *(f"{row[figure]:.3f}{' *' if outside[figure] else ''}" for figure in wanted))
+        cells = (f"{row[figure]:.3f}{' *' if outside[figure] else ''}" for figure in wanted)
+        result.add_row(name, *(cell.replace("nan", "-") for cell in cells))
     return result
 
 
@@ -209,21 +211,23 @@ def held_table(methods: dict[str, list[Run]], baseline: str | None) -> Table:
             parts = [100 * (d / target).dropna().mean() for d, target in zip(distances, asked, strict=True)]
             weights = [pd.Series(run.series(WEIGHT), dtype=float).mean() for run in runs]
             nats = mean_and_interval([d.mean() for d in distances], 4)
-            result.add_row(name, label, nats, f"{mean_and_interval(parts, 1)} %", mean_and_interval(weights, 3))
+            share = f"{mean_and_interval(parts, 1)} %".replace("- %", "-")
+            result.add_row(name, label, nats, share, mean_and_interval(weights, 3))
     return result
 
 
 def show(found: list[Table], markdown: Path | None) -> None:
     """Print the tables, and write them to the file `markdown`, if given."""
     # A log has no terminal width.
-    console = Console() if sys.stdout.isatty() else Console(width=240)
+    plain: dict[str, Any] = {"markup": False, "emoji": False}  # names of runs may have brackets and colons
+    console = Console(**plain) if sys.stdout.isatty() else Console(width=240, **plain)
     console.print(*found, sep="\n")
     if markdown:
         markdown.parent.mkdir(parents=True, exist_ok=True)
         with markdown.open("w") as file:
             for one in found:
                 one.title, one.box = None, box.MARKDOWN
-            Console(file=file, width=1000).print(*found, sep="\n")
+            Console(file=file, width=1000, **plain).print(*found, sep="\n")
 
 
 def tables(methods: dict[str, list[Run]], args: argparse.Namespace) -> list[Table]:
@@ -247,7 +251,9 @@ def draw(methods: dict[str, list[Run]], out: Path) -> None:
     with matplotlib.rc_context(figures.STYLE):
         drawing = figures.training(methods)
         if drawing is None:
-            raise ValueError("no entropy and no accuracy in the metrics; expected runs of verl's trainer")
+            raise ValueError(
+                "no entropy and no accuracy at a step that all seeds of a method have; expected runs of verl's trainer"
+            )
         out.parent.mkdir(parents=True, exist_ok=True)
         drawing.figure.savefig(out, dpi=150)
 
@@ -276,11 +282,10 @@ def main() -> None:
         parser.error(f"--compare {args.compare[0]}: expected a --baseline to compare with")
     try:
         methods = group_seeds(read_runs(args.runs))
-        found = tables(methods, args)
+        show(tables(methods, args), args.markdown)
         draw(methods, args.out)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"compare_runs: {error}")
-    show(found, args.markdown)
     print(f"picture: {args.out}")
 
 

@@ -30,7 +30,7 @@ def main() -> None:
     try:
         options = ReportOptions(args.estimator, args.probability_bound, args.responses)
         page = write_report(read_runs(args.runs), args.out, options)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         sys.exit(f"report: {error}")
     print(f"report: {page}")
 

@@ -51,7 +51,7 @@ def main() -> int:
     parser.add_argument("--title", default="training")
     parser.add_argument("command", nargs="+", help="after --: the command")
     args = parser.parse_args()
-    console = Console()
+    console = Console(markup=False, emoji=False)  # titles are names of folders
     args.log.parent.mkdir(parents=True, exist_ok=True)
     before = {file: state(file) for file in args.metrics.glob("metrics*.jsonl")}
     received: list[int] = []
@@ -77,7 +77,7 @@ def main() -> int:
         console.print(
             f"{args.title} failed with exit code {process.returncode}; the end of {args.log}:", style="bold red"
         )
-        console.print("\n".join(error_lines(args.log)), markup=False, highlight=False)
+        console.print("\n".join(error_lines(args.log)), highlight=False)
     return process.returncode
 
 
@@ -89,7 +89,7 @@ def show(
     received: list[int],
 ) -> None:
     """Show the metrics until the command has ended or a signal has been received."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(f"{args.title}: starting Ray and vLLM (log: {args.log})", total=None)
         reader = new_records(args.metrics, before)

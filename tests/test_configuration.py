@@ -816,6 +816,14 @@ DYNAMIC = [f"{ACTOR}.use_dynamic_bsz=true", f"{ROLLOUT}.log_prob_use_dynamic_bsz
         ([f"{ROLLOUT}.temperature=abc"], "rollout.temperature='abc': expected a finite number above 0"),
         ([f"{ROLLOUT}.top_p=0"], "rollout.top_p=0: expected a number above 0 and at most 1"),
         ([f"{ROLLOUT}.tensor_model_parallel_size=0"], "rollout.tensor_model_parallel_size=0: expected an integer of"),
+        (
+            [f"{ROLLOUT}.tensor_model_parallel_size=2"],
+            "rollout.tensor_model_parallel_size=2, rollout.data_parallel_size=1: expected sizes whose product divides",
+        ),
+        (
+            ["reward.custom_reward_function.path=/no/mine.py"],
+            "reward.custom_reward_function.path=/no/mine.py: expected a file, or pkg:// and a module",
+        ),
         ([f"{ROLLOUT}.val_kwargs.n=0"], "rollout.val_kwargs.n=0: expected an integer of at least 1"),
         ([f"{ROLLOUT}.val_kwargs.top_p=1.5"], "rollout.val_kwargs.top_p=1.5: expected a number above 0 and at most 1"),
         ([f"{ROLLOUT}.val_kwargs.temperature=-1"], "rollout.val_kwargs.temperature=-1: expected a finite number of at"),
@@ -909,6 +917,7 @@ def test_what_verl_would_ignore_is_refused(overrides, message):
         [f"{CHECKPOINT}.save_contents=[hf_model]", "trainer.resume_mode=disable"],
         ["+ray_kwargs.ray_init.runtime_env.env_vars.NCCL_IB_DISABLE=on", "trainer.experiment_name=no"],
         ["trainer.logger=console"],
+        [f"reward.custom_reward_function.path={__file__}"],
     ],
 )
 def test_what_verl_reads_is_taken(overrides):
@@ -979,6 +988,7 @@ def laptop_files(tmp_path, monkeypatch):
         (["data.val_files=[/no/a.parquet,/no/b.parquet]"], "data.val_files: no file /no/a.parquet, /no/b.parquet: exp"),
         (["data.train_batch_size=41"], "data.train_batch_size=41: expected at most 40, the rows of data.train_files"),
         (["data.train_max_samples=8"], "data.train_batch_size=16: expected at most 8, the rows of data.train_files"),
+        (["data.gen_batch_size=5"], "data.gen_batch_size=5: expected a divisor of data.train_batch_size=16"),
         (["data.gen_batch_size=64"], "data.gen_batch_size=64: expected at most 40, the rows of data.train_files"),
         (
             ["data.train_batch_size=41", "data.gen_batch_size=1"],

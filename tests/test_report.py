@@ -120,6 +120,16 @@ def test_the_entropy_is_drawn_beside_its_target():
     assert figures.held_entropy({"grpo": [plain]}) is None
 
 
+def test_the_distance_from_the_target_is_that_of_each_seed():
+    """Seeds on either side of the target are not on it, and a run without entropies has no distance."""
+    runs = [
+        Run("held", seed, {s: {"actor/entropy": entropy, "actor/target_entropy": 0.2} for s in range(1, 31)})
+        for seed, entropy in ((1, 0.1), (2, 0.3), (3, None))
+    ]
+    drawing = figures.held_entropy({"held": runs[:2], "none": runs[2:]})
+    assert drawing.descriptions == ["held: 0.1 nats from the target over the last 20 steps"]
+
+
 @pytest.fixture(scope="module")
 def report(audited_run, tmp_path_factory):
     """The report of that run: its page."""

@@ -125,6 +125,12 @@ def test_interrupt_ends_everything_that_was_started(root, tmp_path):
             time.sleep(0.1)
 
 
+def test_watch_prints_its_title_as_it_is(command, root, tmp_path):
+    title = "out[/grpo]:bug:"
+    result = command(*(title if word == "toy" else word for word in watch(root, tmp_path, "false")))
+    assert result.returncode == 1 and f"{title} failed with exit code 1" in result.stdout, result.stderr
+
+
 def test_watch_started_by_nohup_survives_the_terminal(command, root, tmp_path):
     """The command sends the signal of a closed terminal itself, and goes on."""
     result = command("nohup", *watch(root, tmp_path, "bash", "-c", "kill -HUP $PPID; sleep 0.5; exit 3"))
@@ -150,6 +156,56 @@ def test_comparison_takes_means_and_intervals_over_seeds(program, tmp_path):
         ["steer", "1", "0.200", "0.600", "0.700", "1.000", "0.900", "0.800", "0.800", "100"],
     ]  # fmt: skip
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_comparison_prints_names_as_they_are(program, tmp_path):
+    """Brackets and colons are no markup."""
+    names = ["grpo[lr=1e-5]", "grpo[lr=1e-6]", "a[b]:bug:"]
+    for name in names:
+        write_run(tmp_path / name, [0.5], [0.1])
+    words = ("--out", tmp_path / "p.png", "--markdown", tmp_path / "table.md")
+    result = program("compare_runs.py", *(tmp_path / name for name in names), *words)
+    assert result.returncode == 0, result.stderr
+    assert all(name in result.stdout and name in (tmp_path / "table.md").read_text() for name in names)
+
+
+def test_comparison_and_report_name_what_they_cannot_write(program, tmp_path):
+    write_run(tmp_path / "grpo", [0.5], [0.1])
+    (tmp_path / "file").write_text("x")
+    for words in (
+        ["compare_runs.py", "--out", tmp_path / "file/p.png"],
+        ["compare_runs.py", "--out", tmp_path / "p.png", "--markdown", tmp_path],
+        ["report.py", "--out", tmp_path / "file"],
+    ):
+        result = program(words[0], tmp_path / "grpo", *words[1:])
+        assert result.returncode == 1 and result.stderr.startswith(f"{words[0].removesuffix('.py')}: [Errno ")
+
+
+def test_comparison_prints_its_tables_where_no_picture_can_be_drawn(program, tmp_path):
+    """Seeds whose steps differ have no common curve."""
+    for seed, step in ((1, 1), (2, 5)):
+        line = {"step": step, "data": {"actor/entropy": 0.4, "val-core/x/acc/mean@1": 0.25}}
+        folder = tmp_path / f"seed{seed}/grpo"
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    result = program("compare_runs.py", *sorted(tmp_path.glob("*/grpo")), "--out", tmp_path / "p.png")
+    assert result.returncode == 1 and "no entropy and no accuracy at a step that all seeds of a method" in result.stderr
+    assert "0.250 ± 0.000" in result.stdout
+
+
+def test_comparison_has_a_dash_for_what_a_run_did_not_log(program, tmp_path):
+    for name in ("1/grpo", "2/grpo", "1/none"):
+        write_run(tmp_path / name, [0.5, 0.4], [0.1, 0.2 if name == "1/grpo" else 0.3])
+    lines = [json.loads(line) for line in (tmp_path / "1/none/metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["data"] |= {"actor/target_entropy": 0.2, "actor/entropy": None}
+    (tmp_path / "1/none/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = program(
+        "compare_runs.py", *sorted(tmp_path.glob("*/*")), "--baseline", "grpo", "--out", tmp_path / "p.png"
+    )
+    assert result.returncode == 0, result.stderr
+    rows = printed_rows(result)
+    assert ["none", "0.2", "-", "-", "-"] in rows and ["none", "0.300", "-"] in rows
 
 
 def test_comparison_marks_single_runs_outside_of_the_baselines_interval(program, tmp_path):
@@ -378,6 +434,13 @@ def test_the_folder_of_a_run_may_have_characters_of_hydras_grammar(command, root
     words = [word for word in (folder / "config.yaml").read_text().splitlines() if word.startswith("trainer.")]
     options = {option.get_key_element(): option.value() for option in OverridesParser.create().parse_overrides(words)}
     assert options["trainer.default_local_dir"] == str(folder) and options["trainer.experiment_name"] == folder.name
+
+
+def test_a_run_is_finished_where_its_folder_has_brackets(launched, tmp_path):
+    choice = {"METHODS": "grpo", "SEEDS": "1", "OUTPUT_DIR": str(tmp_path / "out[lr=1]")}
+    result, trained = launched("compare.sh", **choice)
+    assert result.returncode == 0 and len(trained) == 1, result.stderr
+    assert (tmp_path / "out[lr=1]/seed1/grpo/finished").exists()
 
 
 def test_quickstart_marks_no_run_without_metrics_as_trained(command, root, tmp_path):

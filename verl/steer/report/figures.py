@@ -235,7 +235,8 @@ def weight_against_entropy(groups: Groups) -> Drawing | None:
         style = method_style(index, linestyle="", alpha=0.75)
         axis.plot(points["weight"], points["change"], label=label(name), **style)
         correlation = points["weight"].corr(points["change"])
-        drawing.descriptions.append(f"{name}: {len(points)} steps, Pearson correlation {correlation:.2f}")
+        if math.isfinite(correlation):
+            drawing.descriptions.append(f"{name}: {len(points)} steps, Pearson correlation {correlation:.2f}")
     axis.axhline(0, color=INK, linewidth=0.8)
     axis.set(xlabel="mean token weight of the step", ylabel="entropy after minus before (nats)")
     return drawing.with_legend()
@@ -358,8 +359,10 @@ def held_entropy(groups: Groups) -> Drawing | None:
         target = asked[name]
         if len(target):
             axis.step(target.index, target["mean"], where="mid", color=style["color"], linestyle=":", linewidth=1.2)
-            distance = (held["mean"] - target["mean"]).abs().iloc[-20:].mean()
-            drawing.descriptions.append(f"{name}: {distance:.3g} nats from the target over the last 20 steps")
+            pairs = [(pd.Series(run.series(ENTROPY)), pd.Series(run.series(TARGET))) for run in runs]
+            away = pd.Series([(entropy - wanted).abs().iloc[-20:].mean() for entropy, wanted in pairs]).mean()
+            if math.isfinite(away):
+                drawing.descriptions.append(f"{name}: {away:.3g} nats from the target over the last 20 steps")
     axis.set(xlabel="training step", ylabel="policy entropy (nats); dotted: target")
     return drawing.with_legend()
 

@@ -39,3 +39,6 @@ def _check_rows(config: DictConfig, rows: int | None) -> None:
     for name in ("train_batch_size", "gen_batch_size"):
         if rows < (config.data[name] or 0):
             raise ValueError(f"data.{name}={config.data[name]}: expected at most {rows}, the rows of data.train_files")
+    loaded, wanted = config.data.gen_batch_size, config.data.train_batch_size
+    if loaded and wanted % loaded and config.trainer.v1.trainer_mode != "separate_async":
+        raise ValueError(f"data.gen_batch_size={loaded}: expected a divisor of data.train_batch_size={wanted}")

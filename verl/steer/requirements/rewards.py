@@ -17,14 +17,17 @@ LEARNED = "pkg://verl.steer.grading.learned"
 
 
 def check_code_rewards(config: DictConfig) -> None:
-    """Check the options of code rewards and, if rows of this run need it, their sandbox.
+    """Check the reward function's file, the options of code rewards and, if rows of this run need it, their sandbox.
 
     With verl's `reward.sandbox_fusion.url` that service runs the programs: the reward function gets the section.
 
     Raises:
-        ValueError: if an option is out of range, or the sandbox doesn't start.
+        ValueError: if there is no such file, an option is out of range, or the sandbox doesn't start.
     """
     function, service = config.reward.custom_reward_function, config.reward.sandbox_fusion
+    file = str(function.path or "").removeprefix("file://")
+    if file and not file.startswith("pkg://") and not Path(file).is_file():
+        raise ValueError(f"reward.custom_reward_function.path={function.path}: expected a file, or pkg:// and a module")
     if function.path != GRADING:
         return
     options = from_config(CodeOptions, (function.get("reward_kwargs") or {}).get("code"), sandbox.SECTION)

@@ -29,6 +29,7 @@ NUMBERS = {
     "actor_rollout_ref.actor.optim.weight_decay": Option(0.01, at_least=0.0),
     "actor_rollout_ref.actor.ppo_epochs": Option(1, at_least=1, integer=True),
     "actor_rollout_ref.actor.ppo_mini_batch_size": Option(256, at_least=1, integer=True),
+    "actor_rollout_ref.rollout.data_parallel_size": Option(1, at_least=1, integer=True),
     "actor_rollout_ref.rollout.n": Option(1, at_least=1, integer=True),
     "actor_rollout_ref.rollout.temperature": Option(1.0, above=0.0),
     "actor_rollout_ref.rollout.tensor_model_parallel_size": Option(1, at_least=1, integer=True),
