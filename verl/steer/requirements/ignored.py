@@ -29,7 +29,7 @@ def check_ignored(config: DictConfig) -> None:
             f"trainer.resume_mode={trainer.resume_mode}: expected resume_path with trainer.resume_from_path="
             f"{trainer.resume_from_path}"
         )
-    if actor.grad_clip != 1:
+    if actor.get("grad_clip", 1) != 1:
         raise ValueError(f"actor.grad_clip={actor.grad_clip}: expected actor.optim.clip_grad in its place")
     if actor.clip_ratio != 0.2 and None not in (actor.clip_ratio_low, actor.clip_ratio_high):
         raise ValueError(
