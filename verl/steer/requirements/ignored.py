@@ -22,7 +22,7 @@ def check_ignored(config: DictConfig) -> None:
     Raises:
         ValueError: if it does not.
     """
-    _check_sections(config)
+    _check_leaves(config)
     trainer, actor, rollout = config.trainer, config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
     if trainer.resume_mode != "resume_path" and trainer.resume_from_path is not None:
         raise ValueError(
@@ -49,7 +49,7 @@ def check_ignored(config: DictConfig) -> None:
     _check_rollout_correction(config)
 
 
-def _check_sections(config: DictConfig) -> None:
+def _check_leaves(config: DictConfig) -> None:
     for key, value in _leaves(OmegaConf.to_container(config, resolve=True)):
         section = key.partition(".")[0]
         if section in OLD_SECTIONS and value is not None:
