@@ -21,7 +21,7 @@ from verl.steer.requirements.loss import check_clip, check_engine, check_trainer
 from verl.steer.requirements.rewards import check_code_rewards, check_reward_model
 from verl.steer.requirements.skipped_old_log_prob import check_skipped_old_log_prob
 from verl.steer.requirements.verl_values import as_dataclass, check_verl_values
-from verl.steer.rollout.checks import check_rollouts
+from verl.steer.rollout.checks import check_rollouts, check_servers
 
 
 def check_and_complete(config: DictConfig) -> None:
@@ -42,6 +42,7 @@ def check_and_complete(config: DictConfig) -> None:
     check_model_engine(config)
     check_attention(config)
     check_micro_batches(config)
+    check_servers(config)
     check_rollouts(config)
     policy_loss = as_dataclass(config, "policy_loss")
     for options in ADVANTAGE_OPTIONS:

@@ -50,7 +50,7 @@ def check_ignored(config: DictConfig) -> None:
 
 
 def _check_leaves(config: DictConfig) -> None:
-    for key, value in _leaves(OmegaConf.to_container(config, resolve=True)):
+    for key, value in _leaves(OmegaConf.to_container(config)):
         section = key.partition(".")[0]
         if section in OLD_SECTIONS and value is not None:
             raise ValueError(f"{key}={value}: expected null, and a key below `reward` in its place")

@@ -27,7 +27,7 @@ def is_batched(config: DictConfig) -> bool:
 
 
 def check_rollouts(config: DictConfig) -> None:
-    """Check `trainer.rollout_timeout`, the devices of a vLLM server, and what a batched manager is asked for.
+    """Check `trainer.rollout_timeout`, and whether the batched manager, if configured, serves the options and the data.
 
     Raises:
         ValueError: if not.
@@ -35,7 +35,6 @@ def check_rollouts(config: DictConfig) -> None:
     timeout = config.trainer.get("rollout_timeout")
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0):
         raise ValueError(f"trainer.rollout_timeout={timeout}: expected seconds, more than 0, or null for no limit")
-    _check_devices(config)
     if not is_batched(config):
         return
     rollout = config.actor_rollout_ref.rollout
@@ -56,8 +55,12 @@ def check_rollouts(config: DictConfig) -> None:
                 raise ValueError(f"data.{key}: {file} has rows with agent_name={name}: {ONLY_SINGLE_TURN}")
 
 
-def _check_devices(config: DictConfig) -> None:
-    """A server has as many devices as the product of its parallel sizes."""
+def check_servers(config: DictConfig) -> None:
+    """Check the devices of the servers: each takes as many as the product of its parallel sizes.
+
+    Raises:
+        ValueError: if that does not divide the number of all.
+    """
     trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
     devices, tensor, data = trainer.nnodes * trainer.n_gpus_per_node, "tensor_model_parallel_size", "data_parallel_size"
     if trainer.v1.trainer_mode != "separate_async" and devices % (rollout[tensor] * rollout[data]):
