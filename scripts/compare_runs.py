@@ -30,12 +30,13 @@ from rich.table import Column, Table
 from verl.steer.report import figures
 from verl.steer.report.paired import differences
 from verl.steer.report.run_metrics import (
-    ENTROPY,
     GAIN,
+    HELD_STEPS,
     SCORE,
     TARGET,
     WEIGHT,
     Run,
+    distances_from,
     group_seeds,
     mean_and_interval,
     read_runs,
@@ -43,9 +44,6 @@ from verl.steer.report.run_metrics import (
     summary,
 )
 from verl.steer.report.single_runs import single_runs
-
-#: Steps at the end of a run over which the entropy is compared with its target.
-HELD_STEPS = 20
 
 #: Heading -> (metric below `entropy_audit/` or `entropy_audit/step/`, factor, decimals).
 AUDIT_FIGURES = {
@@ -111,8 +109,7 @@ def single_table(methods: dict[str, list[Run]], baseline: str, wanted: list[str]
     result.add_row("interval", *(f"{least[name]:.3f} to {greatest[name]:.3f}" for name in wanted))
     for name, row in found.iterrows():
         outside = (row < least) | (row > greatest)
-        cells = (f"{row[figure]:.3f}{' *' if outside[figure] else ''}" for figure in wanted)
-        result.add_row(name, *(cell.replace("nan", "-") for cell in cells))
+        result.add_row(name, *(mean_and_interval([row[f]], 3) + (" *" if outside[f] else "") for f in wanted))
     return result
 
 
@@ -195,7 +192,7 @@ def held_table(methods: dict[str, list[Run]], baseline: str | None) -> Table:
     says so.
     """
     title = f"|entropy - target| over the last {HELD_STEPS} steps"
-    result = _empty_table(title, ("target",), ("nats", "of the target", "mean token weight"))
+    result = _empty_table(title, ("target",), ("nats", "% of the target", "mean token weight"))
     series = {name: [pd.Series(run.series(TARGET), dtype=float) for run in runs] for name, runs in methods.items()}
     constants = sorted({one.iloc[0] for seeds in series.values() for one in seeds if one.nunique() == 1}, reverse=True)
     for name, runs in methods.items():
@@ -206,13 +203,11 @@ def held_table(methods: dict[str, list[Run]], baseline: str | None) -> Table:
         elif baseline not in (None, name):
             continue
         for label, asked in targets:
-            held = [pd.Series(run.series(ENTROPY), dtype=float) for run in runs]
-            distances = [(one - target).abs().iloc[-HELD_STEPS:] for one, target in zip(held, asked, strict=True)]
+            distances = [distances_from(run, target) for run, target in zip(runs, asked, strict=True)]
             parts = [100 * (d / target).dropna().mean() for d, target in zip(distances, asked, strict=True)]
             weights = [pd.Series(run.series(WEIGHT), dtype=float).mean() for run in runs]
-            nats = mean_and_interval([d.mean() for d in distances], 4)
-            share = f"{mean_and_interval(parts, 1)} %".replace("- %", "-")
-            result.add_row(name, label, nats, share, mean_and_interval(weights, 3))
+            cells = (([d.mean() for d in distances], 4), (parts, 1), (weights, 3))
+            result.add_row(name, label, *(mean_and_interval(values, decimals) for values, decimals in cells))
     return result
 
 

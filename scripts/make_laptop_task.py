@@ -71,9 +71,7 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     for option, fits, expected in (
         ("hidden_size", args.hidden_size >= 64 and args.hidden_size % 64 == 0, "a multiple of 64"),
-        ("layers", args.layers >= 1, "at least 1"),
-        ("train_size", args.train_size >= 1, "at least 1"),
-        ("test_size", args.test_size >= 1, "at least 1"),
+        *((size, getattr(args, size) >= 1, "at least 1") for size in ("layers", "train_size", "test_size")),
         ("steps", args.steps >= 0 and args.steps != 9, "at least 0, and not 9: its schedule would divide by zero"),
         ("slip", 0 <= args.slip <= 1, "a probability"),
         ("out", args.out.is_dir() or not args.out.exists(), "a folder"),

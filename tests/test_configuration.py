@@ -828,6 +828,10 @@ DYNAMIC = [f"{ACTOR}.use_dynamic_bsz=true", f"{ROLLOUT}.log_prob_use_dynamic_bsz
         ([f"{ROLLOUT}.val_kwargs.top_p=1.5"], "rollout.val_kwargs.top_p=1.5: expected a number above 0 and at most 1"),
         ([f"{ROLLOUT}.val_kwargs.temperature=-1"], "rollout.val_kwargs.temperature=-1: expected a finite number of at"),
         ([f"{ROLLOUT}.n=1"], "rollout.n=1: expected at least 2 with algorithm.adv_estimator=grpo"),
+        (
+            [f"{ROLLOUT}.n=1", "algorithm.adv_estimator=clip_b", *DYNAMIC],
+            "rollout.n=1: expected at least 2 with algorithm.adv_estimator=clip_b",
+        ),
         (["data.max_response_length=0"], "data.max_response_length=0: expected an integer of at least 1"),
         (["data.max_prompt_length=abc"], "data.max_prompt_length='abc': expected an integer of at least 1"),
         ([f"{ROLLOUT}.max_model_len=40"], "rollout.max_model_len=40: expected at least 80, data.max_prompt_length + "),

@@ -246,8 +246,8 @@ def test_comparison_scores_predictions_single_tokens_and_held_targets(program, t
     assert ["grpo", "influence", "3", "1.000", "0.500"] in rows
     # Ranks 4, 1, 5, 2, 3 against 4, 1, 5, 3, 2; of five tokens one has the wrong sign and one no effect.
     assert ["grpo", "influence", "5", "0.900", "0.961", "75"] in rows
-    assert ["grpo", "0.3, not its own", "0.1000", "33.3 %", "-"] in rows
-    assert ["held", "0.3", "0.0200", "6.7 %", "0.900"] in rows
+    assert ["grpo", "0.3, not its own", "0.1000", "33.3", "-"] in rows
+    assert ["held", "0.3", "0.0200", "6.7", "0.900"] in rows
 
 
 #: Stands for the interpreter in launchers: says that verl_steer is there, starts a watched command without watching it,

@@ -21,7 +21,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from verl.steer.audit.agreement import agreement
-from verl.steer.report.run_metrics import ENTROPY, TARGET, WEIGHT, Run, over_seeds, run_figures
+from verl.steer.report.run_metrics import (
+    ENTROPY,
+    HELD_STEPS,
+    TARGET,
+    WEIGHT,
+    Run,
+    distances_from,
+    over_seeds,
+    run_figures,
+)
 from verl.trainer.ppo.core_algos import ENTROPY_CHANGE_FLOOR, map_to_token_weights
 
 Groups = Mapping[str, Sequence[Run]]
@@ -359,10 +368,10 @@ def held_entropy(groups: Groups) -> Drawing | None:
         target = asked[name]
         if len(target):
             axis.step(target.index, target["mean"], where="mid", color=style["color"], linestyle=":", linewidth=1.2)
-            pairs = [(pd.Series(run.series(ENTROPY)), pd.Series(run.series(TARGET))) for run in runs]
-            away = pd.Series([(entropy - wanted).abs().iloc[-20:].mean() for entropy, wanted in pairs]).mean()
-            if math.isfinite(away):
-                drawing.descriptions.append(f"{name}: {away:.3g} nats from the target over the last 20 steps")
+            away = pd.Series([distances_from(run, pd.Series(run.series(TARGET), dtype=float)).mean() for run in runs])
+            if away.notna().any():
+                over = f"over the last {HELD_STEPS} steps"
+                drawing.descriptions.append(f"{name}: {away.mean():.3g} nats from the target {over}")
     axis.set(xlabel="training step", ylabel="policy entropy (nats); dotted: target")
     return drawing.with_legend()
 

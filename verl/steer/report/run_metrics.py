@@ -27,6 +27,9 @@ SCORE = "critic/score/mean"
 TOKENS, SECONDS = "perf/total_num_tokens", "perf/time_per_step"
 GAIN = "gain"
 
+#: Steps at the end of a run over which its entropy is compared with a target.
+HELD_STEPS = 20
+
 #: Columns of `audit/*.parquet`. Each estimator adds `omega_NAME`, and a loss with PPO's clip adds `clipped`.
 AUDIT_COLUMNS = (
     "step mini_batch token_id text response position prob entropy advantage ratio weight true_change".split()
@@ -198,6 +201,14 @@ def compared_metrics(names: Sequence[str]) -> list[str]:
     """Those among a run's metrics that `run_figures`, its curves and a held target depend on, without its speed."""
     fixed = {ENTROPY, WEIGHT, WEIGHT_STD, TARGET, SCORE, *accuracy_metrics(names)}
     return [name for name in names if name in fixed or _PASS_AT_K.fullmatch(name) or name.endswith(_DISTINCT)]
+
+
+def distances_from(run: Run, target: float | pd.Series) -> pd.Series:
+    """Distance of the policy's entropy from a target, in nats, at the last `HELD_STEPS` steps with an entropy.
+
+    `target` is one number or, by step, a series.
+    """
+    return (pd.Series(run.series(ENTROPY), dtype=float) - target).abs().iloc[-HELD_STEPS:]
 
 
 def run_figures(run: Run) -> dict[str, float]:

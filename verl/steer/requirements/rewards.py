@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checks of code rewards and of the reward model."""
+"""The checks of the reward function, its code rewards and its reward model."""
 
 from __future__ import annotations
 
@@ -16,18 +16,27 @@ GRADING = "pkg://verl.steer.grading.score"
 LEARNED = "pkg://verl.steer.grading.learned"
 
 
+def check_reward_function(config: DictConfig) -> None:
+    """Check that the file of the reward function is there.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    path = config.reward.custom_reward_function.path
+    file = str(path or "").removeprefix("file://")
+    if file and not file.startswith("pkg://") and not Path(file).is_file():
+        raise ValueError(f"reward.custom_reward_function.path={path}: expected a file, or pkg:// and a module")
+
+
 def check_code_rewards(config: DictConfig) -> None:
-    """Check the reward function's file, the options of code rewards and, if rows of this run need it, their sandbox.
+    """Check the options of code rewards and, if rows of this run need it, their sandbox.
 
     With verl's `reward.sandbox_fusion.url` that service runs the programs: the reward function gets the section.
 
     Raises:
-        ValueError: if there is no such file, an option is out of range, or the sandbox doesn't start.
+        ValueError: if an option is out of range, or the sandbox doesn't start.
     """
     function, service = config.reward.custom_reward_function, config.reward.sandbox_fusion
-    file = str(function.path or "").removeprefix("file://")
-    if file and not file.startswith("pkg://") and not Path(file).is_file():
-        raise ValueError(f"reward.custom_reward_function.path={function.path}: expected a file, or pkg:// and a module")
     if function.path != GRADING:
         return
     options = from_config(CodeOptions, (function.get("reward_kwargs") or {}).get("code"), sandbox.SECTION)

@@ -49,7 +49,10 @@ NUMBERS = {
 }
 
 #: Estimators that compare a prompt's rollouts with each other.
-GROUPED = ("grpo", "grpo_vectorized", "grpo_passk", "gdpo", "rloo", "rloo_vectorized", "opo")
+GROUPED = (
+    *("grpo", "grpo_vectorized", "grpo_passk", "gdpo", "rloo", "rloo_vectorized", "opo"),
+    *("aepo", "clip_b", "entrocraft", "grpo_s", "gtpo", "unlikeliness"),
+)
 
 #: Names of verl's estimates of a KL divergence; a + at the end gives each the gradient of k2.
 KL_ESTIMATES = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
