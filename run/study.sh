@@ -11,6 +11,7 @@
 #                            lower and a higher coefficient; for a seed that no table uses, such as SEEDS=1
 #               sign         weights by the size of the estimate `exact`, by its sign with a strength that stays the
 #                            same, and OPEFO, which adapts it
+#               classes      GTPO and GRPO-S with the rewards of right and wrong answers standardised apart, and together
 #               trainability the models that field's runs end with, trained by GRPO on problems made without sums
 #               continued    the same models, trained on by GRPO on the countdown task
 #               stable       GRPO's model trained by GRPO and STEER on numbers up to 12, where its entropy does not fall
@@ -89,6 +90,7 @@ members() {
       countdown_{quadrant,entropy_shaped_advantage,positive_advantage,psr,nsr,w_reinforce,unlikeliness,gtpo,grpo_s} ;;
     sweep) swept ;;
     sign) echo countdown_{grpo,steer_rank_exact,opefo_0.05,opefo_0.09,opefo} ;;
+    classes) echo countdown_{grpo,{gtpo,grpo_s}{,_together}} ;;
     trainability) echo {countdown,second}_{grpo,steer_exp,unlikeliness,opefo,pi_exact,influence_0.2} ;;
     continued) echo {countdown,continued}_{grpo,steer_exp,unlikeliness,opefo,pi_exact,influence_0.2} ;;
     stable) echo countdown_grpo stable_{grpo,steer_exp} ;;
@@ -107,8 +109,8 @@ members() {
     prediction) echo prediction_{1e-6,5e-6,2e-5,1e-4,5e-4} single_tokens ;;
     control) echo grpo_1e-4 influence_{0.35,0.27,0.2,steps} {pi_released,pi_exact,adaptive}_0.27 ;;
     control_others) echo {pi_released,pi_exact,adaptive}_{0.35,0.2} ;;
-    *) echo "study.sh: PARTS names $1; expected collapse, field, sweep, sign, trainability, continued, stable," \
-      "learned_reward, fidelity, methods, lambda_min, extreme, quadrants, maps, normalizers, lora (these six also as" \
+    *) echo "study.sh: PARTS names $1; expected collapse, field, sweep, sign, classes, trainability, continued," \
+      "stable, learned_reward, fidelity, methods, lambda_min, extreme, quadrants, maps, normalizers, lora (these six also as" \
       "countdown_lambda_min and so on), prediction, control or control_others" >&2; return 1 ;;
   esac
 }
@@ -131,6 +133,7 @@ definition() {
       read -r key _ <<<"$(coefficient "$(sed -E 's/^countdown_(.*)_coefficient.*/\1/' <<<"$1")")"
       echo "$(definition "${1%_coefficient*}" | sed "s/ $key=[^ ]*//") $key=${1##*_coefficient}" ;;
     countdown_bonus_*) echo "entropy_bonus $actor.entropy_coeff=${1##*_}" ;;
+    countdown_*_together) echo "$(definition "${1%_together}") algorithm.entropy_reward_by_class=false" ;;
     countdown_influence_band) echo influence_band ;;
     countdown_opefo_*) echo "opefo $loss.opefo_lambda=${1##*_}" ;;
     countdown_steer_rank_exact) echo "steer_rank $loss.entropy_change_estimator=exact" ;;
@@ -223,7 +226,7 @@ for part in $parts; do
   echo "$part"
   options=()
   case $part in
-    collapse | field | sweep | sign) options=(--baseline countdown_grpo) ;;
+    collapse | field | sweep | sign | classes) options=(--baseline countdown_grpo) ;;
     trainability) options=(--baseline second_grpo --reach -0.2) ;; # 40 % right
     continued | stable) options=(--baseline "${part}_grpo") ;;
     countdown_lora) options=(--baseline countdown_steer_exp) ;;

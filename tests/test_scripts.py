@@ -504,13 +504,13 @@ def test_the_study_stops_where_a_task_cannot_be_made(launched, tmp_path):
 
 def test_every_run_of_the_study_passes_the_checks(command, root):
     parts = (
-        "collapse field sweep sign trainability continued stable fidelity methods lambda_min extreme quadrants maps "
+        "collapse field sweep sign classes trainability continued stable fidelity methods lambda_min extreme quadrants "
     )
-    parts += "normalizers lora"
+    parts += "maps normalizers lora"
     listed = command("bash", root / "run/study.sh", "--list", PARTS=parts)
     assert listed.returncode == 0 and listed.stderr == ""
     runs = dict(line.split(": ") for line in listed.stdout.splitlines())
-    assert len(runs) == len(listed.stdout.splitlines()) == 213
+    assert len(runs) == len(listed.stdout.splitlines()) == 215
     lr = "actor_rollout_ref.actor.optim.lr"
     rates = {name: name.rpartition("_lr") for name in runs if "_lr" in name}
     assert all(runs.pop(name) == f"{runs[base]} {lr}={rate}" for name, (base, _, rate) in rates.items())
@@ -523,6 +523,7 @@ def test_every_run_of_the_study_passes_the_checks(command, root):
     assert len(rates) == 2 * 36 and len(coefficients) == 2 * 31
     assert all(configs[name] != configs[name.partition("_coefficient")[0]] for name in coefficients)
     assert configs["countdown_pi_exact_coefficient0.15"][1].target_entropy == 0.15
+    assert configs["countdown_gtpo_together"][0].algorithm.entropy_reward_by_class is False
     assert configs["countdown_bonus_0.03"][0].actor_rollout_ref.actor.entropy_coeff == 0.03
     assert configs["steer_exp_0.6"][1].token_weight_min == 0.6
     quadrant = configs["negative_likely_1.5"][1]
