@@ -207,7 +207,7 @@ for seed in $seeds; do
       learned_*) task=countdown_learned data=learned length=() ;;
     esac
     folder=$(task_folder "$data")
-    if [ "$data" = learned ] && [ ! -f "$folder/reward_model/config.json" ]; then
+    if [ "$data" = learned ] && [ ! -f "$folder/reward_model/tokenizer.json" ]; then # the last file to be written
       "$PYTHON" "$root/scripts/make_reward_model.py" --task-dir "$folder"
     fi
     TASK_DIR=$folder bash "$root/run/train_once.sh" "$OUTPUT_DIR/seed$seed/$name" "${words[0]}" task="$task" \

@@ -980,7 +980,7 @@ def laptop_files(tmp_path, monkeypatch):
     for name, rows in (("train", 40), ("test", 8)):
         pq.write_table(pa.table({"prompt": ["1+1="] * rows}), tmp_path / f"{name}.parquet")
     (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").touch()
+    (tmp_path / "model/config.json").write_text('{"max_position_embeddings": 96}')
     monkeypatch.setenv("TASK_DIR", str(tmp_path))
     return tmp_path
 
@@ -1005,6 +1005,34 @@ def laptop_files(tmp_path, monkeypatch):
 def test_missing_files_are_named(laptop_files, overrides, message):
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         check_data_and_model(resolved("grpo", "hardware=cpu", "task=arithmetic", *overrides))
+
+
+LENGTHS = "data.max_prompt_length + data.max_response_length"
+NO_LIMIT = "actor_rollout_ref.rollout.max_model_len=null"
+POSITIONS = "actor_rollout_ref.model.override_config.max_position_embeddings"
+
+
+@pytest.mark.parametrize(
+    ("model", "overrides", "message"),
+    [
+        ('{"max_position_embeddings": 80}', [NO_LIMIT], None),
+        ('{"max_position_embeddings": 79}', [NO_LIMIT], f"{LENGTHS}=80: expected at most 79, the model's max_position"),
+        ('{"text_config": {"max_position_embeddings": 79}}', [NO_LIMIT], f"{LENGTHS}=80: expected at most 79, the"),
+        ('{"max_position_embeddings": 95}', [], "rollout.max_model_len=96: expected at most 95, the model's max_pos"),
+        ('{"max_position_embeddings": 79}', [NO_LIMIT, f"+{POSITIONS}=80"], None),
+        ('{"max_position_embeddings": 80}', [NO_LIMIT, f"+{POSITIONS}=79"], f"{LENGTHS}=80: expected at most 79, "),
+        ("{}", [NO_LIMIT], None),
+        ("", [], "{folder}/model/config.json: expected JSON, the configuration of a model: "),
+    ],
+)
+def test_a_response_fits_the_models_positions(laptop_files, model, overrides, message):
+    (laptop_files / "model/config.json").write_text(model)
+    config = resolved("grpo", "hardware=cpu", "task=arithmetic", *overrides)
+    if message is None:
+        check_data_and_model(config)
+        return
+    with pytest.raises(ValueError, match="^" + re.escape(message.replace("{folder}", str(laptop_files)))):
+        check_data_and_model(config)
 
 
 @pytest.mark.parametrize("key", ["train_files", "val_files"])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -10,7 +11,7 @@ from verl.steer.data_files import row_count
 
 
 def check_data_and_model(config: DictConfig) -> None:
-    """Check that data and model are there, and the data suffice for a step.
+    """Check that data and model are there, the data suffice for a step, and the model has positions for a response.
 
     Raises:
         ValueError: if not.
@@ -25,6 +26,29 @@ def check_data_and_model(config: DictConfig) -> None:
             f"actor_rollout_ref.model.path={path}: expected the folder of a model, with its config.json, or a name on "
             "the Hugging Face Hub"
         )
+    if is_local:
+        _check_positions(config)
+
+
+def _check_positions(config: DictConfig) -> None:
+    """vLLM cuts responses at the model's last position, and refuses a greater limit after Ray's start.
+
+    A model whose configuration names no number of positions is not checked.
+    """
+    model, key = config.actor_rollout_ref.model, "max_position_embeddings"
+    file = Path(model.path, "config.json")
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: expected JSON, the configuration of a model: {error}") from error
+    overrides = model.override_config.get("model_config", model.override_config)
+    positions = overrides.get(key, found.get(key, found.get("text_config", {}).get(key)))
+    name, length = "rollout.max_model_len", config.actor_rollout_ref.rollout.max_model_len
+    if length is None:
+        name = "data.max_prompt_length + data.max_response_length"
+        length = config.data.max_prompt_length + config.data.max_response_length
+    if positions is not None and length > positions:
+        raise ValueError(f"{name}={length}: expected at most {positions}, the model's {key}")
 
 
 def _check_rows(config: DictConfig, rows: int | None) -> None:
