@@ -329,16 +329,16 @@ def test_training_plots_means_and_bands(tmp_path):
     assert "grpo: policy entropy (nats) 1 at step 1, 0.5 at 6" in drawing.description
 
 
-@pytest.mark.parametrize("validations", [1, 2])
-def test_pass_at_k_is_drawn_over_k_and_replaces_a_single_accuracy(validations):
+@pytest.mark.parametrize("validations", [1, 2, 3])
+def test_pass_at_k_is_drawn_over_k_and_replaces_an_accuracy_without_a_curve(validations):
     last = {"val-core/x/acc/mean@64": 0.2, "val-aux/x/acc/pass@16": 0.6, "val-aux/x/acc/pass@1": 0.2}
     last |= {"val-aux/y/acc/pass@1": 0.4, "val-aux/y/acc/pass@16": 0.8, "val-aux/x/acc/best@16/mean": 0.1}
-    first = {name: 0.01 for name in last} if validations == 2 else {}
-    run = Run("grpo", None, {0: first, 1: {"actor/entropy": 1.0}, 5: {"actor/entropy": 0.5, **last}})
+    earlier = {step: {name: 0.01 for name in last} for step in range(validations - 1)}
+    run = Run("grpo", None, earlier | {3: {"actor/entropy": 1.0}, 5: {"actor/entropy": 0.5, **last}})
     assert run.pass_at_k == {1: pytest.approx(0.3), 16: pytest.approx(0.7)}
     drawing = figures.training({"grpo": [run]})
     panels = {axis.get_ylabel(): axis for axis in drawing.figure.axes}
-    assert list(panels)[0] == "policy entropy (nats)" and ("validation accuracy" in panels) == (validations == 2)
+    assert list(panels)[0] == "policy entropy (nats)" and ("validation accuracy" in panels) == (validations == 3)
     panel = panels["pass@k at the end"]
     assert panel.get_xscale() == "log" and np.allclose(panel.lines[0].get_xydata(), [(1, 0.3), (16, 0.7)])
     assert "grpo: pass@k at the end 0.3 at k 1, 0.7 at 16" in drawing.description

@@ -122,7 +122,7 @@ def sample(tokens: pd.DataFrame) -> pd.DataFrame:
 def training(groups: Groups) -> Drawing | None:
     """Entropy and accuracy over the steps, pass@k over k: means over seeds, with a band from least to greatest.
 
-    pass@k takes the place of the accuracy in runs that are validated only once.
+    pass@k takes the place of the accuracy in runs that are validated only before and after the training, or once.
     """
     measures = {
         "policy entropy (nats)": lambda run: run.series(ENTROPY),
@@ -134,7 +134,7 @@ def training(groups: Groups) -> Drawing | None:
         for measure, series_of in measures.items()
     }
     bands = {measure: methods for measure, methods in bands.items() if any(map(len, methods.values()))}
-    if PASS_AT_K in bands and all(len(band) < 2 for band in bands.get("validation accuracy", {}).values()):
+    if PASS_AT_K in bands and all(len(band) < 3 for band in bands.get("validation accuracy", {}).values()):
         bands.pop("validation accuracy", None)
     if not bands:
         return None
