@@ -11,7 +11,7 @@
 #                            lower and a higher coefficient; for a seed that no table uses, such as SEEDS=1
 #               sign         weights by the size of the estimate `exact`, by its sign with a strength that stays the
 #                            same, and OPEFO, which adapts it
-#               classes      GTPO and GRPO-S with the rewards of right and wrong answers standardised apart, and together
+#               classes      GTPO and GRPO-S with rewards of right and wrong answers standardised apart, and together
 #               trainability the models that field's runs end with, trained by GRPO on problems made without sums
 #               continued    the same models, trained on by GRPO on the countdown task
 #               stable       GRPO's model trained by GRPO and STEER on numbers up to 12, where its entropy does not fall
@@ -110,8 +110,8 @@ members() {
     control) echo grpo_1e-4 influence_{0.35,0.27,0.2,steps} {pi_released,pi_exact,adaptive}_0.27 ;;
     control_others) echo {pi_released,pi_exact,adaptive}_{0.35,0.2} ;;
     *) echo "study.sh: PARTS names $1; expected collapse, field, sweep, sign, classes, trainability, continued," \
-      "stable, learned_reward, fidelity, methods, lambda_min, extreme, quadrants, maps, normalizers, lora (these six also as" \
-      "countdown_lambda_min and so on), prediction, control or control_others" >&2; return 1 ;;
+      "stable, learned_reward, fidelity, methods, lambda_min, extreme, quadrants, maps, normalizers, lora (these six" \
+      "also as countdown_lambda_min and so on), prediction, control or control_others" >&2; return 1 ;;
   esac
 }
 

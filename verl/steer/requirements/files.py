@@ -31,7 +31,7 @@ def check_data_and_model(config: DictConfig) -> None:
 
 
 def _check_positions(config: DictConfig) -> None:
-    """vLLM cuts responses at the model's last position, and refuses a greater limit after Ray's start.
+    """vLLM cuts responses at the model's last position, and verl refuses a greater limit after Ray's start.
 
     A model whose configuration names no number of positions is not checked.
     """
