@@ -916,6 +916,7 @@ def test_what_verl_would_ignore_is_refused(overrides, message):
         [f"{ROLLOUT}.val_kwargs.do_sample=false", f"{ROLLOUT}.val_kwargs.temperature=0"],
         [f"{ROLLOUT}.max_model_len=null"],
         [f"{ROLLOUT}.n=1", "algorithm.adv_estimator=reinforce_plus_plus", *DYNAMIC],
+        [f"{ROLLOUT}.n=1", "algorithm.adv_estimator=psr", *DYNAMIC],
         [f"{ROLLOUT}.n=1", "trainer.val_only=true"],
         [f"{CORRECTION}.rollout_is=token", f"{CORRECTION}.rollout_rs='token_k1, seq_mean_k3'"],
         [f"{CHECKPOINT}.save_contents=[hf_model]", "trainer.resume_mode=disable"],

@@ -55,6 +55,9 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {}
 #: Advantage estimator -> fields of the trainer's batch that it takes beside verl's arguments.
 ESTIMATOR_FIELDS: dict[str, tuple[str, ...]] = {}
 
+#: Estimators that compare a prompt's rollouts with each other: verl's, and those registered here.
+GROUPED = {"grpo", "grpo_vectorized", "grpo_passk", "gdpo", "rloo", "rloo_vectorized", "opo"}
+
 _ESTIMATORS: dict[str, Callable[..., Any]] = {}
 
 
@@ -157,7 +160,9 @@ class AdvantageInputs:
 AdvantageEstimator = Callable[[AdvantageInputs], Tensor]
 
 
-def advantage_estimator(name: str, *batch_fields: str) -> Callable[[AdvantageEstimator], AdvantageEstimator]:
+def advantage_estimator(
+    name: str, *batch_fields: str, grouped: bool = True
+) -> Callable[[AdvantageEstimator], AdvantageEstimator]:
     """Register an advantage estimator as a value of `algorithm.adv_estimator`.
 
     It returns the advantages, (batch, response_length), 0 on tokens that are not valid.
@@ -165,6 +170,7 @@ def advantage_estimator(name: str, *batch_fields: str) -> Callable[[AdvantageEst
     Args:
         name: the value.
         batch_fields: the fields among `old_log_probs` and `entropy` that it reads.
+        grouped: whether it compares a prompt's rollouts with each other, so that it needs two of them.
     """
 
     def register(estimator: AdvantageEstimator) -> AdvantageEstimator:
@@ -182,6 +188,8 @@ def advantage_estimator(name: str, *batch_fields: str) -> Callable[[AdvantageEst
             return advantages, advantages
 
         ESTIMATOR_FIELDS[name], _ESTIMATORS[name] = batch_fields, with_verls_signature
+        if grouped:
+            GROUPED.add(name)
         register_adv_est(name)(with_verls_signature)
         return estimator
 

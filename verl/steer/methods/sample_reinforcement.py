@@ -21,19 +21,19 @@ class ReinforceOptions:
         resolve_options(self, "algorithm")
 
 
-@advantage_estimator("psr")
+@advantage_estimator("psr", grouped=False)
 def compute_psr_advantage(inputs: AdvantageInputs) -> Tensor:
     """Positive sample reinforcement (arXiv 2506.01347): right answers alone, `_one_class`, without a baseline."""
     return _one_class(inputs, inputs.right)
 
 
-@advantage_estimator("nsr")
+@advantage_estimator("nsr", grouped=False)
 def compute_nsr_advantage(inputs: AdvantageInputs) -> Tensor:
     """Negative sample reinforcement (arXiv 2506.01347): wrong answers alone, `_one_class` negated."""
     return -_one_class(inputs, ~inputs.right)
 
 
-@advantage_estimator("w_reinforce")
+@advantage_estimator("w_reinforce", grouped=False)
 def compute_w_reinforce_advantage(inputs: AdvantageInputs) -> Tensor:
     """Weighted REINFORCE (arXiv 2506.01347): `positive_weight` for right answers, -1 for wrong ones."""
     weight = from_config(ReinforceOptions, inputs.config).positive_weight

@@ -10,6 +10,7 @@ from typing import Any
 from hydra.errors import InstantiationException
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
+from verl.steer.methods.registry import GROUPED
 from verl.steer.options import Option
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 from verl.trainer.ppo.rollout_corr_helper import SUPPORTED_ROLLOUT_RS_OPTIONS
@@ -47,12 +48,6 @@ NUMBERS = {
     "trainer.total_epochs": Option(1, at_least=1, integer=True),
     "trainer.total_training_steps": Option(at_least=1),
 }
-
-#: Estimators that compare a prompt's rollouts with each other.
-GROUPED = (
-    *("grpo", "grpo_vectorized", "grpo_passk", "gdpo", "rloo", "rloo_vectorized", "opo"),
-    *("aepo", "clip_b", "entrocraft", "grpo_s", "gtpo", "unlikeliness"),
-)
 
 #: Names of verl's estimates of a KL divergence; a + at the end gives each the gradient of k2.
 KL_ESTIMATES = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
