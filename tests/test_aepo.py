@@ -21,8 +21,9 @@ from verl.trainer.ppo.core_algos import get_adv_estimator_fn
 OPTIONS = AEPOOptions(aepo_entropy=0.5, aepo_temperature_high=1.5, aepo_temperature_low=0.6, aepo_share=0.25)
 
 
-def test_a_whole_number_of_tempered_prompts_is_not_rounded_up():
-    assert AEPOOptions(aepo_share=0.07).tempered(None, 100)[0] == 7
+def test_a_whole_number_of_tempered_prompts_is_not_rounded():
+    assert AEPOOptions(aepo_share=0.07).tempered(None, 100, 100)[0] == 7
+    assert AEPOOptions(aepo_share=0.29).tempered(None, 50, 100)[0] == 29  # the product is 28.999999999999996
 
 
 @pytest.mark.parametrize(
@@ -34,12 +35,17 @@ def test_a_whole_number_of_tempered_prompts_is_not_rounded_up():
         (0.6, 8, (1, 0.6)),
         (0.4, 6, (2, 1.5)),
         (0.6, 6, (1, 0.6)),
-        (0.4, 1, (0, 1.5)),
     ],
 )
 def test_tempered_prompts_by_hand(entropy, prompts_of_batch, expected):
     """A quarter of the prompts, or an eighth above the entropy 0.5, rounded up."""
-    assert OPTIONS.tempered(entropy, prompts_of_batch) == expected
+    assert OPTIONS.tempered(entropy, prompts_of_batch, prompts_of_batch) == expected
+
+
+@pytest.mark.parametrize("further, expected", [(1, 2), (2, 2), (5, 2), (6, 3), (9, 3), (10, 4)])
+def test_tempered_prompts_among_those_that_replace_others(further, expected):
+    """A quarter of 6 is rounded up to 2, a quarter of all is rounded down."""
+    assert OPTIONS.tempered(None, 6, 6 + further) == (expected, 1.5)
 
 
 def test_advantages_by_hand():
@@ -55,12 +61,16 @@ def test_advantages_by_hand():
 
 
 def test_from_submission_to_advantages(monkeypatch):
-    """The first prompts of a batch get their temperature, their answers the advantages of REINFORCE, once."""
+    """The first prompts get their temperature, their answers the advantages of REINFORCE, once.
+
+    The low temperature is for a quarter of the prompts: of four, of four more that replace them, and of a ninth.
+    """
     trainer, submitted, advantages = SteerTrainer.__new__(SteerTrainer), [], []
     trainer.config = OmegaConf.create(
         {
             "algorithm": {"adv_estimator": "aepo", "aepo_share": 0.5, "norm_adv_by_std_in_grpo": False},
             "actor_rollout_ref": {"rollout": {"n": 2, "temperature": 0.9}},
+            "data": {"train_batch_size": 4},
         }
     )
     trainer.rollouts_asked, trainer.tempered, trainer.last_entropy = {}, {}, 0.7
@@ -80,14 +90,18 @@ def test_from_submission_to_advantages(monkeypatch):
     upstream = trainer_steer.PPOTrainerSync
     monkeypatch.setattr(upstream, "_submit_batch_to_rollout", lambda self, batch: submitted.append(batch) or len(batch))
     monkeypatch.setattr(upstream, "_compute_advantage", compute)
-    batch = TensorDict({"uid": NonTensorStack(*(f"uid{i}" for i in range(4)))}, batch_size=4)
-    trainer._submit_batch_to_rollout(batch)
-    torch.testing.assert_close(submitted[0][TEMPERATURE], torch.tensor([0.8, 0.9, 0.9, 0.9]))
-    metrics = {}
-    for _ in range(2):
-        trainer._compute_advantage(SimpleNamespace(keys=[], partition_id="train"), metrics)
+    for uids in (["uid0", "uid1", "uid2", "uid3"], ["other0", "other1", "other2", "other3"], ["other4"]):
+        trainer._submit_batch_to_rollout(TensorDict({"uid": NonTensorStack(*uids)}, batch_size=len(uids)))
+    for found, temperatures in zip(submitted, ([0.8, 0.9, 0.9, 0.9], [0.8, 0.9, 0.9, 0.9], [0.9]), strict=True):
+        torch.testing.assert_close(found[TEMPERATURE], torch.tensor(temperatures))
+    metrics = [{}, {}]
+    batch = SimpleNamespace(keys=[f"uid{i}_{j}_0" for i in range(4) for j in range(2)], partition_id="train")
+    for one in metrics:
+        trainer._compute_advantage(batch, one)
     assert advantages == [[1.0, 0.0] + [1.0, -1.0] * 3, [1.0, -1.0] * 4]
-    assert metrics == {"training/tempered_prompts": 0, "training/temperature": 0.0}
+    # Of the two tempered prompts one is in the batch.
+    assert metrics[0] == {"training/tempered_prompts": 1, "training/temperature": pytest.approx(0.8)}
+    assert metrics[1] == {"training/tempered_prompts": 0, "training/temperature": 0.0}
 
 
 def test_the_batched_manager_samples_at_the_temperature(run):  # noqa: F811

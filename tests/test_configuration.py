@@ -283,8 +283,10 @@ TARGET = INFLUENCE | {"token_weight_map": "target"}
         ({"target_entropy": True}, "policy_loss.target_entropy=True: expected a finite number above 0"),
         ({"entropy_coeff_step": 0}, "policy_loss.entropy_coeff_step=0: expected a finite number above 0"),
         ({"entropy_coeff_max": 0}, "policy_loss.entropy_coeff_max=0: expected a finite number above 0"),
-        ({"clip_cov_ratio": 0.0}, "policy_loss.clip_cov_ratio=0.0: expected a finite number above 0"),
-        ({"kl_cov_ratio": -1}, "policy_loss.kl_cov_ratio=-1: expected a finite number above 0"),
+        ({"clip_cov_ratio": 0.0}, "policy_loss.clip_cov_ratio=0.0: expected a number above 0 and at most 1"),
+        ({"kl_cov_ratio": -1}, "policy_loss.kl_cov_ratio=-1: expected a number above 0 and at most 1"),
+        ({"kl_cov_ratio": 2.0}, "policy_loss.kl_cov_ratio=2.0: expected a number above 0 and at most 1"),
+        ({"clip_cov_lb": 5.0}, "policy_loss.clip_cov_lb=5.0: expected a number below clip_cov_ub=5.0"),
         ({"loss_mode": "dro"}, "policy_loss.dro_beta=None: expected a finite number above 0 with the loss dro"),
         (
             {"loss_mode": "entropy_control", "base_loss": "dro", "dro_beta": 0},

@@ -16,10 +16,12 @@ from test_policy_loss import actor_config
 from verl.steer.audit.one_token import one_token_effects
 from verl.steer.audit.scores import AuditRequest
 from verl.steer.engine import head_influence, influence
+from verl.steer.engine.entropy_control import STATE_FILE
 from verl.steer.loss import ppo_loss
 from verl.trainer.ppo.core_algos import (
     TOKEN_WEIGHT_MAPS,
     ClipRatios,
+    EntropyChangeRange,
     LossInputs,
     compute_policy_loss_vanilla,
     map_to_token_weights,
@@ -256,10 +258,15 @@ def test_each_single_token_is_measured_once(model_folder, monkeypatch):
     engine, batch, updates = make_engine(model_folder), mini_batches()[0], []
     monkeypatch.setattr(engine, "token_statistics", lambda data: {"entropy": torch.zeros(4, 12)})
 
+    def update(data):
+        updates.append(engine.running_range)
+        engine.running_range = EntropyChangeRange(0.0, 1.0)
+
     def measured(count, rank=0):
-        """Tokens with an effect, and updates for them."""
+        """Tokens with an effect, and updates for them, which all begin with the same range."""
         updates.clear()
-        effects = one_token_effects(engine, batch, updates.append, count, rank)
+        effects = one_token_effects(engine, batch, update, count, rank)
+        assert set(updates) <= {None}
         return torch.nonzero(~effects.isnan()).tolist(), len(updates)
 
     batch["advantages"] = 0.0 * batch["advantages"]
@@ -501,6 +508,9 @@ def test_the_controllers_state_is_part_of_the_checkpoint(model_folder, tmp_path)
     resumed = make_engine(model_folder)
     resumed.load_checkpoint(str(tmp_path / "actor"), del_local_after_load=False)
     assert resumed.integral_of_errors != 0 and resumed.last_clip_factor == 0.5
+    resumed.save_checkpoint(str(tmp_path / "again"))  # before its first update
+    states = [(tmp_path / folder / STATE_FILE).read_text() for folder in ("actor", "again")]
+    assert states[0] == states[1]
     with resumed.train_mode():
         found = resumed.train_batch(second.copy(), loss)["metrics"]
     name = "entropy_control/multiplier"

@@ -82,6 +82,27 @@ def test_clipped_tokens_do_not_count():
     assert found == pytest.approx(expected, rel=1e-5)
 
 
+def test_changes_count_as_the_tokens_do_in_the_loss():
+    """Two responses, of three tokens and of one, with rollout weights: what the loss adds up cancels."""
+    (advantages, _, log_prob, _, _), fields = inputs_of(STATES)
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    rollout_is_weights = torch.tensor([[0.5, 2.0, 1.0], [3.0, 1.0, 1.0]])
+
+    def in_rows(values):
+        return torch.cat([values, values[:, :2]], 1).view(2, 3)
+
+    inputs = LossInputs(
+        in_rows(log_prob), in_rows(log_prob), in_rows(advantages), mask, rollout_is_weights=rollout_is_weights,
+        **{name: in_rows(values) for name, values in fields.items()},
+    )  # fmt: skip
+    changes = torch.tensor([change_of(*state) for state in STATES])
+    counted = changes * torch.tensor([0.5, 2.0, 1.0, 3.0])
+    for agg, shares in (("token-mean", torch.ones(4)), ("seq-mean-token-mean", torch.tensor([1 / 3] * 3 + [1.0]))):
+        outputs = POLICY_LOSSES["opefo"].compute(inputs, actor_config("opefo", agg=agg))
+        weights = sign_weights(changes, outputs.metrics["actor/opefo_lambda"])
+        assert float((weights * counted * shares).sum()) == pytest.approx(0.0, abs=1e-7)
+
+
 def test_missing_sums_are_named():
     log_prob = row(-1.0)
     with pytest.raises(ValueError, match="current_entropys=None"):

@@ -23,6 +23,7 @@ from verl.trainer.ppo.core_algos import (
     estimate_entropy_change,
     get_policy_loss_fn,
     ppo_clipped,
+    reweighted_policy_loss,
     steer_policy_loss,
 )
 from verl.utils import tensordict_utils as tu
@@ -95,6 +96,30 @@ def test_every_base_loss_has_each_tokens_gradient_multiplied_by_its_weight(base_
         # One loss for a whole response has one weight.
         weights = torch.exp((weights.clamp_min(1e-10).log() * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True))
     torch.testing.assert_close(steer, weights * plain, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("agg", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
+@pytest.mark.parametrize("base_loss", sorted({*BASE_LOSSES} - {"clip_cov", "kl_cov"}))
+def test_micro_batches_and_ranks_share_the_gradient_of_the_mini_batch(base_loss, agg):
+    """`clip_cov` and `kl_cov` are left out: they choose tokens of each micro-batch."""
+    advantages, _, old_log_prob, log_prob, mask = random_batch()
+    config = actor_config(base_loss=base_loss, dro_beta=0.1, agg=agg)
+    sizes = {"batch_num_tokens": mask.sum(), "global_batch_size": len(mask)}
+    weights = torch.linspace(0.5, 1.5, mask.numel()).view(mask.shape)
+
+    def of_rows(rows, ranks):
+        def loss(x):
+            inputs = LossInputs(old_log_prob[rows], x[rows], advantages[rows], mask[rows])
+            return reweighted_policy_loss(base_loss, weights[rows], inputs, config).loss
+
+        config.global_batch_info.update(sizes, dp_size=ranks)
+        return gradient(lambda x: (loss(x),), log_prob) / ranks
+
+    expected = of_rows(slice(None), 1)
+    assert expected.any() and len(mask) > 4
+    for ranks in (1, 2):
+        parts = [of_rows(rows, ranks) for rows in (slice(3), slice(3, 4), slice(4, None))]
+        torch.testing.assert_close(sum(parts), expected)
 
 
 def test_base_losses_are_all_that_verl_weights():

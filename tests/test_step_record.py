@@ -97,7 +97,7 @@ def run(tmp_path, monkeypatch):
         latest = tmp_path / "latest"
         trainer.global_steps = int(latest.read_text()) if latest.exists() else 0
         if trainer.global_steps:
-            trainer.read_step_record(tmp_path / f"global_step_{trainer.global_steps}")
+            trainer.read_step_record(tmp_path / f"global_step_{trainer.global_steps}", goes_on=True)
         monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(next_file(tmp_path, trainer.global_steps)))
         try:
             trainer.fit(None)
@@ -149,6 +149,21 @@ def test_killed_twice_before_the_log(run, tmp_path):
     for kill_before in (killed_in_validation, 2, None):
         run(kill_before)
     whole_series(tmp_path)
+
+
+def test_a_run_from_another_folder_saves_its_checkpoints_record_before_its_first_step(run, tmp_path):
+    """The validation that it begins with may find the best accuracy so far. It leaves the other run's record alone."""
+    _, trainer = run()
+    record = StepRecord.read(tmp_path / "global_step_2")
+    record.logged = False
+    record.write()
+    trainer.last_step, saved = None, tmp_path / "saved"
+    saved.mkdir()
+    trainer.read_step_record(tmp_path / "global_step_2", goes_on=False)
+    trainer.write_step_record(saved)
+    trainer.on_step_begin()
+    assert StepRecord.read(saved) == StepRecord(saved / STEP_RECORD, record.metrics, logged=True)
+    assert StepRecord.read(tmp_path / "global_step_2") == record
 
 
 def test_checkpoint_without_a_record(run, tmp_path):

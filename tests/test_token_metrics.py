@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_policy_loss import NoHostSynchronisation, actor_config, micro_batch, steer_loss
 from test_token_weights import CLIP, loss_inputs, random_batch
+from verl.steer import loss as loss_module
 from verl.steer.loss import ppo_loss
 from verl.steer.methods.quadrant import in_quadrant
 from verl.steer.token_metrics import PROBABILITY_BINS, QUADRANTS, token_metrics
@@ -47,9 +48,11 @@ def test_the_metrics_by_hand():
         "quadrant/negative_likely/tokens": 2, "quadrant/negative_unlikely/tokens": 1,
         "token_weights_below_0.9": 2,
     }  # fmt: skip
-    twentieth = {"positive_likely": 7, "positive_unlikely": 2, "negative_likely": 9, "negative_unlikely": 2}
+    eighth |= {
+        "quadrant/positive_likely/change": 7, "quadrant/positive_unlikely/change": 2,
+        "quadrant/negative_likely/change": 9, "quadrant/negative_unlikely/change": 2,
+    }  # fmt: skip
     expected = {f"actor/{name}": count / 8 for name, count in eighth.items()}
-    expected |= {f"actor/quadrant/{name}/change": change / 20 for name, change in twentieth.items()}
     assert found == pytest.approx(expected)
 
 
@@ -72,7 +75,7 @@ def test_bins_and_quadrants_share_everything_out(seed):
         sum(found[f"actor/quadrant/{name}/{kind}"] for name in QUADRANTS) for kind in ("tokens", "change")
     )
     torch.testing.assert_close(tokens, (advantages[valid] != 0).float().mean())
-    torch.testing.assert_close(change, torch.tensor(1.0))
+    torch.testing.assert_close(change, estimate_entropy_change(loss_inputs(*batch), "released", CLIP)[valid].mean())
 
 
 def test_padding_and_order_change_nothing():
@@ -165,8 +168,9 @@ def test_other_losses_have_them_where_the_trainer_asks(loss_mode):
     weights = {"actor/token_weights_below_0.9"} if loss_mode == "quadrant" else set()
     assert added >= weights and len(added - weights) == 2 * (1 + len(PROBABILITY_BINS)) + 2 * len(QUADRANTS)
     assert all(metrics[name].aggregation is AggregationType.MEAN for name in added)
+    inputs = loss_module.loss_inputs(output, data)
     total = sum(metrics[f"actor/quadrant/{name}/change"].aggregate() for name in QUADRANTS)
-    assert total == pytest.approx(1.0)
+    assert total == pytest.approx(float(estimate_entropy_change(inputs)[inputs.response_mask].mean()))
 
 
 @pytest.mark.parametrize("loss_mode", ["gspo", "cispo", "kl_cov", "dynamic_clip"])

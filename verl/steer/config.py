@@ -32,10 +32,10 @@ from verl.workers import config as verl_config
 
 #: verl's own numbers in `policy_loss`, which verl does not check.
 VERL_OPTIONS = {
-    "clip_cov_ratio": Option(above=0.0),
+    "clip_cov_ratio": Option(above=0.0, at_most=1.0),
     "clip_cov_lb": Option(at_least=-math.inf, at_most=math.inf),
     "clip_cov_ub": Option(at_least=-math.inf, at_most=math.inf),
-    "kl_cov_ratio": Option(above=0.0),
+    "kl_cov_ratio": Option(above=0.0, at_most=1.0),
     "ppo_kl_coef": Option(),
     "dro_beta": Option(),
 }
@@ -106,6 +106,9 @@ class PolicyLossConfig(
         resolve_options(self, "policy_loss")
         for name, bounds in VERL_OPTIONS.items():
             bounds.check(f"policy_loss.{name}", getattr(self, name))
+        low, high = self.clip_cov_lb, self.clip_cov_ub
+        if None not in (low, high) and low >= high:
+            raise ValueError(f"policy_loss.clip_cov_lb={low}: expected a number below clip_cov_ub={high}")
         if base_loss_of(self) == "dro" and not (self.dro_beta or 0) > 0:
             raise ValueError(
                 f"policy_loss.dro_beta={self.dro_beta}: expected a finite number above 0 with the loss dro"

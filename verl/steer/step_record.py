@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +74,24 @@ class RecordsSteps(PPOTrainer):
         self.last_step = batch, metrics, timing_raw
         return batch
 
-    def read_step_record(self, checkpoint: Path) -> None:
-        """Read the record of the checkpoint that the run resumes from."""
+    def read_step_record(self, checkpoint: Path, goes_on: bool) -> None:
+        """Read the record of the checkpoint that the run resumes from.
+
+        It is not logged unless the run goes on with the one that saved the checkpoint.
+        """
         self.step_record = StepRecord.read(checkpoint)
+        if self.step_record and not goes_on:
+            self.step_record.logged = True
 
     def write_step_record(self, checkpoint: Path) -> None:
         """Write the record of the current step into its checkpoint, and dump the step's rollouts.
 
-        Before the first step there is nothing to write: the validation of a resumed run may save a best checkpoint.
+        Before the first step, when the validation of a resumed run may save a best checkpoint, the record is the one of
+        the checkpoint that the run resumes from.
         """
         if self.last_step is None:
+            if self.step_record:
+                replace(self.step_record, file=checkpoint / STEP_RECORD).write()
             return
         batch, metrics, timing = self.last_step
         # A table, which verl logs apart from the metrics.

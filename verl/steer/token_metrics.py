@@ -4,7 +4,8 @@
     actor/token_weights_below_0.9          fraction of the tokens whose weight is below 0.9
     actor/pg_clipfrac_high|low             fraction of the tokens that PPO's clip cuts from above, from below
     actor/pg_clipfrac_high|low/prob_BIN    fraction of all tokens that are cut and whose probability is in the bin
-    actor/quadrant/NAME/tokens|change      the quadrant's fraction of all tokens, and of the estimated entropy change
+    actor/quadrant/NAME/tokens             the quadrant's fraction of all tokens
+    actor/quadrant/NAME/change             its part of the mean estimated entropy change
 
 Bins and quadrants are by the probability under the old policy. Fractions are of the valid tokens of one micro-batch;
 verl averages them over micro-batches and ranks.
@@ -74,9 +75,8 @@ def token_metrics(
         change_of_likely = change_of_all * likely
         parts = (change_of_likely, change_of_all - change_of_likely)
         change = torch.stack([torch.dot(sign, part) for sign in signs for part in parts])
-        # Without an advantage nothing changes, so the quadrants hold it all.
-        shares = change / change.sum().clamp_min(torch.finfo(change.dtype).tiny)
-        metrics |= {f"actor/quadrant/{name}/change": shares[i] for i, name in enumerate(QUADRANTS)}
+        # Parts, which means over micro-batches add up as they are, in place of fractions, which they would not.
+        metrics |= {f"actor/quadrant/{name}/change": one for name, one in zip(QUADRANTS, change / count, strict=True)}
     if token_weights is not None:
         reduced = _indicator(torch.lt, token_weights.flatten(), REDUCED)
         metrics[f"actor/token_weights_below_{REDUCED:g}"] = torch.dot(reduced, mask) / count

@@ -48,7 +48,7 @@ from verl.steer.rollout.checks import TEMPERATURE, is_batched
 from verl.steer.rollout.lost_rollouts import LOST_IN_TRAINING, lost_rollouts, means_over_stored_samples, stored_samples
 from verl.steer.rollout.wait import ROLLOUT_TIMEOUT, RolloutWait
 from verl.steer.run_ending import naming_a_full_disk
-from verl.steer.step_record import RecordsSteps, StepRecord
+from verl.steer.step_record import RecordsSteps
 from verl.steer.validation_metrics import problems_of, sampling_metrics
 from verl.steer.worker import SteerWorkers
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
@@ -172,9 +172,12 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         return super()._submit_batch_to_rollout(batch)
 
     def _temper(self, batch: TensorDict, uids: list[str]) -> None:
-        """Have the first prompts of a batch sampled at AEPO's temperature."""
+        """Have the first prompts of a batch sampled at AEPO's temperature, as many as the step still lacks."""
         options = from_config(AEPOOptions, self.config.algorithm)
-        count, temperature = options.tempered(self.last_entropy, len(uids))
+        wanted, temperature = options.tempered(
+            self.last_entropy, self.config.data.train_batch_size, len(self.rollouts_asked)
+        )
+        count = wanted - len(self.tempered)
         others = [self.config.actor_rollout_ref.rollout.temperature] * (len(uids) - count)
         batch[TEMPERATURE] = torch.tensor([temperature] * count + others)
         self.tempered |= dict.fromkeys(uids[:count], temperature)
@@ -197,10 +200,9 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         resumed = self.folder / f"global_step_{self.global_steps}" if automatic else Path(options.resume_from_path)
         if self.entropy_coefficient:
             self.entropy_coefficient.load(resumed)
-        if automatic and not options.val_only:
-            self.read_step_record(resumed)
-        if record := self.step_record or StepRecord.read(resumed):
-            self.last_entropy = record.metrics.get("actor/entropy")
+        self.read_step_record(resumed, goes_on=automatic and not options.val_only)
+        if self.step_record:
+            self.last_entropy = self.step_record.metrics.get("actor/entropy")
 
     def _open_ledger(self) -> CheckpointLedger:
         """The folder's ledger if the run resumes from one of its checkpoints, else an empty one."""
@@ -276,7 +278,8 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
                 bound |= {field: padded[field] for field in fields}
             if name == "aepo":
                 bound["tempered"], self.tempered = self.tempered, {}
-                metrics["training/tempered_prompts"] = len(bound["tempered"])
+                in_batch = bound["tempered"].keys() & {key.partition("_")[0] for key in batch.keys}
+                metrics["training/tempered_prompts"] = len(in_batch)
                 metrics["training/temperature"] = max(bound["tempered"].values(), default=0.0)
             bind_estimator(name, bound)
         return super()._compute_advantage(batch, metrics)

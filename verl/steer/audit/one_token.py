@@ -23,7 +23,7 @@ def one_token_effects(
 ) -> PerToken:
     """Derivative of the mean entropy after an update by the weight of one token's loss, token by token.
 
-    The model and its optimizer are put back after each update.
+    The model, its optimizer and the engine's state are put back after each update, so that both updates begin alike.
 
     Args:
         engine: this fork's engine.
@@ -51,7 +51,7 @@ def one_token_effects(
             if rank == 0:
                 response, position = measured[index]
                 weights[response, position] *= weight
-            with _restored(engine.optimizer):
+            with engine.left_as_it_was(), _restored(engine.optimizer):
                 copy = data.copy()
                 copy["rollout_is_weights"] = response_to_nested(weights, data["response_mask"])
                 update(copy)

@@ -71,7 +71,7 @@ class EntropyAudit(EntropyControl):
         measured: dict[str, Influence] = {}
         effects = None
         controlled = weighs_mini_batches(config.policy_loss)
-        with self._left_as_it_was():
+        with self.left_as_it_was():
             if request.influence and not controlled:
                 measured["influence"] = self.measure_influence(data, loss_function)
                 if not self.obstacles_to_head_influence():
@@ -95,7 +95,7 @@ class EntropyAudit(EntropyControl):
         return output
 
     @contextmanager
-    def _left_as_it_was(self) -> Iterator[None]:
+    def left_as_it_was(self) -> Iterator[None]:
         """Put the engine's state and the random numbers back after measurements that run its passes."""
         kept = {name: getattr(self, name) for name in ENGINE_STATE}
         device = get_device_name()

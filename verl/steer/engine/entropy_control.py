@@ -41,7 +41,7 @@ class EntropyControl(HeadInfluenceEngine, TokenWeightNormalizer):
     """verl's engine, which weights the tokens of mini-batches whose policy loss requests it."""
 
     integral_of_errors = 0.0
-    #: Whether a mini-batch was controlled.
+    #: Whether a mini-batch was controlled, in this run or before it resumed.
     controlled = False
     #: Of the last controlled mini-batch, with the estimator `influence`.
     measured: Influence | None = None
@@ -142,7 +142,7 @@ class EntropyControl(HeadInfluenceEngine, TokenWeightNormalizer):
         # The engine may delete files once it has read them.
         file = Path(local_path or "", STATE_FILE)
         if file.is_file():
-            state = json.loads(file.read_text())
+            self.controlled, state = True, json.loads(file.read_text())
             self.integral_of_errors, self.last_clip_factor = state["integral_of_errors"], state["last_clip_factor"]
         super().load_checkpoint(local_path, *args, **kwargs)
 

@@ -34,17 +34,18 @@ class AEPOOptions:
     def __post_init__(self) -> None:
         resolve_options(self, "algorithm")
 
-    def tempered(self, entropy: float | None, prompts: int) -> tuple[int, float]:
-        """How many of the prompts are tempered, rounded up, and their temperature.
+    def tempered(self, entropy: float | None, batch_size: int, prompts: int) -> tuple[int, float]:
+        """How many of a step's prompts are tempered, and their temperature.
 
         Args:
             entropy: the policy's, in nats; None: not known yet, and taken for low.
-            prompts: in the batch. A single one, which replaces a failed one, is not tempered.
+            batch_size: prompts of the step; their number is rounded up.
+            prompts: the same with those that replace failed or filtered ones; among them it is rounded down.
         """
         too_high = entropy is not None and entropy > self.aepo_entropy
         share = self.aepo_share / 2 if too_high else self.aepo_share
-        # 0.07 * 100 is 7.000000000000001
-        count = math.ceil(share * prompts - 1e-6) if prompts > 1 else 0
+        # The margin is for products such as 0.07 * 100 = 7.000000000000001.
+        count = max(math.ceil(share * batch_size - 1e-6), math.floor(share * prompts + 1e-6))
         return count, self.aepo_temperature_low if too_high else self.aepo_temperature_high
 
 

@@ -34,12 +34,16 @@ class OpefoOptions:
 def compute_policy_loss_opefo(inputs: LossInputs, config: Any) -> LossOutputs:
     """PPO's loss with `sign_weights` of the first-order entropy changes of a micro-batch (arXiv 2605.11491).
 
-    The changes are STEER's estimate `exact`. As those of each micro-batch cancel, those of the mini-batch do.
+    The changes are STEER's estimate `exact`. As those of each micro-batch cancel, those of the mini-batch do. To find
+    lambda they count as the tokens do in the loss: times the rollout weights and the token's share in the mean.
     """
     change = signed_entropy_change(inputs, "exact", clip_ratios(config)) * inputs.response_mask
     strength = config.policy_loss.opefo_lambda
     if strength is None:
-        strength = balancing_lambda(change)
+        counted = change if inputs.rollout_is_weights is None else change * inputs.rollout_is_weights
+        if config.loss_agg_mode == "seq-mean-token-mean":  # in verl's other modes all tokens have one share
+            counted = counted / inputs.response_mask.sum(-1, keepdim=True).clamp_min(1)
+        strength = balancing_lambda(counted)
     weights = sign_weights(change, strength)
     outputs = reweighted_policy_loss("vanilla", weights, inputs, config)
     outputs.metrics["actor/opefo_lambda"] = strength
@@ -54,7 +58,7 @@ def balancing_lambda(change: PerToken) -> Scalar:
     (1 + lambda) D+ = (1 - lambda) D- (arXiv 2605.11491).
 
     Args:
-        change: signed entropy change by each token; 0 on tokens that are not valid.
+        change: signed entropy change by each token in the loss; 0 on tokens that are not valid.
 
     Returns:
         From -1 to 1; 0 where there is no change at all.

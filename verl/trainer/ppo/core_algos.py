@@ -477,6 +477,10 @@ def reweighted_policy_loss(
             config=config,
             rollout_is_weights=weights,
         )
+    sizes = config.global_batch_info
+    if base_loss == "geo_mean" and sizes.get("global_batch_size"):
+        # verl's is the mean over the micro-batch, not the part that it adds to the mean over the mini-batch.
+        loss = loss * (len(inputs.response_mask) * sizes["dp_size"] / sizes["global_batch_size"])
     return LossOutputs(loss, metrics, token_weights)
 
 
