@@ -38,14 +38,6 @@ def test_differences_pair_seeds_in_any_order_and_leave_out_the_others():
     assert difference.p_holm == difference.p
 
 
-def test_several_runs_of_a_seed_count_as_their_mean():
-    methods = {
-        "grpo": [run("grpo", 1, 0.1), run("grpo", 1, 0.3), run("grpo", 2, 0.2)],
-        "other": [run("other", 1, 0.5), run("other", 2, 0.6)],
-    }
-    assert differences(methods, "grpo", ["final"])["other", "final"].values == pytest.approx([0.3, 0.4])
-
-
 def test_figures_are_corrected_together():
     methods = {
         name: [run(name, seed, value + 0.01 * seed**power) for seed in (1, 2, 3)]

@@ -115,7 +115,7 @@ def from_config(cls: type[Options], config: Mapping[str, Any] | None, unknown: s
         unknown: the section's key if it may have no other keys.
 
     Raises:
-        ValueError: if the section is none, or has an unknown key and may not.
+        ValueError: if it is not a section, or has an unknown key and may not.
     """
     if unknown and not isinstance(config, Mapping | None):
         raise ValueError(f"{unknown}={config}: expected a section of keys below it")

@@ -58,7 +58,7 @@ def token_metrics(
     metrics: dict[str, Scalar] = {}
     for side, cut in zip(("high", "low"), clipped or (), strict=False):
         valid = mask * cut.flatten().view(torch.uint8)
-        # Clipped tokens in a bin or above it, and from that those in it.
+        # Clipped tokens in a bin or above it; the differences are those in the bin.
         reached = torch.stack([valid.sum(), *(torch.dot(valid, likelier) for likelier in above)]) / count
         inside = reached - torch.nn.functional.pad(reached[1:], (0, 1))
         metrics[f"actor/pg_clipfrac_{side}"] = reached[0]

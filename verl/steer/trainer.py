@@ -404,7 +404,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         return metrics
 
     def _maybe_log_val_generations(self, inputs: list[str], outputs: list[str], scores: list[float]) -> None:
-        """Keep the prompts of the stored samples, which verl calls this with before it computes their metrics."""
+        """Keep the prompts of the stored samples. verl computes the samples' metrics after this call."""
         self.val_prompts = inputs
         super()._maybe_log_val_generations(inputs, outputs, scores)
 

@@ -92,12 +92,14 @@ def signed_estimates(inputs: LossInputs, clip: ClipRatios | None) -> dict[str, T
     return {name: signed_entropy_change(inputs, name, clip or ClipRatios()) for name in names}
 
 
-def covariance_estimate(log_prob: Tensor, advantages: Tensor, mean_log_prob: Tensor, mean_advantage: Tensor) -> Tensor:
+def covariance_estimate(
+    log_prob: Tensor, advantages: Tensor, mean_log_prob: Tensor | float, mean_advantage: Tensor | float
+) -> Tensor:
     """A token's term of -Cov(ln prob, A), which the entropy's change follows (arXiv 2505.22617, Clip-Cov and KL-Cov).
 
     Args:
         log_prob, advantages: any shape.
-        mean_log_prob, mean_advantage: means over the tokens that the covariance is taken over, scalars.
+        mean_log_prob, mean_advantage: means over the tokens that the covariance is taken over.
 
     Returns:
         -(ln prob - mean) (A - mean), float32 of the same shape.

@@ -15,7 +15,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-import torch.distributed
 from tensordict import TensorDict
 from torch import Tensor
 from verl.steer.audit.one_token import one_token_effects
@@ -139,7 +138,7 @@ class EntropyAudit(EntropyControl):
         )
         log_prob, advantages, clip = inputs.log_prob, inputs.advantages, clip_of(config)
         estimates = signed_estimates(inputs, clip)
-        means = mean_over_ranks(torch.stack([log_prob[valid], advantages[valid].float()]), group)
+        means = [self.mean_over_tokens(values[valid]) for values in (log_prob, advantages)]
         estimates["covariance"] = covariance_estimate(log_prob, advantages, *means)
         tokens = {
             "token_id": batch["responses"],
@@ -210,11 +209,3 @@ class EntropyAudit(EntropyControl):
         self.audited_tokens.append(frame)
         if self.is_mp_src_rank_with_outputs():
             write_tokens(pd.concat(self.audited_tokens, ignore_index=True), request, rank)
-
-
-def mean_over_ranks(values: Tensor, group: Any) -> Tensor:
-    """Means of the rows of (rows, tokens) over the tokens of all ranks of a group: (rows,)."""
-    counts = values.new_full((1,), values.shape[1])
-    sums = torch.cat([values.sum(1), counts]).double().to(get_device_id())
-    torch.distributed.all_reduce(sums, group=group)
-    return (sums[:-1] / sums[-1].clamp_min(1)).float().cpu()

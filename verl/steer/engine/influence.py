@@ -229,7 +229,8 @@ class InfluenceEngine(TokenStatistics):
 
     def mean_over_tokens(self, values: Tensor) -> float:
         """Mean of (tokens,) over the tokens of all data-parallel ranks."""
-        sums = self.sum_over_ranks(torch.stack([values.double().sum(), values.new_tensor(len(values)).double()]))
+        values = values.double()
+        sums = self.sum_over_ranks(torch.stack([values.sum(), values.new_tensor(len(values))]))
         return float(sums[0] / sums[1].clamp_min(1))
 
 

@@ -13,8 +13,8 @@ def nucleus_entropy(logits: Tensor, top_p: float, temperature: float | Tensor | 
     """Entropy of the distribution over the nucleus, renormalised.
 
     The nucleus is the smallest set of most probable actions whose probabilities add up to at least `top_p`, and the
-    actions as probable as the least probable of them. It carries no gradient. The logits are read in chunks, and again
-    in the backward pass, so that the extra memory is a few chunks and the gradient.
+    actions as probable as the least probable of them; its choice carries no gradient. The logits are read in chunks,
+    and again in the backward pass, so that the extra memory is a few chunks and the gradient.
 
     Args:
         logits: (..., vocabulary).

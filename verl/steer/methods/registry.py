@@ -86,7 +86,7 @@ def fields_needed(options: Any) -> set[str]:
     if options.loss_mode != "entropy_control":
         return set(POLICY_LOSSES[options.loss_mode].needs) if options.loss_mode in POLICY_LOSSES else set()
     if weighs_mini_batches(options):
-        return {"token_weights", "entropys"} if options.entropy_change_estimator == "released" else {"token_weights"}
+        return {"token_weights"}
     exact = options.entropy_change_estimator == "exact"
     needed = {"current_entropys", "sum_pi_squared", "sum_pi_squared_log_pi"} if exact else {"entropys"}
     return needed | {"change_range"} if options.token_weight_normalizer in RANGE_NORMALIZERS else needed

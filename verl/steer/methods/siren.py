@@ -12,8 +12,8 @@ from verl.steer.methods.step_state import StepState
 from verl.steer.options import option
 from verl.trainer.ppo.core_algos import LossInputs, LossOutputs, agg_loss, reweighted_policy_loss
 
-#: Metrics from which the anchor is taken: the regularised entropy, 0 in a micro-batch without a response that has one,
-#: and whether it has one.
+#: Metrics from which the anchor is taken: the regularised entropy of a micro-batch, 0 if no response has such tokens,
+#: and 1 if one has them.
 PEAK_ENTROPY, PEAK_SHARE = "actor/peak_entropy", "actor/peak_share"
 
 

@@ -26,7 +26,7 @@ def write_row(folder: Path, group: str, rank: int, row: Row) -> None:
 
 
 def read_row(files: list[Path], name: str, ending: str) -> Row:
-    """Rank 0's row of a check, or that of the first rank where it failed, before one where it did not end."""
+    """A check's row of the first rank where it failed, else of the first where it did not end, else of rank 0."""
     ranked = []
     for rank, file in enumerate(files):
         rows = [Row(*json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []

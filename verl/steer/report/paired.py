@@ -43,15 +43,15 @@ def differences(
     """(method, figure) -> difference from the baseline, for methods that share at least two seeds with it.
 
     Args:
-        methods: runs by method; those of one seed are paired, and several of a method and seed count as their mean.
+        methods: runs by method, one for each seed; those of one seed are paired.
         baseline: one of the methods.
         figures: headings of `run_figures`.
     """
-    tables = {name: figures_by_seed(runs, figures).groupby(level=0).mean() for name, runs in methods.items()}
+    tables = {name: figures_by_seed(runs, figures) for name, runs in methods.items()}
     pairs = {}
     for name in methods:
         if name != baseline:
-            difference = (tables[name] - tables[baseline]).dropna(how="all")
+            difference = tables[name] - tables[baseline]
             for figure in figures:
                 values = difference[figure].dropna()
                 if len(values) > 1:

@@ -86,6 +86,8 @@ def check_entropy_audit(config: DictConfig, policy_loss: Any) -> None:
     """
     trainer, actor = config.trainer, config.actor_rollout_ref.actor
     options = from_config(AuditOptions, trainer.get("entropy_audit"), "trainer.entropy_audit")
+    if not options.freq:
+        return
     needs = [
         ("trainer.use_v1", trainer.use_v1, (True,)),
         ("trainer.v1.trainer_mode", trainer.v1.trainer_mode, ("steer",)),
@@ -95,8 +97,6 @@ def check_entropy_audit(config: DictConfig, policy_loss: Any) -> None:
         ("algorithm.rollout_correction.bypass_mode", bypasses_old_log_prob(config), (False,)),
         ("trainer.skip_old_log_prob", trainer.get("skip_old_log_prob", False), (False,)),
     ]
-    if not options.freq:
-        return
     refuse_others(needs, f"trainer.entropy_audit.freq={options.freq}")
     if options.influence or options.one_token:
         name = "influence" if options.influence else "one_token"

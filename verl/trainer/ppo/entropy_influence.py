@@ -100,8 +100,8 @@ class AdamStep:
     def precondition(self, entropy_gradient: Tensor, loss_gradient: Tensor, second_moment: Tensor | None) -> Tensor:
         """u = g / (sqrt(v_hat) + eps), with the second moment as this step will leave it.
 
-        The second moments before the step do not do: a parameter with a small gradient in the past and a large one now
-        would count many times too much.
+        The second moments before the step are not enough: a parameter with a small gradient in the past and a large one
+        now would count many times too much.
 
         Args:
             entropy_gradient: g, of one parameter.
