@@ -33,8 +33,8 @@ from verl.workers import config as verl_config
 #: verl's own numbers in `policy_loss`, which verl does not check.
 VERL_OPTIONS = {
     "clip_cov_ratio": Option(above=0.0, at_most=1.0),
-    "clip_cov_lb": Option(at_least=-math.inf, at_most=math.inf),
-    "clip_cov_ub": Option(at_least=-math.inf, at_most=math.inf),
+    "clip_cov_lb": Option(at_least=-math.inf),
+    "clip_cov_ub": Option(at_most=math.inf),
     "kl_cov_ratio": Option(above=0.0, at_most=1.0),
     "ppo_kl_coef": Option(),
     "dro_beta": Option(),
