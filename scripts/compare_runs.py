@@ -16,6 +16,7 @@ page of everything that a run logged.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -39,6 +40,7 @@ from verl.steer.report.run_metrics import (
     distances_from,
     group_seeds,
     mean_and_interval,
+    ordered,
     read_runs,
     run_figures,
     summary,
@@ -64,6 +66,11 @@ def _empty_table(title: str | None, labels: tuple[str, ...], numbers: Iterable[s
     return result
 
 
+def _cell(form: str, *values: float) -> str:
+    """The values in this form, or the dash of `mean_and_interval` where one is NaN."""
+    return "-" if any(map(math.isnan, values)) else form.format(*values)
+
+
 def means_table(methods: dict[str, list[Run]]) -> Table:
     """A row per method: means of its runs' figures, with intervals if there are several. No column without a value."""
     several = any(len(runs) > 1 for runs in methods.values())
@@ -79,7 +86,7 @@ def _compared(methods: dict[str, list[Run]], asked: list[str] | None) -> list[st
 
     Of pass@k the least and the greatest k: those between tell little more, and Holm's correction counts each.
     """
-    headings = dict.fromkeys(heading for runs in methods.values() for run in runs for heading in run_figures(run))
+    headings = ordered(heading for runs in methods.values() for run in runs for heading in run_figures(run))
     if asked:
         if unknown := [name for name in asked if name not in [*headings, GAIN]]:
             raise ValueError(f"--compare {', '.join(unknown)}: expected some of {', '.join([*headings, GAIN])}")
@@ -94,7 +101,7 @@ def paired_table(methods: dict[str, list[Run]], baseline: str, wanted: list[str]
     numbers = ("seeds", "difference", "effect size", "p", "p, Holm")
     result = _empty_table(f"differences from {baseline}, paired by seed", ("figure",), numbers)
     for (name, figure), found in differences(methods, baseline, wanted).items():
-        cells = (f"{found.effect:+.1f}", f"{found.p:.3f}", f"{found.p_holm:.3f}")
+        cells = (_cell("{:+.1f}", found.effect), _cell("{:.3f}", found.p), _cell("{:.3f}", found.p_holm))
         result.add_row(name, figure, str(len(found.values)), mean_and_interval(found.values, 3), *cells)
     return result
 
@@ -106,7 +113,7 @@ def single_table(methods: dict[str, list[Run]], baseline: str, wanted: list[str]
     if found.empty or interval.isna().all(axis=None):
         return result
     least, greatest = interval.loc["least"], interval.loc["greatest"]
-    result.add_row("interval", *(f"{least[name]:.3f} to {greatest[name]:.3f}" for name in wanted))
+    result.add_row("interval", *(_cell("{:.3f} to {:.3f}", least[name], greatest[name]) for name in wanted))
     for name, row in found.iterrows():
         outside = (row < least) | (row > greatest)
         result.add_row(name, *(mean_and_interval([row[f]], 3) + (" *" if outside[f] else "") for f in wanted))

@@ -33,14 +33,15 @@ def parameters_of(vocabulary, hidden, layers, heads, key_heads, feed_forward):
 def configured(tmp_path):
     """A configuration whose model has these dimensions."""
 
-    def build(shape, *overrides):
+    def build(shape, *overrides, tied=False):
+        folder = tmp_path / ("tied" if tied else "model")
         vocabulary, hidden, layers, heads, key_heads, feed_forward = shape
         Qwen2Config(
             vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=key_heads, intermediate_size=feed_forward, tie_word_embeddings=False,
+            num_key_value_heads=key_heads, intermediate_size=feed_forward, tie_word_embeddings=tied,
             architectures=["Qwen2ForCausalLM"],
-        ).save_pretrained(tmp_path / "model")  # fmt: skip
-        return resolved("grpo", *overrides, f"actor_rollout_ref.model.path={tmp_path / 'model'}")
+        ).save_pretrained(folder)  # fmt: skip
+        return resolved("grpo", *overrides, f"actor_rollout_ref.model.path={folder}")
 
     return build
 
@@ -108,6 +109,31 @@ def difference(config, other):
     """What the phases of a configuration need beyond those of another one."""
     more, less = (memory.phases(*memory.model_of(found), found, 80 * GIB) for found in (config, other))
     return {phase: amount - less.get(phase, 0.0) for phase, amount in more.items()}
+
+
+def test_an_embedding_that_is_the_output_layer_too_counts_once(configured):
+    """800 numbers less of 4 bytes: in vLLM's weights and in shards of a half, gathered whole, reduced with 8 bytes."""
+    cpu = ["hardware=cpu", "task=arithmetic", "trainer.n_gpus_per_node=2"]
+    assert difference(configured(SMALL, *cpu), configured(SMALL, *cpu, tied=True)) == {
+        "generation": 800 * (4 + 3 * 2),
+        "log-probs": 800 * (4 + 3 * 2 + 4),
+        "update": 800 * (4 + 4 * 2 + 4 + 8),
+    }
+
+
+def test_shards_may_be_larger_than_those_of_all_devices(configured):
+    """Of two of eight devices, which have weights and moments between updates and weights, gradients and moments in."""
+    larger, bytes_more = f"{ACTOR}.fsdp_config.fsdp_size=2", 4 * 7_615_616_512 * (1 / 2 - 1 / 8)
+    found = difference(configured(QWEN_7B, larger), configured(QWEN_7B))
+    assert found == pytest.approx({"generation": 3 * bytes_more, "log-probs": 3 * bytes_more, "update": 4 * bytes_more})
+
+
+def test_ranks_that_share_sequences_have_a_part_of_a_micro_batch_each(configured):
+    """Two ranks with micro-batches of 8 as much as one with 4."""
+    shared = configured(QWEN_7B, f"{ACTOR}.ulysses_sequence_parallel_size=2")
+    sizes = (f"{ACTOR}.ppo_micro_batch_size_per_gpu", "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu")
+    halved = configured(QWEN_7B, *(f"{size}=4" for size in sizes))
+    assert set(difference(shared, halved).values()) == {0.0}
 
 
 def test_a_reference_model_is_a_shard_more_in_the_machines_memory(configured):
@@ -253,10 +279,14 @@ def test_lengths_of_prompts(data_of):
     """The chat template of the tiny model adds three tokens to a token for each character."""
     config = data_of(rows_of("1+2", "1+2+3", *["1+2+3+4"] * 5))
     assert dataset.check_files(config, "train_files") == "train.parquet: 7 rows, prompts of 6 to 10 tokens (limit 32)"
-    for limit, filtered, passes in ((9, True, True), (9, False, False), (5, True, False), (10, False, True)):
+    for limit, filtered, truncation, passes in (
+        (9, True, "error", True), (9, False, "error", False), (9, False, "left", True),
+        (5, True, "error", False), (10, False, "error", True),
+    ):  # fmt: skip
         config = data_of(
-            rows_of("1+2", "1+2+3+4"), f"data.max_prompt_length={limit}", f"data.filter_overlong_prompts={filtered}"
-        )
+            rows_of("1+2", "1+2+3+4"), f"data.max_prompt_length={limit}", f"data.filter_overlong_prompts={filtered}",
+            f"data.truncation={truncation}",
+        )  # fmt: skip
         row = run_check("training data", dataset.check_files, config, "train_files")
         assert row.passed == passes and ("raise data.max_prompt_length" in row.detail) != passes
 
@@ -288,9 +318,9 @@ echo "NVIDIA H100 80GB HBM3, 580.1, 81000, $USED"
     "wanted, used, cuda, problems",
     [
         (2, 4, True, []),
-        (1, 4, True, []),
+        (1, 1024, True, []),
         (8, 4, True, ["2 of 8 GPUs: set trainer.n_gpus_per_node=2"]),
-        (8, 5000, False, ["cannot use driver 580.1", "2 of 8 GPUs", "memory in use on GPU 1"]),
+        (8, 1025, False, ["cannot use driver 580.1", "2 of 8 GPUs", "memory in use on GPU 1"]),
     ],
 )
 def test_gpus(wanted, used, cuda, problems, tmp_path, monkeypatch):

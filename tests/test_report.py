@@ -276,11 +276,14 @@ def test_a_band_ends_with_its_shortest_seed():
 
 
 def test_summary_by_hand():
-    first = Run("a", None, {0: {"val-core/x/acc/mean@1": 0.2, "val-core/y/acc/mean@1": 0.4}, 1: {"actor/entropy": 1.0}})
+    validation = {"val-core/x/acc/mean@1": 0.2, "val-core/y/acc/mean@1": 0.4}
+    validation |= {"val-aux/x/distinct_right": 1.0, "val-aux/y/distinct_right": 2.0}
+    first = Run("a", None, {0: validation, 1: {"actor/entropy": 1.0}})
     second = Run("a", None, {1: {"actor/entropy": 0.6, "actor/token_weights_mean": 0.9}, 2: {"actor/entropy": 0.2}})
     second.steps[1]["actor/token_weights_std"], second.steps[2]["actor/token_weights_std"] = 0.1, 0.3
     found = summary({"a": [first, second]}).loc["a"]
     assert (found["accuracy before"], found["mean token weight"], found["weight std"]) == ("0.300", "0.900", "0.200")
+    assert found["distinct right"] == "1.500"  # a mean over the data sources, as the accuracy
     assert "tokens/s" not in found
     # two values 0.4 apart: Student's t with one degree of freedom, 12.706, times 0.2
     assert found["entropy first"] == "0.800 ± 2.541"
@@ -426,6 +429,16 @@ def test_weight_maps_are_core_algos_over_the_logged_range(audited_run):
     assert plotted <= set(zip(audit["omega_released"].astype(float), audit["weight"].astype(float), strict=True))
 
 
+@pytest.mark.parametrize(
+    "least, starts", [(0.8, {"a: exponential map": 1.0, "a: linear map": 1.2}), (0.0, {"a: linear map": 1.2})]
+)
+def test_an_exponential_map_starts_at_one_and_has_no_weight_of_zero(least, starts):
+    run, weights = run_with(None, "a"), {"actor/token_weights_min": least, "actor/token_weights_max": 1.2}
+    run.steps = {step: data | weights for step, data in steer_metrics()}
+    *maps, _ = figures.weight_maps({"a": [run]}, "released").figure.axes[0].lines
+    assert {line.get_label(): line.get_ydata()[0] for line in maps} == pytest.approx(starts)
+
+
 def test_weight_against_entropy_pairs_a_step_with_the_change_after_it():
     steps = {1: (1.0, 0.9), 2: (0.8, 0.95), 3: (0.9, 1.0), 5: (0.5, 0.7)}
     data = {step: {"actor/entropy": h, "actor/token_weights_mean": w} for step, (h, w) in steps.items()}
@@ -441,6 +454,12 @@ def test_scores_of_perfect_and_of_opposite_estimates():
     assert scores.loc["signed"].tolist() == pytest.approx([0, 1, 1, 1])
     assert scores.loc["size"].tolist()[:3] == pytest.approx([0, 1, 1]) and np.isnan(scores.loc["size", "sign"])
     assert scores.loc["opposite"].tolist() == pytest.approx([0, -1, -1, 0])
+
+
+def test_signs_are_scored_where_neither_is_zero():
+    """Of the four tokens two; one of these has the right sign."""
+    audit = audit_of(true_change=[-1.0, 0.0, 2.0, 3.0], omega_signed=[-1.0, 1.0, 0.0, -3.0]).assign(run=0)
+    assert figures.estimator_scores(audit).loc["signed", "sign"] == 0.5
 
 
 def test_scores_are_means_over_updates(audited_run):
@@ -631,6 +650,13 @@ def test_colours_follow_the_figures(audited_run):
     assert set(tokens["weight_level"][last["weight"] == last["weight"].min()]) == {5}
     assert set(tokens["weight_level"][last["weight"] > 0.97]) == {0}
     assert tokens["change"].tolist() == changes.tolist()
+
+
+def test_colours_of_entropies_are_on_a_scale_from_zero():
+    """Its six levels up to the largest entropy, 6, are of one nat each."""
+    run = run_with(audit_of(entropy=[3.5, 6.0]))
+    ((_, (tokens,)),) = coloured_responses({"steer": [run]}, ReportOptions()).values()
+    assert tokens["entropy_level"].tolist() == [3, 5]
 
 
 def test_the_page_lists_each_response_and_its_five_largest_changes(audited_run, report):

@@ -4,8 +4,10 @@
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -13,12 +15,15 @@ import time
 
 import httpx
 import huggingface_hub
+import numpy as np
 import pandas as pd
 import pytest
 from huggingface_hub import errors
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from scipy.stats import binom
 from tabular_audit import tabular_audit
 from test_configuration import validated
+from test_report import updates, write_metrics
 
 RUN = """
 import json, sys, time
@@ -32,15 +37,16 @@ with open(sys.argv[1] + "/metrics.jsonl", "w") as file:
 """
 
 
-def write_run(folder, entropies, accuracies, weights=()):
-    folder.mkdir(parents=True)
-    with (folder / "metrics.jsonl").open("w") as file:
-        for step, (entropy, accuracy) in enumerate(zip(entropies, accuracies, strict=True)):
-            data = {"actor/entropy": entropy, "val-core/a/acc/mean@1": accuracy}
-            data |= {"perf/total_num_tokens": 100 * (step + 1), "perf/time_per_step": 2.0}
-            if weights:
-                data["actor/token_weights_mean"] = weights[step]
-            file.write(json.dumps({"step": step, "data": data}) + "\n")
+def write_run(folder, entropies, accuracies, weights=(), **more):
+    """A run that logs at each step these and `more` metrics."""
+    records = []
+    for step, (entropy, accuracy) in enumerate(zip(entropies, accuracies, strict=True)):
+        data = {"actor/entropy": entropy, "val-core/a/acc/mean@1": accuracy} | more
+        data |= {"perf/total_num_tokens": 100 * (step + 1), "perf/time_per_step": 2.0}
+        if weights:
+            data["actor/token_weights_mean"] = weights[step]
+        records.append((step, data))
+    write_metrics(folder, records)
 
 
 def printed_rows(result):
@@ -88,6 +94,13 @@ def test_watch_tells_why_a_run_failed(command, root, tmp_path):
     result = command(*watch(root, tmp_path, sys.executable, "-c", "raise ValueError('no such thing')"))
     assert result.returncode == 1 and "ValueError: no such thing" in result.stdout
     assert str(tmp_path / "toy.log") in result.stdout.replace("\n", "")
+
+
+@pytest.mark.parametrize("reason", ["steer-verl: no such key", "launch.sh: no such folder"])
+def test_watch_ends_with_the_reason_that_a_launcher_gave(command, root, tmp_path, reason):
+    """Not with the many lines of other processes after it."""
+    result = command(*watch(root, tmp_path, "bash", "-c", f"echo '{reason}'; yes goodbye | head -20; exit 1"))
+    assert result.returncode == 1 and result.stdout.endswith(f"\n{reason}\n"), result.stdout
 
 
 def test_watch_that_fails_ends_what_it_started(command, root, tmp_path):
@@ -208,16 +221,41 @@ def test_comparison_has_a_dash_for_what_a_run_did_not_log(program, tmp_path):
     assert ["none", "0.2", "-", "-", "-"] in rows and ["none", "0.300", "-"] in rows
 
 
+def test_comparison_has_a_dash_for_what_has_no_variance_or_no_baseline(program, tmp_path):
+    """Differences of 0.25 in both seeds tell nothing of their variance, and a baseline without entropies nothing."""
+    for name, entropy, accuracy in (("grpo", None, 0.25), ("other", 0.5, 0.5)):
+        for seed in (1, 2):
+            write_run(tmp_path / f"{seed}/{name}", [entropy], [accuracy])
+    write_run(tmp_path / "1/one", [0.5], [0.25])
+    rows = printed_rows(
+        program("compare_runs.py", *sorted(tmp_path.glob("*/*")), "--baseline", "grpo", "--out", tmp_path / "p.png")
+    )
+    assert ["other", "final", "2", "0.250 ± 0.000", "-", "-", "-"] in rows
+    assert rows[-2:] == [["interval", "0.250 to 0.250", "-"], ["one", "0.250", "0.500"]]
+
+
+def test_pass_at_k_is_compared_at_the_least_and_the_greatest_k_of_all_runs(program, tmp_path):
+    """Though the first method has no k between them; the other usual figures are compared too."""
+    for name, ks in (("few", (8, 64)), ("many", (8, 16, 32, 64))):
+        more = {f"val-aux/a/acc/pass@{k}": 0.5 for k in ks} | {"val-aux/a/distinct_right": 1.5}
+        for seed in (1, 2):
+            write_run(tmp_path / f"{seed}/{name}", [0.5], [0.25], **more)
+    result = program("compare_runs.py", *sorted(tmp_path.glob("*/*")), "--baseline", "few", "--out", tmp_path / "p.png")
+    compared = [row[1] for row in printed_rows(result) if len(row) == 7]
+    assert compared == ["final", "pass@8", "pass@64", "distinct right", "last ten"]
+
+
 def test_comparison_marks_single_runs_outside_of_the_baselines_interval(program, tmp_path):
     """Accuracies of 0.1 and 0.3 have the variance 0.02, and a further one lies within 12.706 √(0.02 * 1.5) of 0.2."""
-    for name, accuracy in (("0/grpo", 0.1), ("1/grpo", 0.3), ("0/far", 2.5), ("0/near", 2.3)):
+    for name, accuracy in (("0/grpo", 0.1), ("1/grpo", 0.3), ("0/far", 2.5), ("0/low", -2.1), ("0/near", 2.3)):
         write_run(tmp_path / name, [0.5, 0.4], [0.0, accuracy])
     runs = sorted(tmp_path.glob("*/*"))
     compare = ("compare_runs.py", "--out", tmp_path / "p.png")
     result = program(*compare, "--baseline", "grpo", *runs)
     rows = printed_rows(result)
-    assert rows[-3:] == [
-        ["interval", "-2.001 to 2.401", "0.450 to 0.450"], ["far", "2.500 *", "0.450"], ["near", "2.300", "0.450"],
+    assert rows[-4:] == [
+        ["interval", "-2.001 to 2.401", "0.450 to 0.450"],
+        ["far", "2.500 *", "0.450"], ["low", "-2.100 *", "0.450"], ["near", "2.300", "0.450"],
     ]  # fmt: skip
     result = program(*compare, "--baseline", "far", tmp_path / "0/far", tmp_path / "0/near")
     assert result.returncode == 0 and "interval of a further" not in result.stdout, result.stdout + result.stderr
@@ -248,6 +286,52 @@ def test_comparison_scores_predictions_single_tokens_and_held_targets(program, t
     assert ["grpo", "influence", "5", "0.900", "0.961", "75"] in rows
     assert ["grpo", "0.3, not its own", "0.1000", "33.3", "-"] in rows
     assert ["held", "0.3", "0.0200", "6.7", "0.900"] in rows
+
+
+def test_comparison_shows_the_mean_scores_of_audits(program, tmp_path):
+    """Of two audited updates, and of one whole step; factors are in the headings."""
+    update = {"entropy_audit/tokens": 40, "entropy_audit/exact/mse": 1e-4, "entropy_audit/exact/pearson": 0.5}
+    second = {"entropy_audit/tokens": 60, "entropy_audit/exact/mse": 3e-4, "entropy_audit/exact/pearson": 0.7}
+    step = {"entropy_audit/step/exact/mse": 7e-4, "entropy_audit/step/exact/spearman": 0.25}
+    write_metrics(tmp_path / "steer", [(1, {"actor/entropy": 0.5} | update), (2, second | step)])
+    rows = printed_rows(program("compare_runs.py", tmp_path / "steer", "--out", tmp_path / "p.png"))
+    assert rows[-2:] == [
+        ["steer", "update", "exact", "50", "2.000", "0.60", "-", "-", "-"],
+        ["steer", "step", "exact", "-", "7.000", "-", "0.25", "-", "-"],
+    ]
+
+
+def test_a_score_is_reached_by_a_mean_that_equals_it(program, tmp_path):
+    """Scores of 1/4 to 20/4, whose first mean of ten is 5.5/4."""
+    records = [(step, {"actor/entropy": 0.5, "critic/score/mean": step / 4}) for step in range(1, 21)]
+    write_metrics(tmp_path / "grpo", records)
+    result = program("compare_runs.py", tmp_path / "grpo", "--reach", "1.375", "--out", tmp_path / "p.png")
+    assert ["grpo", "1", "1", "10"] in printed_rows(result)
+
+
+def test_predictions_are_compared_where_all_seeds_have_them(program, tmp_path):
+    """The first seed's audit has an estimator more than the second's."""
+    for seed, audited in ((1, updates(1)), (2, updates(1).drop(columns="released"))):
+        write_run(tmp_path / f"{seed}/steer", [0.5], [0.1])
+        (tmp_path / f"{seed}/steer/audit").mkdir()
+        audited.to_parquet(tmp_path / f"{seed}/steer/audit/step_1_updates.parquet")
+    result = program("compare_runs.py", *sorted(tmp_path.glob("*/*")), "--out", tmp_path / "p.png")
+    assert result.returncode == 0, result.stderr
+    assert [row[1:3] for row in printed_rows(result)[1:]] == [["influence", "8"]]
+
+
+def test_runs_without_a_target_are_compared_with_each_constant_one(program, tmp_path):
+    """From the greatest on; of several methods without a target only the baseline, if there is one."""
+    targets = {"changing": [0.9, 0.5], "high": [0.8, 0.8], "low": [0.2, 0.2], "grpo": [None] * 2, "plain": [None] * 2}
+    for name, values in targets.items():
+        records = [(s, {"actor/entropy": 0.5, "actor/target_entropy": value}) for s, value in enumerate(values)]
+        write_metrics(tmp_path / name, records)
+    compare = ("compare_runs.py", *(tmp_path / name for name in targets), "--out", tmp_path / "p.png")
+    own = [["changing", "0.9, then 0.5"], ["high", "0.8"], ["low", "0.2"]]
+    grpo, plain = ([[name, f"{target}, not its own"] for target in (0.8, 0.2)] for name in ("grpo", "plain"))
+    for words, expected in (((), own + grpo + plain), (("--baseline", "grpo"), own + grpo)):
+        rows = printed_rows(program(*compare, *words))[len(targets) :]  # those before are the means
+        assert [row[:2] for row in rows] == expected
 
 
 #: Stands for the interpreter in launchers: says that verl_steer is there, starts a watched command without watching it,
@@ -575,13 +659,28 @@ def test_evaluation_by_hand(program, tmp_path):
     assert len(pd.read_parquet(tmp_path / "responses.parquet")) == 6
 
 
-@pytest.mark.parametrize("rows, n, most, lost", [(3, 1, -1, 1), (2, 3, -1, 4), (9, 1, 2, 0)])
+@pytest.mark.parametrize("rows, n, most, lost", [(3, 1, -1, 1), (2, 3, -1, 4), (9, 1, 2, 0), (1, 1, -1, 0)])
 def test_lost_responses_are_told(program, tmp_path, rows, n, most, lost):
     """Two responses, each to another problem."""
     write_responses(tmp_path, "toy", [("p", True, "1"), ("q", False, "2")], rows, n, most)
     results, printed = summarized(program, tmp_path, "toy")
     assert [results["benchmarks"]["toy"][name] for name in ("complete", "lost")] == [lost == 0, lost]
     assert printed_rows(printed)[0][:4] == ["toy", "2", "1", str(lost)]
+
+
+def test_intervals_of_shares_are_those_of_the_binomial_distribution(root):
+    """Resampled, k right ones of 20 problems are binomial, with a share of k / 20.
+
+    The share of 10,000 resamples below a value that q of all are below has a standard error of √(q (1 - q) / 10,000);
+    the ends may be those of quantiles that are four of these away.
+    """
+    interval = runpy.run_path(str(root / "scripts/summarize_eval.py"))["interval"]
+    for right in range(1, 20):
+        ends = interval(np.repeat([1.0, 0.0], [right, 20 - right]))
+        for end, q in zip(ends, (0.025, 0.975), strict=True):
+            error = 4 * math.sqrt(q * (1 - q) / 10_000)
+            least, greatest = binom.ppf([q - error, q + error], 20, right / 20) / 20
+            assert least - 1e-9 < end < greatest + 1e-9, (right, q)
 
 
 @pytest.mark.parametrize(
@@ -713,7 +812,9 @@ def test_an_evaluation_is_done_once_under_each_set_of_options(evaluated, tmp_pat
 def test_settings_tell_what_a_folder_of_results_is_of(evaluated, tmp_path):
     model = write_weights(tmp_path / "model", "weights")
     (tmp_path / "link").symlink_to(model)
-    folder, *_ = evaluated("link/../model", "actor_rollout_ref.rollout.val_kwargs.temperature=0.5", cwd=tmp_path)
+    (model / ".lock").touch()  # hidden, so no part of the model
+    overrides = ("actor_rollout_ref.rollout.val_kwargs.temperature=0.5", f"global_profiler.save_path={tmp_path}")
+    folder, *_ = evaluated("link/../model", *overrides, cwd=tmp_path)
     with open(folder + "/settings.json") as file:
         settings = json.load(file)
     assert settings["grading"] != hashlib.sha256(b"").hexdigest()[:10]  # the graders' files were found
@@ -724,6 +825,7 @@ def test_settings_tell_what_a_folder_of_results_is_of(evaluated, tmp_path):
     written = model / "model.safetensors"
     path = {"path": str(model), "files": {written.name: [7, written.stat().st_mtime_ns]}}
     assert config["actor_rollout_ref"]["model"]["path"] == path
+    assert config["global_profiler"]["save_path"] == str(tmp_path)  # what is written there decides nothing
 
 
 def test_replaced_files_are_noticed(evaluated, tmp_path):
@@ -831,6 +933,12 @@ def test_two_runs_of_one_method_and_seed_are_refused(program, tmp_path, name):
         result = program(name, *runs, "--out", out)
         assert result.returncode == 1 and not out.exists()
         assert f"{runs[0]} and {runs[1]}: both are {kind}; expected names that differ by" in result.stderr
+
+
+def test_kept_metrics_of_a_run_without_a_seed_are_in_no_folder_of_one(program, tmp_path):
+    write_run(tmp_path / "grpo", [0.5], [0.1])
+    result = program("keep_metrics.py", tmp_path / "grpo", "--out", tmp_path / "kept")
+    assert result.stdout == f"{tmp_path / 'kept/grpo.jsonl'}\n", result.stderr
 
 
 def test_kept_metrics_need_a_run(program, tmp_path):

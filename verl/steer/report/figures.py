@@ -28,6 +28,7 @@ from verl.steer.report.run_metrics import (
     WEIGHT,
     Run,
     distances_from,
+    ordered,
     over_seeds,
     run_figures,
 )
@@ -165,10 +166,10 @@ def tradeoff(groups: Groups) -> Drawing | None:
     The first method has a name, and so has each to which no other is equal or superior in both accuracy and pass@k.
     """
     table = pd.DataFrame({name: pd.DataFrame(map(run_figures, runs)).mean() for name, runs in groups.items()}).T
-    shares = [heading for heading in table if heading.startswith("pass@")]
+    shares = [heading for heading in ordered(table) if heading.startswith("pass@")]
     if not shares:
         return None
-    share = max(shares, key=lambda heading: int(heading.removeprefix("pass@")))
+    share = shares[-1]
     measures = {"final": "accuracy", "last ten": "policy entropy (nats)"}
     table = table[[*measures, share]].dropna()
     best = table[["final", share]]

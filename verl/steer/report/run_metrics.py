@@ -252,8 +252,7 @@ def summary(groups: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
     "-" where a method has no such figure; no column that is empty for all methods.
     """
     tables = {name: pd.DataFrame([run_figures(run) for run in runs]) for name, runs in groups.items()}
-    headings = dict.fromkeys(heading for table in tables.values() for heading in table)
-    order = sorted(headings, key=_place)
+    order = ordered(heading for table in tables.values() for heading in table)
     cells = {
         name: [mean_and_interval(table.get(heading, ()), 0 if heading == "tokens/s" else 3) for heading in order]
         for name, table in tables.items()
@@ -262,8 +261,12 @@ def summary(groups: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
     return table.loc[:, (table != "-").any()]
 
 
-def _place(heading: str) -> tuple[int, int]:
-    """Sort key of headings of `run_figures`, of which runs need not have the same; pass@k by k."""
-    name, _, k = heading.partition("@")
+def ordered(headings: Iterable[str]) -> list[str]:
+    """Headings of `run_figures`, of which runs need not have the same: each once, in one order, pass@k by k."""
     first = ("accuracy before", "final", "best", "pass", "distinct right")
-    return first.index(name) if name in first else len(first), int(k or 0)
+
+    def place(heading: str) -> tuple[int, int]:
+        name, _, k = heading.partition("@")
+        return first.index(name) if name in first else len(first), int(k or 0)
+
+    return sorted(dict.fromkeys(headings), key=place)
