@@ -7,7 +7,7 @@ Each argument is a run's folder with the files of verl's `file` logger (`metrics
 names differ only by a seed, such as `seed0/grpo` and `seed1/grpo`, are seeds of one method: the table gives their mean
 and its 95 % interval by Student's t, and the picture a band from the least to the greatest. With `--baseline METHOD` a
 second table compares each method with that one, seed by seed, and a third marks the figures of methods with one run if
-they lie outside of the 95 % interval of a further run of it. Further tables have the errors and correlations of each
+they lie outside of the 95 % interval of a further run of METHOD. Further tables have errors and correlations of each
 estimate with the true change of the entropy, for runs with an entropy audit (docs/entropy_audit.md), the predicted
 changes of whole updates, and how well a target of the entropy was held (docs/control.md). `scripts/report.py` makes a
 page of everything that a run logged.

@@ -262,7 +262,7 @@ def summary(groups: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
 
 
 def ordered(headings: Iterable[str]) -> list[str]:
-    """Headings of `run_figures`, of which runs need not have the same: each once, in one order, pass@k by k."""
+    """Headings of the `run_figures` of several runs, each once and in one order, pass@k by k."""
     first = ("accuracy before", "final", "best", "pass", "distinct right")
 
     def place(heading: str) -> tuple[int, int]:
