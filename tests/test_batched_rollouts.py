@@ -590,12 +590,25 @@ def test_a_whole_step_is_as_upstreams(run, trainer, monkeypatch):
     batch, metrics = KVBatchMeta(partition_id="train", keys=queue.stored, tags=[*queue.tags.values()]), {}
     assert trainer._balance_batch(batch, metrics).keys == KEYS
     assert metrics[LOST_IN_TRAINING] == 0
+    assert trainer.rollouts_asked == {}, "the next step would count this one's prompts as its own"
+
+
+def test_lost_are_those_of_the_number_that_a_prompt_has_asked_for(trainer, monkeypatch):
+    """Of the first prompt one rollout, of the second two, and so on; the third and the fifth lack all."""
+    upstream = trainer_steer.PPOTrainerSync
+    monkeypatch.setattr(upstream, "_submit_batch_to_rollout", lambda self, batch: len(batch))
+    monkeypatch.setattr(upstream, "_balance_batch", lambda self, batch, metrics: batch)
+    trainer._submit_batch_to_rollout(prompts(__rollout_n__=torch.arange(1, PROMPTS + 1)))
+    trainer.replay_buffer.failure_keys["train"] = {"uid2", "uid4"}
+    metrics = {}
+    trainer._balance_batch(KVBatchMeta(partition_id="train", keys=[], tags=[]), metrics)
+    assert metrics[LOST_IN_TRAINING] == 3 + 5
 
 
 # Validation.
 
-ASKED = {("aime", "a"): 4, ("aime", "b"): 4, ("aime", "c"): 4, ("gsm", "d"): 4}
-CORRECT = {"a": [1, 1, 0, 1], "b": [1, 0, 0, 0], "c": [0, 0, 1, 1], "d": [1, 1, 1, 0]}
+ASKED = {("aime", "a"): 4, ("aime", "b"): 4, ("aime", "c"): 4, ("gsm", "d"): 2}
+CORRECT = {"a": [1, 1, 0, 1], "b": [1, 0, 0, 0], "c": [0, 0, 1, 1], "d": [1, 0]}
 
 
 def validated(trainer, lost=frozenset()):
@@ -620,23 +633,32 @@ def validated(trainer, lost=frozenset()):
 
 def test_a_whole_validation_has_upstreams_metrics_and_its_size(trainer):
     metrics, (sources, uids, infos) = validated(trainer)
-    counts = {f"val-aux/{s}/{name}": n for s, size in (("aime", 12), ("gsm", 4)) for name, n in sizes(size, 0).items()}
-    theirs = trainer_steer.PPOTrainerSync._val_metrics_update(trainer, sources, uids, infos, [2] * 16, dict(ASKED))
+    counts = {f"val-aux/{s}/{name}": n for s, size in (("aime", 12), ("gsm", 2)) for name, n in sizes(size, 0).items()}
+    theirs = trainer_steer.PPOTrainerSync._val_metrics_update(trainer, sources, uids, infos, [2] * 14, dict(ASKED))
     sampled = {name for name in metrics if "/pass@" in name or "/distinct_" in name}
     assert sampled and {name: metrics[name] for name in metrics.keys() - sampled} == theirs | counts
     assert metrics["val-core/aime/acc/mean@4"] == 6 / 12
 
 
-def test_a_problem_in_several_rows_has_pass_at_k(trainer):
-    """verl's own validation gives each row a uid of its own and the prompts in the order of the uids."""
+def of_two_prompts(trainer):
+    """The metrics of eight rows: verl gives each row a uid of its own, and the prompts in the order of the uids."""
     uids = [str(number) for number in range(8)]
     trainer._maybe_log_val_generations(inputs=[*"abababab"], outputs=uids, scores=uids)
     infos = {"acc": [1.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]}
     asked = {("aime", uid): 1 for uid in uids}
-    metrics = trainer._val_metrics_update(["aime"] * 8, uids, infos, [2] * 8, expected_acc_counts=asked)
+    return trainer._val_metrics_update(["aime"] * 8, uids, infos, [2] * 8, expected_acc_counts=asked)
+
+
+def test_a_problem_in_several_rows_has_pass_at_k(trainer):
+    metrics = of_two_prompts(trainer)
     # A problem of which one of four samples is right, and one of which all are.
     shares = {k: metrics[f"val-aux/aime/acc/pass@{k}"] for k in (1, 2, 4)}
     assert shares == {1: 5 / 8, 2: 3 / 4, 4: 1.0} and metrics["val-core/aime/acc/mean@1"] == 5 / 8
+
+
+def test_rows_that_may_have_images_are_not_taken_for_one_problem(trainer):
+    trainer.processor = object()
+    assert not [name for name in of_two_prompts(trainer) if "/pass@" in name]
 
 
 def sizes(samples, lost):
@@ -660,16 +682,17 @@ def test_lost_samples_are_not_counted_as_wrong(trainer, lost, aime):
     # Spread, best, worst and majority of four are those of the prompts that have four.
     whole = [np.std(CORRECT[uid]) for uid in "abc" if uid not in {of for of, _ in lost}]
     assert metrics.get("val-aux/aime/acc/std@4") == (pytest.approx(np.mean(whole)) if whole else None)
-    assert metrics["val-core/gsm/acc/mean@4"] == 3 / 4
-    assert {name.rpartition("@")[2] for name in metrics if "/mean@" in name} == {"4"}
+    assert metrics["val-core/gsm/acc/mean@2"] == 1 / 2
+    numbers = {(name.split("/")[1], name.rpartition("@")[2]) for name in metrics if "/mean@" in name}
+    assert numbers == {("aime", "4"), ("gsm", "2")}
     assert metrics["val-aux/aime/num_samples"] == 12 - len(lost) and metrics["val-aux/aime/num_lost"] == len(lost)
-    assert metrics["val-aux/gsm/num_samples"] == 4 and metrics["val-aux/gsm/num_lost"] == 0
+    assert metrics["val-aux/gsm/num_samples"] == 2 and metrics["val-aux/gsm/num_lost"] == 0
 
 
 def test_a_data_source_without_a_sample_is_told(trainer):
-    metrics, _ = validated(trainer, {("d", number) for number in range(4)})
-    assert metrics["val-aux/gsm/num_samples"] == 0 and metrics["val-aux/gsm/num_lost"] == 4
-    assert "val-core/gsm/acc/mean@4" not in metrics and metrics["val-core/aime/acc/mean@4"] == 6 / 12
+    metrics, _ = validated(trainer, {("d", 0), ("d", 1)})
+    assert metrics["val-aux/gsm/num_samples"] == 0 and metrics["val-aux/gsm/num_lost"] == 2
+    assert "val-core/gsm/acc/mean@2" not in metrics and metrics["val-core/aime/acc/mean@4"] == 6 / 12
 
 
 # Before Ray starts.

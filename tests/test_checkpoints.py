@@ -19,6 +19,7 @@ from verl.steer import trainer as trainer_steer
 from verl.steer.checkpoint_ledger import UNFINISHED, CheckpointLedger, step_of
 from verl.steer.methods.adaptive_entropy import AdaptiveEntropyCoefficient
 from verl.steer.methods.step_state import COEFFICIENT_FILE
+from verl.steer.step_record import STEP_RECORD, StepRecord
 from verl.steer.trainer import SteerTrainer, metrics_of_files
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
@@ -69,7 +70,7 @@ def trainer_of(folder, run="new", values=(), steps=4, **options):
     trainer.folder, trainer.trainer_mode, trainer.use_critic = Path(folder), "sync", True
     trainer.folder.mkdir(parents=True, exist_ok=True)
     trainer.actor_rollout_wg, trainer.critic_wg = Worker(run), Worker(run)
-    trainer.entropy_coefficient = AdaptiveEntropyCoefficient(1.0, 0.1, 1.0)
+    trainer.entropy_coefficient, trainer.last_entropy = AdaptiveEntropyCoefficient(1.0, 0.1, 1.0), None
     trainer.checkpoint_callback = CheckpointCallback()
     trainer.train_dataloader = SimpleNamespace(
         state_dict=lambda: f"{run} {trainer.global_steps}", load_state_dict=lambda state: None
@@ -337,6 +338,15 @@ def test_a_resumed_run_has_the_coefficient_of_its_checkpoint(tmp_path):
     assert resumed.entropy_coefficient.value == 0.7
 
 
+def test_a_resumed_run_has_the_entropy_of_its_checkpoints_step(tmp_path):
+    """On which the temperature of AEPO's next prompts depends."""
+    train(trainer_of(tmp_path, values=NEW, steps=1))
+    StepRecord(tmp_path / "global_step_1" / STEP_RECORD, {"actor/entropy": 0.3}).write()
+    resumed = trainer_of(tmp_path, values=NEW)
+    resumed._load_checkpoint()
+    assert resumed.last_entropy == 0.3
+
+
 @pytest.mark.parametrize(
     "options, target",
     [
@@ -358,8 +368,13 @@ def test_the_targets_of_the_steps_go_to_those_that_read_them(tmp_path, monkeypat
 def test_an_evaluation_changes_nothing_in_the_folder_of_a_run(tmp_path):
     run = train(trainer_of(tmp_path, "old", OLD))
     run.ledger.begin(5)
-    trainer_of(tmp_path, values=NEW, val_only=True)._load_checkpoint()
+    record = StepRecord(tmp_path / "global_step_4" / STEP_RECORD, {})
+    record.write()
+    evaluation = trainer_of(tmp_path, values=NEW, val_only=True)
+    evaluation._load_checkpoint()
+    evaluation._mark_logged()  # at the end of `fit`
     assert (tmp_path / "global_step_5" / UNFINISHED).exists()
+    assert StepRecord.read(tmp_path / "global_step_4") == record
 
 
 def test_two_files_of_one_data_source_keep_both_results():
