@@ -21,7 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from ray.exceptions import RayTaskError
 from verl.steer import main as entry_point  # puts verl's configurations on Hydra's path
-from verl.steer import run_ending
+from verl.steer import requirements, run_ending
 from verl.steer.audit.scores import AuditOptions
 from verl.steer.checkpoint_ledger import UnknownMetric
 from verl.steer.config import ADVANTAGE_OPTIONS, PolicyLossConfig
@@ -29,9 +29,12 @@ from verl.steer.methods.registry import POLICY_LOSSES
 from verl.steer.options import from_config
 from verl.steer.requirements import check_and_complete
 from verl.steer.requirements.files import check_data_and_model
+from verl.steer.requirements.verl_values import check_verl_values
 from verl.trainer.ppo.core_algos import (
+    ADV_ESTIMATOR_REGISTRY,
     BASE_LOSSES,
     ENTROPY_CHANGE_ESTIMATORS,
+    TOKEN_WEIGHT_NORMALIZERS,
     get_adv_estimator_fn,
     get_policy_loss_fn,
 )
@@ -159,6 +162,15 @@ def test_the_map_follows_linear_unless_it_is_named():
     assert PolicyLossConfig(linear=False, token_weight_map="linear").token_weight_max == 1.2
 
 
+def test_the_quantile_follows_the_normalizer_unless_it_is_given():
+    quantiles = {
+        name: PolicyLossConfig(token_weight_normalizer=name).token_weight_quantile for name in TOKEN_WEIGHT_NORMALIZERS
+    }
+    assert quantiles == dict.fromkeys(TOKEN_WEIGHT_NORMALIZERS, 0.8) | {"winsorised": 0.95}
+    given = PolicyLossConfig(token_weight_normalizer="winsorised", token_weight_quantile=0.8)
+    assert given.token_weight_quantile == 0.8
+
+
 @pytest.mark.parametrize("plus", ["", "+"])
 @pytest.mark.parametrize(
     "key, value",
@@ -195,14 +207,32 @@ def test_the_adaptive_bonus_asks_for_the_current_entropies():
     assert validated("adaptive_entropy")[0].actor_rollout_ref.actor.calculate_entropy
 
 
-@pytest.mark.parametrize("hardware", ["cpu", "gpu1", "gpu8"])
-@pytest.mark.parametrize("task", ["dapo_math", "arithmetic", "countdown"])
-def test_every_hardware_goes_with_every_task(hardware, task, monkeypatch):
+LAPTOP_TASKS = ["arithmetic", "countdown"]
+
+
+@pytest.fixture
+def any_machine(monkeypatch):
+    """One with the hardware and the CPUs of any configuration."""
+    for check in ("check_platform", "check_cpus"):
+        monkeypatch.setattr(requirements, check, lambda config: None)
+
+
+@pytest.mark.parametrize("hardware, device, number", [("cpu", "cpu", 1), ("gpu1", "cuda", 1), ("gpu8", "cuda", 8)])
+@pytest.mark.parametrize("task", ["dapo_math", *LAPTOP_TASKS])
+def test_every_hardware_goes_with_every_task(any_machine, hardware, device, number, task):
     config = resolved("steer_exp", f"hardware={hardware}", f"task={task}")
+    if hardware == "gpu8" and task in LAPTOP_TASKS:
+        # Of its few rollouts one of eight ranks has less than its micro-batches.
+        with pytest.raises(ValueError, match="^rollout.log_prob_micro_batch_size_per_gpu=128: expected a divisor of"):
+            check_and_complete(config)
+        smaller = {"rollout.log_prob_micro_batch_size_per_gpu": 2, "actor.ppo_micro_batch_size_per_gpu": 2}
+        for key, size in smaller.items():
+            OmegaConf.update(config, f"actor_rollout_ref.{key}", size)
     OmegaConf.resolve(config)
-    if hardware == "cpu":
-        check_and_complete(config)
-        assert config.trainer.device == "cpu" and config.ray_kwargs.ray_init.num_gpus == 1
+    check_and_complete(config)
+    assert (config.trainer.device, config.trainer.n_gpus_per_node) == (device, number)
+    # On the CPU the rank takes the one device that Ray is told of.
+    assert config.ray_kwargs.ray_init.get("num_gpus") == (1 if hardware == "cpu" else None)
 
 
 INFLUENCE = {"loss_mode": "entropy_control", "entropy_change_estimator": "influence"}
@@ -376,6 +406,10 @@ HEAD = ("entropy_change_estimator=influence", "token_weight_map=target", "influe
         (
             [f"{POLICY_LOSS}.{option}" for option in HEAD] + ["actor_rollout_ref.model.lora_rank=8"],
             "model.lora_rank=8: expected 0 with policy_loss.influence_way=head",
+        ),
+        (
+            [f"{POLICY_LOSS}.{option}" for option in HEAD] + ["actor_rollout_ref.model.lora_adapter_path=/adapter"],
+            "model.lora_adapter_path=/adapter: expected None with policy_loss.influence_way=head",
         ),
         (
             [f"{POLICY_LOSS}.{option}" for option in HEAD] + [f"{ACTOR}.fsdp_config.offload_policy=true"],
@@ -568,6 +602,7 @@ def test_the_entropy_audit_is_off_unless_it_is_asked_for(plus):
             f"trainer.v1.trainer_mode=sync {MANAGER}=null",
             "trainer.v1.trainer_mode=sync: expected steer with trainer.entropy_audit",
         ),
+        (f"trainer.use_v1=false {MANAGER}=null", "trainer.use_v1=False: expected true with trainer.entropy_audit"),
         (
             "actor_rollout_ref.actor.strategy=automodel",
             "actor.strategy=automodel: expected fsdp or fsdp2 with trainer.",
@@ -597,9 +632,12 @@ def test_an_audit_that_cannot_be_made_is_refused(override, message):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (
-            ["trainer.save_best_only=true", "trainer.test_freq=-1"],
-            "trainer.test_freq=-1: expected at least 1 with trainer.save_best_only=true",
+        *(
+            (
+                ["trainer.save_best_only=true", f"trainer.test_freq={never}"],
+                f"trainer.test_freq={never}: expected at least 1 with trainer.save_best_only=true",
+            )
+            for never in (-1, 0)
         ),
         (
             ["trainer.v1.trainer_mode=sync", f"{MANAGER}=null"],
@@ -682,6 +720,12 @@ def test_the_path_of_a_checkpoint_may_end_with_a_slash(tmp_path):
     config = resolved("grpo", "hardware=cpu", *resumed, "trainer.save_after=null")
     check_and_complete(config)
     assert config.trainer.resume_from_path == f"{tmp_path}/global_step_40" and config.trainer.save_after == 0
+
+
+def test_a_folder_without_a_step_in_its_name_is_no_checkpoint(tmp_path):
+    resumed = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={tmp_path}"]
+    with pytest.raises(ValueError, match=f"^{resumed[1]}: expected the folder global_step_N of a checkpoint"):
+        check_and_complete(resolved("grpo", "hardware=cpu", *resumed))
 
 
 def test_unfinished_checkpoints_are_refused(tmp_path):
@@ -924,11 +968,30 @@ def test_what_verl_would_ignore_is_refused(overrides, message):
         [f"{CHECKPOINT}.save_contents=[hf_model]", "trainer.resume_mode=disable"],
         ["+ray_kwargs.ray_init.runtime_env.env_vars.NCCL_IB_DISABLE=on", "trainer.experiment_name=no"],
         ["trainer.logger=console"],
+        # Servers with devices of their own.
+        [f"{ROLLOUT}.tensor_model_parallel_size=2", "trainer.v1.trainer_mode=separate_async", f"{MANAGER}=null"],
         [f"reward.custom_reward_function.path={__file__}"],
     ],
 )
 def test_what_verl_reads_is_taken(overrides):
     check_and_complete(resolved("grpo", "hardware=cpu", "task=arithmetic", *overrides))
+
+
+#: Estimators without a baseline from the prompt's other rollouts, and some that lack theirs with one rollout.
+ALONE = {"gae", "gpg", "nsr", "psr", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "w_reinforce"}
+ALONE |= {"optimal_token_baseline", "tir_optimal_token_baseline"}
+
+
+def test_one_rollout_of_a_prompt_is_for_estimators_that_compare_none():
+    config, refused = resolved("grpo", "hardware=cpu", "task=arithmetic", f"{ROLLOUT}.n=1"), set()
+    for name in ADV_ESTIMATOR_REGISTRY:
+        config.algorithm.adv_estimator = name
+        try:
+            check_verl_values(config)
+        except ValueError as error:
+            assert str(error) == f"rollout.n=1: expected at least 2 with algorithm.adv_estimator={name}"
+            refused.add(name)
+    assert refused == ADV_ESTIMATOR_REGISTRY.keys() - ALONE
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
@@ -1058,6 +1121,7 @@ def test_a_broken_file_is_named(laptop_files, tmp_path, content, key):
         ["actor_rollout_ref.model.path=Qwen/Qwen2.5-Math-7B"],
         ["actor_rollout_ref.model.path=hdfs://cluster/models/qwen"],
         ["data.train_batch_size=40", "data.gen_batch_size=1"],
+        ["data.gen_batch_size=5", "trainer.v1.trainer_mode=separate_async"],
         ["data.train_batch_size=41", "trainer.val_only=true"],
     ],
 )
