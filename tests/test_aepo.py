@@ -60,6 +60,13 @@ def test_advantages_by_hand():
     torch.testing.assert_close(plain[2:5, 0], torch.tensor([2 / 3, 2 / 3, -4 / 3]))
 
 
+def test_an_answer_hardly_better_than_the_others_does_not_count():
+    """Of two tempered prompts: advantages of 0.04 and -0.04, and of 0.06 and -0.06."""
+    config = {"norm_adv_by_std_in_grpo": False}
+    found = advantages_of("aepo", [0.58, 0.5, 0.62, 0.5], torch.ones(4, 1), list("aabb"), config, tempered=("a", "b"))
+    assert found.flatten().tolist() == [0.0, 0.0, 1.0, 0.0]
+
+
 def test_from_submission_to_advantages(monkeypatch):
     """The first prompts get their temperature, their answers the advantages of REINFORCE, once.
 

@@ -222,6 +222,14 @@ def test_clip_b_by_hand():
     torch.testing.assert_close(found, torch.tensor([[-1.0, -1.0, 0.0], [1.0, 1.0, 1.0]]))
 
 
+def test_clip_b_clips_nothing_where_the_scores_are_almost_the_same():
+    """exp(-33) (1 - 33) and the wrong answer's exp(-32) (1 - 32): their deviation of 1.2e-13 is rounding."""
+    fields = {"old_log_probs": torch.tensor([[-33.0], [-32.0]]), "entropy": torch.ones(2, 1)}
+    config = {"norm_adv_by_std_in_grpo": False, "clip_b_mu": 0.0}
+    found = advantages_of("clip_b", [1.0, -1.0], torch.ones(2, 1), ["a", "a"], config, **fields)
+    assert found.flatten().tolist() == [1.0, -1.0]
+
+
 def test_clip_b_of_bf16_inputs_is_computed_in_float32():
     log_pi, action, _, mask = random_inputs()
     inputs, mask = inputs_of(log_pi, action, None, mask), mask.int()

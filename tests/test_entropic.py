@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`loss_mode=entropic`: EntroPIC's loss and controller by hand."""
 
+import math
+
 import pytest
 import torch
 from loss_properties import check_loss, loss_of, random_fields, row, token_gradients
@@ -34,6 +36,12 @@ def test_the_controlled_part_has_no_clip():
     """At a ratio of 2 PPO leaves no gradient for A = 2; alpha * ratio * |A| = 0.25 * 2 * 2 stays."""
     found = token_gradients("entropic", batch_of((2.0, 1.0, 1.0, 1.0, 1.0)), {"entropy_coeff": 0.25})
     torch.testing.assert_close(found, row(1.0, -0.75, 0.0, 1.0, -1.0))
+
+
+def test_a_ratio_ends_at_exp_20():
+    """As in verl's loss. The first token, with A = 2, has alpha * ratio * |A| = 0.25 * exp(20) * 2."""
+    outputs = loss_of("entropic", batch_of((math.exp(30), 1.0, 1.0, 1.0, 1.0)), {"entropy_coeff": 0.25})
+    assert outputs.loss.item() == pytest.approx(-0.5 * math.exp(20) / 5, rel=1e-4)
 
 
 def test_rollout_weights_multiply_both_parts():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Influence through shared parameters: against autograd, torch's AdamW, and true updates of a real FSDP2 engine."""
 
+import math
 from functools import partial
 
 import numpy as np
@@ -95,6 +96,14 @@ def test_the_factors_are_minus_the_gradient_of_verls_loss_by_the_log_prob(agg):
     factors = token_factors(inputs, ClipRatios(0.2, 0.28, 1.5))
     torch.testing.assert_close(factors / mask.sum(), -gradient)
     assert 0 < (factors == 0).float().mean() < 1
+
+
+def test_the_factors_ratio_ends_at_exp_20_on_both_sides():
+    """As in verl's loss; without PPO's third clip a negative token is not clipped above."""
+    old, log_prob, advantages = torch.tensor([[[0.0, -30.0]], [[-30.0, 0.0]], [[2.0, -1.0]]])
+    inputs = LossInputs(old, log_prob, advantages, torch.ones(1, 2))
+    found = token_factors(inputs, ClipRatios(0.2, 0.28, math.inf))
+    torch.testing.assert_close(found, torch.tensor([[2 * math.exp(-20), -math.exp(20)]]), rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])

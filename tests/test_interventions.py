@@ -191,6 +191,9 @@ def test_a_fixed_probability_bounds_the_quadrants():
     inputs = LossInputs(log_prob, log_prob, torch.ones(1, 3), torch.ones(1, 3), torch.zeros(1, 3))
     inside = in_quadrant("positive_likely", inputs, 0.7)
     assert inside.tolist() == [[False, True, True]]
+    # As likely as the bound: ln 1 is exact.
+    certain = LossInputs(torch.zeros(1, 1), torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1, 1), torch.zeros(1, 1))
+    assert in_quadrant("positive_likely", certain, 1.0).all()
 
 
 @settings(max_examples=30)
@@ -233,6 +236,12 @@ def test_the_adaptive_coefficient_by_hand(tmp_path):
     resumed.load(tmp_path)
     assert resumed.value == controller.value == 3.0
     assert [controller.step(0.5) for _ in range(9)] == [0.0] * 9 and controller.value == 0.0
+
+
+def test_the_adaptive_bonus_is_on_at_the_target_itself():
+    """Where the coefficient falls already."""
+    controller = AdaptiveEntropyCoefficient(target=0.2, increment=1.0, maximum=3.0, value=2.0)
+    assert controller.step(0.2) == 2.0 and controller.value == 1.0
 
 
 def test_the_adaptive_coefficient_is_that_of_trl_which_switches_it_a_step_later():

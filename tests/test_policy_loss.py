@@ -396,6 +396,21 @@ def test_ppo_loss_hands_over_the_old_policys_entropy():
     assert metrics["actor/token_weights_mean"].aggregation is AggregationType.MEAN
 
 
+@pytest.mark.parametrize(
+    "agg, sizes, aggregation",
+    [
+        ("token-mean", {}, AggregationType.MEAN),
+        ("token-mean", {"batch_num_tokens": 9}, AggregationType.SUM),
+        ("seq-mean-token-mean", {"global_batch_size": 3}, AggregationType.SUM),
+    ],
+)
+def test_losses_of_micro_batches_add_up_where_each_is_a_part_of_the_whole(agg, sizes, aggregation):
+    data, output = micro_batch()
+    tu.assign_non_tensor(data, **{"batch_num_tokens": None, "global_batch_size": None} | sizes)
+    _, metrics = ppo_loss(actor_config(agg=agg), {"log_probs": output["log_probs"]}, data)
+    assert metrics["actor/pg_loss"].aggregation is aggregation
+
+
 def test_ppo_loss_falls_back_to_the_current_entropy():
     data, output = micro_batch(with_entropy=False)
     loss, _ = ppo_loss(actor_config(), dict(output), data)
