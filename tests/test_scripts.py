@@ -586,21 +586,25 @@ def test_the_study_stops_where_a_task_cannot_be_made(launched, tmp_path):
     assert result.returncode != 0 and trained == []
 
 
-def test_every_run_of_the_study_passes_the_checks(command, root):
-    parts = (
-        "collapse field sweep sign classes trainability continued stable fidelity methods lambda_min extreme quadrants "
-    )
-    parts += "maps normalizers lora"
-    listed = command("bash", root / "run/study.sh", "--list", PARTS=parts)
+def test_every_run_of_the_study_passes_the_checks(command, root, tmp_path, monkeypatch):
+    """Of all parts that `members` tells apart."""
+    cases = (root / "run/study.sh").read_text().partition("members() {")[2].partition("esac")[0]
+    parts = [part for names in re.findall(r"^    ([\w |\\\n]+)\)", cases, re.M) for part in re.findall(r"\w+", names)]
+    assert len(parts) == len(set(parts)) == 26 and {"sweep", "countdown_lora", "control_others"} < set(parts)
+    listed = command("bash", root / "run/study.sh", "--list", PARTS=" ".join(parts))
     assert listed.returncode == 0 and listed.stderr == ""
     runs = dict(line.split(": ") for line in listed.stdout.splitlines())
-    assert len(runs) == len(listed.stdout.splitlines()) == 215
+    assert len(runs) == len(listed.stdout.splitlines()) == 257
+    (tmp_path / "reward_model").mkdir()
+    (tmp_path / "reward_model/config.json").touch()
+    monkeypatch.setenv("TASK_DIR", str(tmp_path))
     lr = "actor_rollout_ref.actor.optim.lr"
     rates = {name: name.rpartition("_lr") for name in runs if "_lr" in name}
     assert all(runs.pop(name) == f"{runs[base]} {lr}={rate}" for name, (base, _, rate) in rates.items())
     configs = {}
     for name, words in runs.items():
         task = "countdown" if re.match("countdown_|second_|continued_|stable_", name) else "arithmetic"
+        task = "countdown_learned" if name.startswith("learned_") else task
         config, *overrides = words.split()
         configs[name] = validated(config, f"task={task}", "hardware=cpu", *overrides)
     coefficients = [name for name in configs if "_coefficient" in name]
@@ -614,6 +618,8 @@ def test_every_run_of_the_study_passes_the_checks(command, root):
     assert (quadrant.quadrant, quadrant.quadrant_weight) == ("negative_likely", 1.5)
     assert configs["grpo_extreme"][0].actor_rollout_ref.actor.clip_ratio_high == 5.0
     assert configs["steer_exp_lora"][0].actor_rollout_ref.model.lora_rank == 8
+    assert configs["influence_steps"][1].target_entropy == {1: 0.35, 21: 0.2, 41: 0.3}
+    assert configs["learned_bonus_0.01"][0].actor_rollout_ref.actor.entropy_coeff == 0.01
 
 
 def test_study_names_its_parts(command, root):
