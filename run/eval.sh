@@ -26,11 +26,18 @@ if [ "${1:-}" = --only ]; then
   benchmarks=${2:?eval.sh: --only: expected names such as aime24,math500}
   shift 2
 fi
+for word in "$@"; do
+  case $word in --only*) echo "eval.sh: $word: expected --only NAMES before the overrides" >&2; exit 1 ;; esac
+done
 model=${MODEL_PATH:?eval.sh: MODEL_PATH: expected a Hugging Face folder, a hub id or a checkpoint (global_step_N)}
 
 # Of a checkpoint take the Hugging Face export, or merge its shards. Merge again if the shards have changed since, or a
 # kill interrupted the merge.
 if [ -d "$model/actor" ]; then
+  if [ -e "$model/.unfinished" ]; then
+    echo "eval.sh: MODEL_PATH=$model: expected a whole checkpoint; this one was cut off while it was saved" >&2
+    exit 1
+  fi
   if ls "$model"/actor/huggingface/*.safetensors >/dev/null 2>&1; then
     model=$model/actor/huggingface
   else
@@ -44,6 +51,13 @@ if [ -d "$model/actor" ]; then
     model=$merged
   fi
 fi
+for file in "$model"/*.safetensors; do
+  # The names of tensors come first in the file. verl exports the layers beside their adapters, or merges without them.
+  if [ -d "$model/lora_adapter" ] || grep -aqF .base_layer. < <(head -c 1000000 "$file" 2>/dev/null); then
+    echo "eval.sh: $model: expected a model without LoRA adapters: merge them, such as by peft's merge_and_unload" >&2
+    exit 1
+  fi
+done
 export MODEL_PATH=$model
 
 names=() files=()

@@ -1040,11 +1040,18 @@ def test_what_verl_refuses_ends_a_run_in_one_line(laptop_files, monkeypatch, ove
         entry_point.main.__wrapped__(resolved("steer_exp", "hardware=cpu", "task=arithmetic", override))
 
 
+ROW = {
+    "prompt": [{"role": "user", "content": "1+1="}], "data_source": "arithmetic", "reward_model": {"ground_truth": "2"},
+}  # fmt: skip
+
+
 @pytest.fixture
 def laptop_files(tmp_path, monkeypatch):
     """A task's folder with 40 rows for training and a model's configuration."""
     for name, rows in (("train", 40), ("test", 8)):
-        pq.write_table(pa.table({"prompt": ["1+1="] * rows}), tmp_path / f"{name}.parquet")
+        pq.write_table(
+            pa.table({column: [value] * rows for column, value in ROW.items()}), tmp_path / f"{name}.parquet"
+        )
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text('{"max_position_embeddings": 96}')
     monkeypatch.setenv("TASK_DIR", str(tmp_path))
@@ -1109,6 +1116,38 @@ def test_a_broken_file_is_named(laptop_files, tmp_path, content, key):
     config = resolved("grpo", "hardware=cpu", "task=arithmetic", f"data.{key}={tmp_path}/broken.parquet")
     message = f"data.{key}: {tmp_path}/broken.parquet: expected a whole parquet file: "
     with pytest.raises(ValueError, match="^" + re.escape(message)):
+        check_data_and_model(config)
+
+
+@pytest.mark.parametrize("key", ["train_files", "val_files"])
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("prompt", None, "no column prompt: add it as the README describes"),
+        ("reward_model", None, "no column reward_model: add it as the README describes"),
+        ("prompt", "1+1=", "column prompt of type string: expected a list of chat messages"),
+        ("reward_model", "2", "column reward_model of type string: expected a struct with ground_truth"),
+        ("reward_model", {"answer": "2"}, "column reward_model of type struct<answer: string>: expected a struct with"),
+    ],
+)
+def test_columns_that_verl_cannot_read_are_named(laptop_files, key, column, value, message):
+    file = laptop_files / "mine.parquet"
+    row = {name: one for name, one in (ROW | {column: value}).items() if one is not None}
+    pq.write_table(pa.table({name: [one] * 40 for name, one in row.items()}), file)
+    named = f"data.{key}={file}"
+    with pytest.raises(ValueError, match="^" + re.escape(f"data.{key}: {file}: {message}")):
+        check_data_and_model(resolved("grpo", "hardware=cpu", "task=arithmetic", named))
+    own = "data.custom_cls.path=mine.py"
+    check_data_and_model(resolved("grpo", "hardware=cpu", "task=arithmetic", named, own))
+
+
+def test_a_folder_whose_path_looks_like_a_name_on_the_hub_is_a_folder(laptop_files, monkeypatch):
+    monkeypatch.chdir(laptop_files.parent)
+    path = f"{laptop_files.name}/model"
+    config = resolved("grpo", "hardware=cpu", "task=arithmetic", f"actor_rollout_ref.model.path={path}")
+    check_data_and_model(config)
+    (laptop_files / "model/config.json").unlink()
+    with pytest.raises(ValueError, match=f"^actor_rollout_ref.model.path={path}: expected the folder of a model"):
         check_data_and_model(config)
 
 

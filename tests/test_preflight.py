@@ -215,7 +215,11 @@ def data_of(configured, tmp_path, model_folder):
 
 def rows_of(*prompts, **more):
     messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return {"prompt": messages, "data_source": ["x"] * len(prompts), "reward_model": [{"a": "b"}] * len(prompts)} | more
+    return {
+        "prompt": messages,
+        "data_source": ["x"] * len(prompts),
+        "reward_model": [{"ground_truth": "2"}] * len(prompts),
+    } | more
 
 
 def test_disk_counts_what_the_run_still_writes(data_of, tmp_path, monkeypatch):

@@ -799,6 +799,29 @@ def test_checkpoints_of_the_same_name_share_no_responses(evaluated, tmp_path):
         assert responses == {"first": f"{seed} first"} and "/eval/steer_exp-global_step_9-" in folder
 
 
+def test_models_that_would_be_evaluated_wrongly_are_refused(evaluated, tmp_path):
+    """Cut off while they were saved, or with LoRA: merged without its adapters, or exported beside them."""
+    unfinished = tmp_path / "run/global_step_9"
+    write_weights(unfinished / "actor/huggingface", "weights")
+    (unfinished / ".unfinished").touch()
+    exported = tmp_path / "exported/global_step_9"
+    write_weights(exported / "actor/huggingface", '{"base_model.model.q_proj.base_layer.weight": {}}')
+    merged = write_weights(tmp_path / "merged", "weights")
+    (merged / "lora_adapter").mkdir()
+    for model, message in (
+        (unfinished, f"eval.sh: MODEL_PATH={unfinished}: expected a whole checkpoint; this one was cut off"),
+        (exported, f"eval.sh: {exported}/actor/huggingface: expected a model without LoRA adapters"),
+        (merged, f"eval.sh: {merged}: expected a model without LoRA adapters"),
+    ):
+        assert evaluated(model, fails=True).startswith(message)
+
+
+def test_only_stands_before_the_overrides(evaluated, tmp_path):
+    model = write_weights(tmp_path / "model", "weights")
+    for words in (("--only", "second"), ("--only=second",)):
+        assert evaluated(model, *words, fails=True).startswith(f"eval.sh: {words[0]}: expected --only NAMES before")
+
+
 def test_an_evaluation_is_done_once_under_each_set_of_options(evaluated, tmp_path):
     model = write_weights(tmp_path / "model", "weights")
     sampling = "actor_rollout_ref.rollout.val_kwargs"

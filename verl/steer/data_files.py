@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 
 def data_files(config: DictConfig, key: str) -> list[str]:
@@ -63,6 +63,38 @@ def row_count(config: DictConfig, key: str) -> int | None:
     """
     files = present_files(config, key)
     return sum(metadata(file, key).num_rows for file in files) if all(map(is_readable, files)) else None
+
+
+def check_columns(config: DictConfig, key: str) -> None:
+    """Check that each file that a check reads has verl's columns, with chat messages and a right answer in them.
+
+    verl would take a prompt of plain text for messages without content. A data set of the user's own
+    (`data.custom_cls`) may have any columns.
+
+    Raises:
+        ValueError: if a file is missing or broken, or lacks a column or what is expected in it.
+    """
+    if OmegaConf.select(config, "data.custom_cls.path"):
+        return
+    prompt = config.data.prompt_key
+    for file in filter(is_readable, present_files(config, key)):
+        types = {field.name: field.type for field in metadata(file, key).schema.to_arrow_schema()}
+        if missing := [name for name in (prompt, "data_source", "reward_model") if name not in types]:
+            raise ValueError(f"data.{key}: {file}: no column {', '.join(missing)}: add it as the README describes")
+        for name, check, expected in (
+            (prompt, _is_list, "a list of chat messages"),
+            ("reward_model", _has_ground_truth, "a struct with ground_truth"),
+        ):
+            if not check(types[name]):
+                raise ValueError(f"data.{key}: {file}: column {name} of type {types[name]}: expected {expected}")
+
+
+def _is_list(type_: pa.DataType) -> bool:
+    return pa.types.is_list(type_) or pa.types.is_large_list(type_)
+
+
+def _has_ground_truth(type_: pa.DataType) -> bool:
+    return pa.types.is_struct(type_) and type_.get_field_index("ground_truth") >= 0
 
 
 def column_values(config: DictConfig, key: str, column: str) -> Iterator[tuple[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from omegaconf import DictConfig
 from transformers import AutoTokenizer
-from verl.steer.data_files import is_readable, metadata, present_files
+from verl.steer.data_files import check_columns, is_readable, present_files
 
 #: Prompts of a file that are tokenized, evenly over all of them ordered by characters.
 SAMPLE = 1000
@@ -17,6 +17,7 @@ SAMPLE = 1000
 
 def check_files(config: DictConfig, key: str) -> str:
     """Columns, rows and lengths of prompts; a ValueError names the key, the file and what it lacks."""
+    check_columns(config, key)
     model = config.actor_rollout_ref.model
     tokenizer = AutoTokenizer.from_pretrained(model.tokenizer_path or model.path)
     found = (
@@ -29,9 +30,6 @@ def check_files(config: DictConfig, key: str) -> str:
 
 
 def _check_file(file: Path, key: str, data: DictConfig, tokenizer: Any) -> str:
-    names = metadata(str(file), key).schema.to_arrow_schema().names
-    if missing := [name for name in (data.prompt_key, "data_source", "reward_model") if name not in names]:
-        raise ValueError(f"data.{key}: {file}: no column {', '.join(missing)}: add it as the README describes")
     prompts = pq.read_table(file, columns=[data.prompt_key])[data.prompt_key].to_pylist()
     if not prompts:
         raise ValueError(f"data.{key}: {file}: no rows: make it again")

@@ -7,20 +7,23 @@ import json
 from pathlib import Path
 
 from omegaconf import DictConfig
-from verl.steer.data_files import row_count
+from verl.steer.data_files import check_columns, row_count
 
 
 def check_data_and_model(config: DictConfig) -> None:
-    """Check that data and model are there, the data suffice for a step, and the model has positions for a response.
+    """Check that data and model are there, the data have their columns and suffice for a step, and the model has
+    positions for a response.
 
     Raises:
         ValueError: if not.
     """
     row_count(config, "val_files")
     _check_rows(config, row_count(config, "train_files"))
+    for key in ("train_files", "val_files"):
+        check_columns(config, key)
     path = str(config.actor_rollout_ref.model.path)
     # A name on the Hugging Face Hub is AUTHOR/MODEL.
-    is_local = path.startswith(("/", ".", "~")) or path.count("/") > 1 and "://" not in path
+    is_local = path.startswith(("/", ".", "~")) or path.count("/") > 1 and "://" not in path or Path(path).is_dir()
     if is_local and not Path(path, "config.json").is_file():
         raise ValueError(
             f"actor_rollout_ref.model.path={path}: expected the folder of a model, with its config.json, or a name on "
