@@ -112,6 +112,13 @@ def check_installed() -> None:
     """
     if version("verl") != VERL_VERSION:
         sys.exit(f"steer-verl: verl is {version('verl')}, expected {VERL_VERSION}: pip install verl=={VERL_VERSION}")
+    # A folder `verl` in the working directory would be imported in place of the installed one.
+    found = importlib.util.find_spec("verl")
+    if found is not None and found.origin is not None:
+        file = Path(found.origin).parent / "version/version"
+        told = file.read_text().strip() if file.is_file() else "without a version"
+        if told != VERL_VERSION:
+            sys.exit(f"steer-verl: {found.origin} is verl {told}, expected {VERL_VERSION}: run from another folder")
     wanted = os.getenv("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()
     installed = any(plugin.name == PLUGIN for plugin in entry_points(group="verl.plugins"))
     if not installed or wanted != "auto" and PLUGIN not in wanted.split(","):

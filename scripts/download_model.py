@@ -7,6 +7,7 @@ python scripts/download_model.py Qwen/Qwen2.5-Math-7B --out models/Qwen2.5-Math-
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -46,6 +47,11 @@ def main() -> None:
         sys.exit(f"download_model: {args.model}: the hub did not answer ({reason}); call again to go on")
     if not any(out.glob("*.safetensors")):
         sys.exit(f"download_model: {args.model}: no *.safetensors on the hub; expected weights in that format")
+    index = out / "model.safetensors.index.json"
+    weights = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+    # Where the hub does not answer, what is there already counts as the download.
+    if missing := [name for name in sorted(weights) if not (out / name).is_file()]:
+        sys.exit(f"download_model: {args.model}: {', '.join(missing)} missing in {out}; call again to go on")
     print(f"{args.model} is in {out}: MODEL_PATH={out}")
 
 

@@ -40,6 +40,20 @@ def test_active_in_spawned_subprocesses(command):
     assert result.stdout.split() == ["verl.trainer.ppo.core_algos", package] and result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize("told", ["0.10.0.dev", None])
+def test_a_checkout_of_verl_in_the_working_directory_is_refused(command, tmp_path, told):
+    """Python would import it in place of the installed verl."""
+    package = tmp_path / "verl"
+    (package / "version").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    if told:
+        (package / "version/version").write_text(f"{told}\n")
+    result = command(sys.executable, "-m", "verl_steer", "--check", cwd=tmp_path)
+    found = f"{package / '__init__.py'} is verl {told or 'without a version'}"
+    assert result.returncode == 1
+    assert result.stderr == f"steer-verl: {found}, expected 0.9.1: run from another folder\n"
+
+
 def test_every_overlay_module_is_served(root):
     names = list(verl_steer.overlay_modules())
     assert "verl.trainer.ppo.core_algos" in names

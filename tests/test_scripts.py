@@ -928,6 +928,18 @@ def test_a_download_tells_what_it_did_or_lacks(program, tmp_path, monkeypatch, f
     assert result.returncode == (0 if "model.safetensors" in files else 1)
 
 
+def test_a_download_of_a_part_of_the_weights_is_no_download(program, tmp_path, monkeypatch):
+    """Where the hub does not answer, `snapshot_download` returns what is there."""
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: None)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "1.safetensors").touch()
+    names = {"embedding": "1.safetensors", "norm": "1.safetensors", "head": "2.safetensors"}
+    (out / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    result = program("download_model.py", "o/n", "--out", out)
+    assert result.returncode == 1 and f"o/n: 2.safetensors missing in {out}; call again to go on" in result.stderr
+
+
 def test_kept_metrics_of_a_resumed_run_give_the_same_table(program, tmp_path):
     """Of speed nothing is kept, and of an entropy of 1/3 five digits, of an accuracy all; start 2 repeats step 2."""
     data = {"actor/entropy": 1 / 3, "actor/grad_norm": 1.0, "critic/score/mean": -0.5, "actor/token_weights_mean": 0.9}
