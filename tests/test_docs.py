@@ -95,8 +95,9 @@ def test_relative_links_exist(page):
         file, _, anchor = link.partition("#")
         if "://" in link:
             continue
-        assert (page.parent / file).is_file(), link
-        headings = re.findall(r"^#+ (.*)", (page.parent / file).read_text(), re.M) if anchor else []
+        linked = page.parent / file if file else page
+        assert linked.is_file(), link
+        headings = re.findall(r"^#+ (.*)", linked.read_text(), re.M) if anchor else []
         assert not anchor or anchor in [re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings], link
 
 
