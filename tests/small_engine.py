@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A real FSDP2 engine with a tiny Qwen2 model, and mini-batches for it, without Ray."""
 
+import pytest
 import torch
 from tensordict import TensorDict
+from verl.plugin.platform import get_platform
 from verl.steer.config import FSDPEngineConfig
 from verl.steer.engine import fsdp  # noqa: F401 - registers the engine
 from verl.trainer.config import CheckpointConfig
@@ -10,6 +12,9 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.dataset.dataset_utils import DatasetPadMode
 from verl.workers.config import FSDPOptimizerConfig, HFModelConfig
 from verl.workers.engine.base import EngineRegistry
+
+#: For tests of several ranks: they talk by gloo, which FSDP2 does not take for a GPU's tensors.
+ON_CPU = pytest.mark.skipif(get_platform().device_name == "cuda", reason="these ranks are for CPUs")
 
 
 def make_engine(model_folder, packed=False, dtype="fp32", reshard=True, **optimizer):

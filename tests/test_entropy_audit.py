@@ -12,7 +12,7 @@ import torch
 import torch.distributed
 from omegaconf import OmegaConf
 from scipy.stats import pearsonr, spearmanr
-from small_engine import LENGTHS, MINI_BATCHES, make_engine, mini_batches
+from small_engine import LENGTHS, MINI_BATCHES, ON_CPU, make_engine, mini_batches
 from tensordict import TensorDict
 from test_entropy_truth import STEP, entropy, gradient, policies
 from test_policy_loss import actor_config
@@ -384,6 +384,7 @@ def one_of_two_ranks(rank, model_folder, folder):
     torch.distributed.destroy_process_group()
 
 
+@ON_CPU
 def test_two_ranks_tell_what_one_does(model_folder, audit, tmp_path):
     """Tokens of both are scored together, and each rank saves its own."""
     torch.multiprocessing.spawn(one_of_two_ranks, (str(model_folder), str(tmp_path)), nprocs=2)

@@ -12,7 +12,7 @@ import torch.distributed
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import pearsonr
-from small_engine import MINI_BATCHES, make_engine, mini_batches
+from small_engine import MINI_BATCHES, ON_CPU, make_engine, mini_batches
 from test_policy_loss import actor_config
 from verl.steer.audit.one_token import one_token_effects
 from verl.steer.audit.scores import AuditRequest
@@ -426,8 +426,9 @@ def test_the_heads_influence_is_autograds_with_the_hidden_states_fixed(
         found = engine.token_statistics(second, with_hidden=True)
         inputs, shares = engine.loss_inputs_of(second, VANILLA.keywords["config"], found["log_probs"])
     head, valid = engine.module.get_output_embeddings().weight, inputs.response_mask
-    state = {name: value.full_tensor().double() for name, value in engine.optimizer.state[head].items() if value.dim()}
-    weight = head.detach().full_tensor().double().requires_grad_()
+    moments = engine.optimizer.state[head]
+    state = {name: value.full_tensor().cpu().double() for name, value in moments.items() if value.dim()}
+    weight = head.detach().full_tensor().cpu().double().requires_grad_()
     labels = second["responses"].to_padded_tensor(0)[valid]
     log_probs = (found["hidden"][valid].double() @ weight.T / temperature).log_softmax(-1)
     torch.testing.assert_close(log_probs.gather(-1, labels[:, None])[:, 0].float(), found["log_probs"][valid])
@@ -489,6 +490,7 @@ def one_of_two_ranks(rank, model_folder, folder):
     torch.distributed.destroy_process_group()
 
 
+@ON_CPU
 def test_two_ranks_and_other_micro_batches_find_the_same(model_folder, tmp_path):
     torch.multiprocessing.spawn(one_of_two_ranks, (str(model_folder), str(tmp_path)), nprocs=2)
     halves = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]

@@ -409,6 +409,21 @@ def test_the_exit_status_is_that_of_the_checks(monkeypatch, tmp_path):
         assert stop.value.code == status
 
 
+def test_vllm_does_not_fork(monkeypatch, tmp_path):
+    """CUDA does not start in a process forked after verl's import; the run's variables reach all processes."""
+    given = {}
+
+    def record(folder, group, names, ranks, command, seconds, **variables):
+        given[group] = variables
+        return []
+
+    monkeypatch.setattr(main, "run_group", record)
+    config = resolved("grpo", "+ray_kwargs.ray_init.runtime_env.env_vars={SOME: a, VLLM_WORKER_MULTIPROC_METHOD: fork}")
+    main.checks_in_processes(config, tmp_path, 0)
+    assert given["vllm"] == {"SOME": "a", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    assert given["ranks"]["SOME"] == "a"
+
+
 def test_rows_of_several_ranks(tmp_path):
     """A failure explains more than a rank that waited for it in vain, and missing rows tell how the process ended."""
     script = (
