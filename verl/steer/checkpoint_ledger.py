@@ -55,7 +55,7 @@ class CheckpointLedger:
         The tracker decides which whole checkpoint is the latest, since upstream's own trainer may have saved it.
         """
         _clear(folder)
-        ledger, whole, tracked = cls._read(folder), _checkpoints(folder), _tracked(folder)
+        ledger, whole, tracked = cls._read(folder), _checkpoints(folder), tracked_step(folder)
         ledger.saved_steps = [step for step in ledger.saved_steps if step in whole]
         if ledger.best_step is not None and ledger.best_step not in whole:
             logger.warning("%s, the best checkpoint, is gone: the best starts anew", ledger._path(ledger.best_step))
@@ -159,7 +159,7 @@ class CheckpointLedger:
         # The tracker comes first: after a kill between the two writes, `open` corrects the ledger by the tracker.
         if latest is None:
             tracker.unlink(missing_ok=True)
-        elif _tracked(self.folder) != latest:
+        elif tracked_step(self.folder) != latest:
             replace_file(tracker, str(latest))
         entries = {"latest_step": latest, **vars(self)}
         del entries["folder"]
@@ -201,8 +201,8 @@ def _checkpoints(folder: Path) -> dict[int, Path]:
     return {step: path for path in folders if (step := step_of(path)) is not None}
 
 
-def _tracked(folder: Path) -> int | None:
-    """The step in upstream's tracker; None if it is missing, or if a kill left it empty."""
+def tracked_step(folder: Path) -> int | None:
+    """The step of the last checkpoint in upstream's tracker; None if it is missing, or if a kill left it empty."""
     tracker = folder / TRACKER
     text = tracker.read_text().strip() if tracker.is_file() else ""
     return int(text) if text.isdecimal() else None
@@ -212,7 +212,7 @@ def _clear(folder: Path) -> None:
     """Delete unfinished checkpoints, restore the folders that they replaced, and finish interrupted deletions."""
     for step, path in _checkpoints(folder).items():
         if (path / UNFINISHED).exists():
-            if _tracked(folder) == step:
+            if tracked_step(folder) == step:
                 # The folder that is restored under this name belongs to another branch.
                 (folder / TRACKER).unlink()
             path.rename(_deleted_name(path))

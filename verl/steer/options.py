@@ -12,7 +12,7 @@ replaces null by the default, so a field with a default is annotated without Non
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypeVar
 
@@ -104,6 +104,15 @@ def resolve_options(config: Any, section: str) -> None:
         if getattr(config, name) is None:
             object.__setattr__(config, name, found.default)
         found.check(f"{section}.{name}", getattr(config, name))
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Each value below a section of the configuration with its whole key; the value itself if it is no section."""
+    if not isinstance(value, Mapping):
+        yield key, value
+        return
+    for name, below in value.items():
+        yield from leaves(below, f"{key}.{name}" if key else name)
 
 
 def from_config(cls: type[Options], config: Mapping[str, Any] | None, unknown: str | None = None) -> Options:

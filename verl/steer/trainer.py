@@ -48,6 +48,7 @@ from verl.steer.rollout.checks import TEMPERATURE, is_batched
 from verl.steer.rollout.lost_rollouts import LOST_IN_TRAINING, lost_rollouts, means_over_stored_samples, stored_samples
 from verl.steer.rollout.wait import ROLLOUT_TIMEOUT, RolloutWait
 from verl.steer.run_ending import naming_a_full_disk
+from verl.steer.run_settings import save_settings
 from verl.steer.step_record import RecordsSteps
 from verl.steer.validation_metrics import problems_of, sampling_metrics
 from verl.steer.worker import SteerWorkers
@@ -371,9 +372,11 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         self.checkpoint_callback = SimpleNamespace(on_save=lambda **event: events.append(event))  # type: ignore
         self.ledger.begin(self.global_steps)
         super()._save_checkpoint()
+        saved = self.folder / f"global_step_{self.global_steps}"
         if self.entropy_coefficient:
-            self.entropy_coefficient.save(self.folder / f"global_step_{self.global_steps}")
-        self.write_step_record(self.folder / f"global_step_{self.global_steps}")
+            self.entropy_coefficient.save(saved)
+        self.write_step_record(saved)
+        save_settings(self.config, saved)
         self.ledger.saved(self.global_steps)
         options.update(kept)
         self.checkpoint_callback = callback

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, open_dict
 from verl.steer.checkpoint_ledger import UNFINISHED, step_of
 from verl.steer.data_files import data_files
 from verl.steer.options import from_config, option, resolve_options
+from verl.steer.run_settings import check_settings
 from verl.trainer.ppo.utils import need_critic
 
 #: Keys below `trainer` that only this fork's trainer reads, with the values that switch them off.
@@ -68,6 +69,7 @@ def check_checkpoints(config: DictConfig) -> None:
         return
     if trainer.use_v1 and trainer.v1.trainer_mode == "steer":
         _check_checkpoints_of_steer(config)
+        check_settings(config)
         return
     other = f"trainer.v1.trainer_mode={trainer.v1.trainer_mode} and trainer.use_v1={str(trainer.use_v1).lower()}"
     for key, off in TRAINER_KEYS.items():

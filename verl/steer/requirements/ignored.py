@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
-
 from omegaconf import DictConfig, OmegaConf
+from verl.steer.options import leaves
 from verl.trainer.ppo.utils import need_critic
 
 #: Sections of older versions of verl, which now reads `reward` only.
@@ -50,20 +48,12 @@ def check_ignored(config: DictConfig) -> None:
 
 
 def _check_leaves(config: DictConfig) -> None:
-    for key, value in _leaves(OmegaConf.to_container(config)):
+    for key, value in leaves(OmegaConf.to_container(config)):
         section = key.partition(".")[0]
         if section in OLD_SECTIONS and value is not None:
             raise ValueError(f"{key}={value}: expected null, and a key below `reward` in its place")
         if section != "ray_kwargs" and str(value).lower() in TEXTS and not key.endswith("_name"):
             raise ValueError(f"{key}={value}: expected true or false: {value!r} is a text, which counts as true")
-
-
-def _leaves(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in section.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _check_rollout_correction(config: DictConfig) -> None:

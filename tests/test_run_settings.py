@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run goes on by itself from a checkpoint of its own settings only."""
+
+import pytest
+from omegaconf import OmegaConf
+from test_configuration import resolved
+from verl.steer.checkpoint_ledger import TRACKER, UNFINISHED
+from verl.steer.requirements import check_and_complete
+from verl.steer.run_settings import KEYS, SETTINGS, check_settings, save_settings
+
+LOSS = "actor_rollout_ref.actor.policy_loss"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The overrides of a run whose last checkpoint is of step 5."""
+    overrides = ["hardware=cpu", "task=arithmetic", f"trainer.default_local_dir={tmp_path}"]
+    checkpoint = tmp_path / "global_step_5"
+    checkpoint.mkdir()
+    (tmp_path / TRACKER).write_text("5")
+    save_settings(resolved("steer_exp", *overrides), checkpoint)
+    return overrides
+
+
+def test_the_same_run_goes_on_also_for_longer_on_other_hardware_and_elsewhere(run):
+    check_settings(resolved("steer_exp", *run))
+    others = (
+        "trainer.total_training_steps=99", "trainer.test_freq=1", "trainer.n_gpus_per_node=2",
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=2", "actor_rollout_ref.rollout.max_num_seqs=8",
+        "actor_rollout_ref.model.path=elsewhere", "data.train_files=elsewhere.parquet",
+    )  # fmt: skip
+    check_settings(resolved("steer_exp", *run, *others))
+
+
+@pytest.mark.parametrize(
+    "method, override, told",
+    [
+        ("steer_exp", f"{LOSS}.token_weight_min=0.6", "actor.policy_loss.token_weight_min=None (now 0.6)"),
+        ("steer_exp", f"+{LOSS}.target_entropy={{1:0.3,9:0.2}}", "actor.policy_loss.target_entropy.9=None (now 0.2)"),
+        ("steer_exp", "actor_rollout_ref.actor.optim.lr=5e-5", "actor.optim.lr=0.0002 (now 5e-05)"),
+        ("steer_exp", "actor_rollout_ref.actor.optim.betas=[0.9,0.95]", "actor.optim.betas=[0.9, 0.999] (now"),
+        ("steer_exp", "+seed=7", "actor.data_loader_seed=42 (now 7)"),
+        ("steer_exp", "actor_rollout_ref.rollout.n=16", "rollout.n=8 (now 16)"),
+        ("steer_exp", "data.train_batch_size=32", "data.train_batch_size=16 (now 32)"),
+        ("steer_exp", "actor_rollout_ref.actor.clip_ratio_high=0.3", "actor.clip_ratio_high=0.28 (now 0.3)"),
+        ("steer_exp", "actor_rollout_ref.model.lora_rank=8", "model.lora_rank=0 (now 8)"),
+        ("grpo", "trainer.test_freq=1", "actor.policy_loss.loss_mode=entropy_control (now vanilla)"),
+        ("nsr", "trainer.test_freq=1", "algorithm.adv_estimator=grpo (now nsr)"),
+    ],
+)
+def test_a_run_of_other_settings_is_refused_unless_it_is_told_to_go_on(run, tmp_path, method, override, told):
+    with pytest.raises(ValueError, match="trainer.resume_mode=auto: ") as refused:
+        check_and_complete(resolved(method, *run, override))
+    assert told in str(refused.value) and str(tmp_path / "global_step_5") in str(refused.value)
+    told_to = ("trainer.resume_mode=resume_path", f"trainer.resume_from_path={tmp_path}/global_step_5")
+    check_settings(resolved(method, *run, override, *told_to))
+    check_settings(resolved(method, *run, override, "trainer.resume_mode=disable"))
+    check_settings(resolved(method, *run, override, "trainer.val_only=true"))
+
+
+def test_checkpoints_that_the_run_would_not_resume_or_that_have_no_settings_do_not_count(run, tmp_path):
+    other = resolved("grpo", *run)
+    checkpoint = tmp_path / "global_step_5"
+    (checkpoint / UNFINISHED).touch()
+    check_settings(other)
+    (checkpoint / UNFINISHED).unlink()
+    (tmp_path / TRACKER).write_text("4")
+    check_settings(other)
+    (tmp_path / TRACKER).write_text("5")
+    (checkpoint / SETTINGS).unlink()
+    check_settings(other)
+
+
+def test_every_key_is_one_of_the_configuration():
+    config = resolved("grpo")
+    places = (key.rpartition(".") for key in KEYS)
+    assert [name for section, _, name in places if name not in (OmegaConf.select(config, section) or config)] == []

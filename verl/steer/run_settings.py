@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings that decide what a run learns, kept in each checkpoint: a run of others does not go on from it unasked.
+
+Keys that a run may change when it goes on are not among them: its length, its paths, its hardware, its logs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from verl.steer.checkpoint_ledger import UNFINISHED, tracked_step
+from verl.steer.options import leaves
+
+#: File in a checkpoint's folder.
+SETTINGS = "settings.yaml"
+
+ACTOR = (
+    *("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "policy_loss", "loss_agg_mode"),
+    *("entropy_coeff", "use_kl_loss", "kl_loss_coef", "kl_loss_type"),
+    *("ppo_epochs", "ppo_mini_batch_size", "data_loader_seed"),
+)
+OPTIMIZER = (
+    *("optimizer", "lr", "betas", "weight_decay", "clip_grad"),
+    *("lr_scheduler_type", "lr_warmup_steps", "lr_warmup_steps_ratio", "min_lr_ratio"),
+)
+#: Keys of the configuration; of a section all below it.
+KEYS = (
+    "algorithm",
+    *(f"actor_rollout_ref.actor.{name}" for name in ACTOR),
+    *(f"actor_rollout_ref.actor.optim.{name}" for name in OPTIMIZER),
+    *(f"actor_rollout_ref.model.{name}" for name in ("lora_rank", "lora_alpha")),
+    *(f"actor_rollout_ref.rollout.{name}" for name in ("n", "temperature", "top_p", "top_k", "seed")),
+    *(f"data.{name}" for name in ("train_batch_size", "max_prompt_length", "max_response_length", "seed", "shuffle")),
+)
+
+
+def settings_of(config: DictConfig) -> dict[str, Any]:
+    """Each key below `KEYS` with its value, None where this configuration lacks it."""
+    return {name: value for key in KEYS for name, value in leaves(OmegaConf.select(config, key), key)}
+
+
+def save_settings(config: DictConfig, checkpoint: Path) -> None:
+    """Write the settings into a checkpoint's folder."""
+    OmegaConf.save(OmegaConf.create(settings_of(config)), checkpoint / SETTINGS)
+
+
+def check_settings(config: DictConfig) -> None:
+    """Check that a run that goes on by itself has the settings of the checkpoint from which it would go on.
+
+    Raises:
+        ValueError: if it has others.
+    """
+    trainer = config.trainer
+    folder = Path(trainer.default_local_dir)
+    checkpoint = folder / f"global_step_{tracked_step(folder)}"
+    unfinished = (checkpoint / UNFINISHED).exists()
+    if trainer.resume_mode != "auto" or trainer.val_only or unfinished or not (checkpoint / SETTINGS).is_file():
+        return
+    saved: Any = OmegaConf.to_container(OmegaConf.load(checkpoint / SETTINGS))
+    now = settings_of(config)
+    changed = [
+        f"{key.removeprefix('actor_rollout_ref.')}={saved.get(key)} (now {now.get(key)})"
+        for key in sorted(saved.keys() | now.keys())
+        if saved.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"trainer.resume_mode=auto: {checkpoint} is of a run with {', '.join(changed)}: expected the same "
+            "settings, another trainer.experiment_name or OUTPUT_DIR for a new run, or trainer.resume_mode=resume_path "
+            "with trainer.resume_from_path to go on with others"
+        )
