@@ -490,7 +490,8 @@ def test_a_run_that_needs_the_sandbox_tries_it_before_ray_starts(without_bwrap, 
         with pytest.raises(ValueError, match="code rewards: no bwrap"):
             check(train, val)
         check(train, val, f"{KWARGS}.code.sandbox=prime_code")
-        check(train, val, "reward.custom_reward_function.path=null")
+        own = "reward.custom_reward_function"
+        check(train, val, f"{own}.path={__file__}", f"{own}.name=KWARGS")
     check("code", "math", "trainer.val_only=true")
     check("math", "bare")
     check("absent", "math")

@@ -27,8 +27,9 @@ from verl.steer.checkpoint_ledger import UnknownMetric
 from verl.steer.config import ADVANTAGE_OPTIONS, PolicyLossConfig
 from verl.steer.methods.registry import POLICY_LOSSES
 from verl.steer.options import from_config
-from verl.steer.requirements import check_and_complete
+from verl.steer.requirements import check_and_complete, rewards
 from verl.steer.requirements.files import check_data_and_model
+from verl.steer.requirements.rewards import check_data_sources
 from verl.steer.requirements.verl_values import check_verl_values
 from verl.trainer.ppo.core_algos import (
     ADV_ESTIMATOR_REGISTRY,
@@ -870,6 +871,18 @@ DYNAMIC = [f"{ACTOR}.use_dynamic_bsz=true", f"{ROLLOUT}.log_prob_use_dynamic_bsz
             ["reward.custom_reward_function.path=/no/mine.py"],
             "reward.custom_reward_function.path=/no/mine.py: expected a file, or pkg:// and a module",
         ),
+        (
+            ["reward.custom_reward_function.path=pkg://no_such.module"],
+            "reward.custom_reward_function.path=pkg://no_such.module: expected a file, or pkg:// and a module",
+        ),
+        (
+            ["reward.custom_reward_function.path=pkg://verl.steer.no_such"],
+            "reward.custom_reward_function.path=pkg://verl.steer.no_such: expected a file, or pkg:// and a module",
+        ),
+        (
+            ["reward.custom_reward_function.name=grade"],
+            "reward.custom_reward_function.name=grade: expected a function of ",
+        ),
         ([f"{ROLLOUT}.val_kwargs.n=0"], "rollout.val_kwargs.n=0: expected an integer of at least 1"),
         ([f"{ROLLOUT}.val_kwargs.top_p=1.5"], "rollout.val_kwargs.top_p=1.5: expected a number above 0 and at most 1"),
         ([f"{ROLLOUT}.val_kwargs.temperature=-1"], "rollout.val_kwargs.temperature=-1: expected a finite number of at"),
@@ -970,7 +983,8 @@ def test_what_verl_would_ignore_is_refused(overrides, message):
         ["trainer.logger=console"],
         # Servers with devices of their own.
         [f"{ROLLOUT}.tensor_model_parallel_size=2", "trainer.v1.trainer_mode=separate_async", f"{MANAGER}=null"],
-        [f"reward.custom_reward_function.path={__file__}"],
+        [f"reward.custom_reward_function.path={__file__}", "reward.custom_reward_function.name=resolved"],
+        ["reward.custom_reward_function.path=pkg://verl/steer/grading/score"],
     ],
 )
 def test_what_verl_reads_is_taken(overrides):
@@ -1071,6 +1085,8 @@ def laptop_files(tmp_path, monkeypatch):
             ["data.train_batch_size=41", "data.gen_batch_size=1"],
             "data.train_batch_size=41: expected at most 40, the r",
         ),
+        (["data.val_files=null"], "data.val_files=None: expected a file at least"),
+        (["data.train_files=[]"], "data.train_files=[]: expected a file at least"),
         (["actor_rollout_ref.model.path=/no/model"], "actor_rollout_ref.model.path=/no/model: expected the folder of"),
         (["actor_rollout_ref.model.path=runs/x/hf"], "actor_rollout_ref.model.path=runs/x/hf: expected the folder of"),
     ],
@@ -1139,6 +1155,74 @@ def test_columns_that_verl_cannot_read_are_named(laptop_files, key, column, valu
         check_data_and_model(resolved("grpo", "hardware=cpu", "task=arithmetic", named))
     own = "data.custom_cls.path=mine.py"
     check_data_and_model(resolved("grpo", "hardware=cpu", "task=arithmetic", named, own))
+
+
+REWARD = "reward.custom_reward_function"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def compute_score(): ...", None),
+        ("async def compute_score(): ...", None),
+        ("compute_score = print", None),
+        ("from math import sqrt as compute_score", None),
+        ("try:\n    from math import no as compute_score\nexcept ImportError:\n    compute_score = None", None),
+        ("raise SystemExit\nclass compute_score: ...", None),  # it is not run
+        ("def score(): compute_score()", f"{REWARD}.name=compute_score: expected a function of {{file}}"),
+        ("def compute_score(:", f"{REWARD}.path={{file}}: expected Python: invalid syntax ("),
+    ],
+)
+def test_the_file_of_a_reward_function_defines_it(tmp_path, source, message):
+    file = tmp_path / "mine.py"
+    file.write_text(source)
+    config = resolved("grpo", "hardware=cpu", "task=arithmetic", f"{REWARD}.path={file}")
+    if message is None:
+        check_and_complete(config)
+        return
+    with pytest.raises(ValueError, match="^" + re.escape(message.replace("{file}", str(file)))):
+        check_and_complete(config)
+
+
+@pytest.mark.parametrize(
+    ("source", "path", "message"),
+    [
+        ("mine", "pkg://verl.steer.grading.score", "Reward function is not implemented for data_source='mine'"),
+        ("mine", "null", "Reward function is not implemented for data_source='mine'"),
+        ("arithmetic", "null", "Reward function is not implemented for data_source='arithmetic'"),
+        ("arithmetic", "pkg://verl.steer.grading.score", None),
+        ("math500", "pkg://verl.steer.grading.score", None),
+        ("math_dapo", "pkg://verl.steer.grading.score", None),
+        ("lighteval/MATH", "pkg://verl.steer.grading.score", None),
+        ("openai/gsm8k", "null", None),
+        ("searchR1_nq", "null", None),  # its grader fails on an answer that is no mapping
+        ("apps", "null", None),
+        ("mine", "/of/the/user.py", None),
+    ],
+)
+def test_a_source_without_a_grader_is_named(laptop_files, capfd, source, path, message):
+    file = laptop_files / "mine.parquet"
+    pq.write_table(pa.table({name: [one] for name, one in (ROW | {"data_source": source}).items()}), file)
+    named = [f"data.train_files={file}", f"data.val_files={file}", f"{REWARD}.path={path}"]
+    config = resolved("grpo", "hardware=cpu", "task=arithmetic", *named)
+    if message is None:
+        check_data_sources(config)
+        assert "Traceback" not in capfd.readouterr().err
+        return
+    with pytest.raises(ValueError, match=f"^data_source={source} in the data: {re.escape(message)}: expected a source"):
+        check_and_complete(config)
+
+
+def test_a_grader_that_lacks_its_package_is_named(laptop_files, monkeypatch):
+    def lacks_package(*arguments):
+        raise ModuleNotFoundError("No module named 'grader'")
+
+    monkeypatch.setattr(rewards, "default_compute_score", lacks_package)
+    file = laptop_files / "mine.parquet"
+    pq.write_table(pa.table({name: [one] for name, one in (ROW | {"data_source": "geo"}).items()}), file)
+    config = resolved("grpo", "hardware=cpu", "task=arithmetic", f"data.val_files={file}")
+    with pytest.raises(ValueError, match="^data_source=geo in the data: No module named 'grader': expected a source"):
+        check_data_sources(config)
 
 
 def test_a_folder_whose_path_looks_like_a_name_on_the_hub_is_a_folder(laptop_files, monkeypatch):

@@ -81,6 +81,12 @@ def _with_display(text: str, line: re.Match) -> str:
     return text[line.start(1) : end] + text[end:].partition("\n")[0] if end >= 0 else line[1]
 
 
+def is_own_source(data_source: str) -> bool:
+    """Whether `compute_score` grades this source itself; verl's function gets the others."""
+    own = data_source in TRAINING_SOURCES or data_source in TASKS or programs.is_code(data_source)
+    return own or data_source.startswith(BENCHMARKS)
+
+
 def compute_score(
     data_source: str,
     solution_str: str,

@@ -18,7 +18,12 @@ from verl.steer.requirements.hardware import (
 )
 from verl.steer.requirements.ignored import check_ignored
 from verl.steer.requirements.loss import check_clip, check_engine, check_trainer, inputs_needed, switch_on
-from verl.steer.requirements.rewards import check_code_rewards, check_reward_function, check_reward_model
+from verl.steer.requirements.rewards import (
+    check_code_rewards,
+    check_data_sources,
+    check_reward_function,
+    check_reward_model,
+)
 from verl.steer.requirements.skipped_old_log_prob import check_skipped_old_log_prob
 from verl.steer.requirements.verl_values import as_dataclass, check_verl_values
 from verl.steer.rollout.checks import check_rollouts, check_servers
@@ -58,5 +63,6 @@ def check_and_complete(config: DictConfig) -> None:
     check_checkpoints(config)
     check_evaluation(config)
     check_reward_function(config)
+    check_data_sources(config)
     check_code_rewards(config)
     check_reward_model(config)

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from omegaconf import DictConfig
-from verl.steer.data_files import check_columns, row_count
+from verl.steer.data_files import check_columns, data_files, row_count
 
 
 def check_data_and_model(config: DictConfig) -> None:
@@ -17,6 +17,9 @@ def check_data_and_model(config: DictConfig) -> None:
     Raises:
         ValueError: if not.
     """
+    for key in ("train_files", "val_files"):
+        if not data_files(config, key):
+            raise ValueError(f"data.{key}={config.data[key]}: expected a file at least; verl reads both")
     row_count(config, "val_files")
     _check_rows(config, row_count(config, "train_files"))
     for key in ("train_files", "val_files"):

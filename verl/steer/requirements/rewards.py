@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from omegaconf import DictConfig, open_dict
 from verl.steer.data_files import column_values
 from verl.steer.grading import sandbox
 from verl.steer.grading.code import CodeOptions, is_code
+from verl.steer.grading.score import is_own_source
 from verl.steer.options import from_config
+from verl.utils.reward_score import default_compute_score
 
 #: The reward function of this fork.
 GRADING = "pkg://verl.steer.grading.score"
@@ -17,15 +22,76 @@ LEARNED = "pkg://verl.steer.grading.learned"
 
 
 def check_reward_function(config: DictConfig) -> None:
-    """Check that the file of the reward function is there.
+    """Check, without running it, that the file of the reward function is there and defines the function.
 
     Raises:
-        ValueError: if it is not.
+        ValueError: if it does not.
+    """
+    function = config.reward.custom_reward_function
+    if not function.path:
+        return
+    file = _source_of(str(function.path))
+    if file is None or not file.is_file():
+        raise ValueError(f"reward.custom_reward_function.path={function.path}: expected a file, or pkg:// and a module")
+    try:
+        module = ast.parse(file.read_bytes(), str(file))
+    except SyntaxError as error:
+        raise ValueError(f"reward.custom_reward_function.path={function.path}: expected Python: {error}") from error
+    if function.name not in set(_names(module)):
+        raise ValueError(f"reward.custom_reward_function.name={function.name}: expected a function of {file}")
+
+
+def _source_of(path: str) -> Path | None:
+    """The file of `reward.custom_reward_function.path`; None for a module that is not installed."""
+    module = path.removeprefix("pkg://")
+    if module == path:
+        return Path(path.removeprefix("file://"))
+    try:
+        found = find_spec(module.replace("/", "."))
+    except ModuleNotFoundError:  # of the package in which the module would be
+        return None
+    return Path(found.origin) if found and found.origin else None
+
+
+def _names(module: ast.Module) -> Iterator[str]:
+    """All names that a module or a part of it may define."""
+    for node in ast.walk(module):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.alias):
+            yield node.asname or node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+
+
+def check_data_sources(config: DictConfig) -> None:
+    """Check that each data source of the run's files has a grader, unless the reward function is the user's own.
+
+    Raises:
+        ValueError: if one has none, or its grader in verl needs a package that is not installed.
     """
     path = config.reward.custom_reward_function.path
-    file = str(path or "").removeprefix("file://")
-    if file and not file.startswith("pkg://") and not Path(file).is_file():
-        raise ValueError(f"reward.custom_reward_function.path={path}: expected a file, or pkg:// and a module")
+    if path not in (None, GRADING):
+        return
+    for source in sorted(_data_sources(config)):
+        if is_code(source) or path == GRADING and is_own_source(source):
+            continue
+        if obstacle := _obstacle_to_verls_grader(source):
+            raise ValueError(
+                f"data_source={source} in the data: {obstacle}: expected a source that this fork or verl grades, or "
+                "the file of a reward function as reward.custom_reward_function.path"
+            )
+
+
+def _obstacle_to_verls_grader(source: str) -> str | None:
+    """Why verl does not grade this source; only its function knows its sources."""
+    try:
+        default_compute_score(source, "", "")
+    except (NotImplementedError, ImportError) as error:
+        return str(error)
+    except Exception:  # some graders fail on an empty answer, in several ways
+        return None
+    return None
 
 
 def check_code_rewards(config: DictConfig) -> None:
