@@ -27,7 +27,7 @@ from verl.steer.checkpoint_ledger import UnknownMetric
 from verl.steer.config import ADVANTAGE_OPTIONS, PolicyLossConfig
 from verl.steer.methods.registry import POLICY_LOSSES
 from verl.steer.options import from_config
-from verl.steer.requirements import check_and_complete, rewards
+from verl.steer.requirements import check_and_complete, hardware, rewards
 from verl.steer.requirements.files import check_data_and_model
 from verl.steer.requirements.rewards import check_data_sources
 from verl.steer.requirements.verl_values import check_verl_values
@@ -666,10 +666,6 @@ def test_an_audit_that_cannot_be_made_is_refused(override, message):
             "trainer.best_metric_key=acc: expected null with trainer.v1.trainer_mode=sync",
         ),
         (
-            ["algorithm.adv_estimator=gae", "trainer.max_actor_ckpt_to_keep=2"],
-            "trainer.max_critic_ckpt_to_keep=None: expected trainer.max_actor_ckpt_to_keep=2",
-        ),
-        (
             ["+trainer.remove_previous_ckpt_in_save=true"],
             "trainer.remove_previous_ckpt_in_save=true: expected trainer.max_actor_ckpt_to_keep=1 instead",
         ),
@@ -686,13 +682,22 @@ def test_checkpoints_that_would_not_come_are_refused(overrides, message):
     [
         ["trainer.save_best_only=true"],
         ["trainer.max_actor_ckpt_to_keep=2"],
-        ["algorithm.adv_estimator=gae", "trainer.max_actor_ckpt_to_keep=2", "trainer.max_critic_ckpt_to_keep=2"],
         ["task=arithmetic", "trainer.v1.trainer_mode=sync", f"{MANAGER}=null"],
         ["trainer.val_only=true", "trainer.test_freq=-1", "trainer.save_best_only=true"],
     ],
 )
 def test_checkpoints_that_come_are_taken(overrides):
     check_and_complete(resolved("grpo", "hardware=cpu", *overrides))
+
+
+def test_a_critic_needs_flash_attention_and_keeps_as_many_checkpoints_as_the_actor(monkeypatch):
+    gae = ("hardware=cpu", "algorithm.adv_estimator=gae", "trainer.max_actor_ckpt_to_keep=2")
+    with pytest.raises(ValueError, match="^algorithm.adv_estimator=gae: expected one without a critic where flash-at"):
+        check_and_complete(resolved("grpo", *gae))
+    monkeypatch.setattr(hardware, "find_spec", lambda name: name == "flash_attn")
+    with pytest.raises(ValueError, match="^trainer.max_critic_ckpt_to_keep=None: expected trainer.max_actor_ckpt"):
+        check_and_complete(resolved("grpo", *gae))
+    check_and_complete(resolved("grpo", *gae, "trainer.max_critic_ckpt_to_keep=2"))
 
 
 @pytest.mark.parametrize(

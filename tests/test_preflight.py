@@ -217,7 +217,7 @@ def rows_of(*prompts, **more):
     messages = [[{"role": "user", "content": prompt}] for prompt in prompts]
     return {
         "prompt": messages,
-        "data_source": ["x"] * len(prompts),
+        "data_source": ["math500"] * len(prompts),
         "reward_model": [{"ground_truth": "2"}] * len(prompts),
     } | more
 
@@ -420,8 +420,26 @@ def test_vllm_does_not_fork(monkeypatch, tmp_path):
     monkeypatch.setattr(main, "run_group", record)
     config = resolved("grpo", "+ray_kwargs.ray_init.runtime_env.env_vars={SOME: a, VLLM_WORKER_MULTIPROC_METHOD: fork}")
     main.checks_in_processes(config, tmp_path, 0)
-    assert given["vllm"] == {"SOME": "a", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+    gpu8s = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    assert given["vllm"] == {"SOME": "a", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"} | gpu8s
     assert given["ranks"]["SOME"] == "a"
+
+
+def test_the_engine_of_the_check_has_the_runs_options(monkeypatch, tmp_path):
+    """Of the log-probs too: for others vLLM takes another sampler."""
+    from verl.steer.preflight import generate
+
+    given = {}
+
+    def engine(model, **options):
+        given.update(options, model=model)
+        fail(RuntimeError("made"))
+
+    monkeypatch.setattr(generate, "LLM", engine)
+    with pytest.raises(RuntimeError, match="made"):
+        generate.generate(tmp_path, resolved("grpo", "hardware=cpu", "task=arithmetic"))
+    assert given["logprobs_mode"] == "processed_logprobs" and given["dtype"] == "float32"
+    assert given["max_model_len"] == 96 and given["num_gpu_blocks_override"] == 512 and given["tokenizer"] is None
 
 
 def test_rows_of_several_ranks(tmp_path):

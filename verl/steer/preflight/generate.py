@@ -17,7 +17,8 @@ from vllm import LLM, SamplingParams
 def generate(folder: Path, config: DictConfig) -> str:
     """Sample two responses of a few tokens, and keep them with their log-probs."""
     rollout, model = config.actor_rollout_ref.rollout, config.actor_rollout_ref.model
-    options = {name: rollout[name] for name in ("dtype", "gpu_memory_utilization", "max_model_len", "max_num_seqs")}
+    names = ("dtype", "gpu_memory_utilization", "logprobs_mode", "max_model_len", "max_num_seqs")
+    options = {name: rollout[name] for name in names}
     options |= {name: model[name] for name in ("tokenizer_path", "trust_remote_code")}
     options |= rollout.engine_kwargs.get("vllm") or {}
     llm = LLM(

@@ -21,7 +21,7 @@ from verl.steer.preflight.rows import GIB, run_check
 from verl.steer.replacements import replace_in_worker
 from verl.utils import tensordict_utils as tu
 from verl.utils.config import omega_conf_to_dataclass
-from verl.utils.device import get_device_name, get_nccl_backend
+from verl.utils.device import get_device_name, get_nccl_backend, get_torch_device
 from verl.workers.engine import EngineRegistry
 from verl.workers.utils.padding import response_from_nested
 
@@ -116,6 +116,7 @@ class Rank:
         self.engine.save_checkpoint(str(place))
         seconds = time.monotonic() - start
         size = sum(file.stat().st_size for file in place.rglob("*.pt")) / GIB
+        get_torch_device().synchronize()  # an offloading save copies on after its return
         with torch.no_grad():
             for parameter in self.engine.module.parameters():
                 parameter.zero_()

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.plugin.platform import get_platform
 from verl.steer.requirements.loss import FSDP_STRATEGIES
+from verl.trainer.ppo.utils import need_critic
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +68,17 @@ def check_attention(config: DictConfig) -> None:
     """Choose torch's attention where flash-attn, which verl takes by default, is not installed.
 
     Raises:
-        ValueError: if the configuration needs flash-attn.
+        ValueError: if the configuration or its critic needs flash-attn.
     """
     model, actor = config.actor_rollout_ref.model, config.actor_rollout_ref.actor
-    if actor.strategy not in FSDP_STRATEGIES or find_spec("flash_attn"):
+    if find_spec("flash_attn"):
+        return
+    if need_critic(config) and config.critic.strategy in FSDP_STRATEGIES:
+        raise ValueError(
+            f"algorithm.adv_estimator={config.algorithm.adv_estimator}: expected one without a critic where flash-attn "
+            "is not installed: verl gives critics no other attention"
+        )
+    if actor.strategy not in FSDP_STRATEGIES:
         return
     named, ranks = model.override_config.get("attn_implementation"), actor.ulysses_sequence_parallel_size
     if named == FLASH_ATTENTION or ranks > 1:
