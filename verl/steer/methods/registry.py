@@ -187,6 +187,7 @@ def advantage_estimator(
             advantages = estimator(inputs)
             return advantages, advantages
 
+        with_verls_signature.__module__ = estimator.__module__
         ESTIMATOR_FIELDS[name], _ESTIMATORS[name] = batch_fields, with_verls_signature
         if grouped:
             GROUPED.add(name)

@@ -25,6 +25,7 @@ from verl.steer.requirements.rewards import (
     check_reward_model,
 )
 from verl.steer.requirements.skipped_old_log_prob import check_skipped_old_log_prob
+from verl.steer.requirements.unread import warn_of_unread
 from verl.steer.requirements.verl_values import as_dataclass, check_verl_values
 from verl.steer.rollout.checks import check_rollouts, check_servers
 
@@ -60,6 +61,7 @@ def check_and_complete(config: DictConfig) -> None:
     check_skipped_old_log_prob(config, policy_loss)
     switch_on(config, needed)
     check_entropy_audit(config, policy_loss)
+    warn_of_unread(config, policy_loss)
     check_checkpoints(config)
     check_evaluation(config)
     check_reward_function(config)

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that a run sets and does not read are named in a warning."""
+
+import re
+from pathlib import Path
+
+import pytest
+from test_configuration import resolved
+from verl.steer import config as steer_config
+from verl.steer.requirements import check_and_complete
+
+LOSS = "actor_rollout_ref.actor.policy_loss"
+METHODS = sorted(path.stem for path in Path(steer_config.__file__).parents[1].glob("trainer/config/method/*.yaml"))
+
+
+def told(caplog, method, *overrides):
+    caplog.clear()
+    check_and_complete(resolved(method, "hardware=cpu", "task=countdown", *overrides))
+    return [one.getMessage() for one in caplog.records if one.getMessage().startswith("without effect: ")]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_set_nothing_that_they_do_not_read(caplog, method):
+    needed = {"influence_band": [f"{LOSS}.entropy_band=0.001"]}.get(method, [])
+    assert told(caplog, method, *needed) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "named"),
+    [
+        ("grpo", ["token_weight_min=0.6"], ["policy_loss.token_weight_min=0.6 with loss_mode=vanilla"]),
+        ("grpo", ["linear=false", "target_gain=1.0"], ["loss.linear=False with loss", "loss.target_gain=1.0 with"]),
+        ("steer_exp", ["target_entropy=0.3"], ["policy_loss.target_entropy=0.3 with token_weight_map=exponential"]),
+        ("steer_exp", ["target_controller=pi"], ["policy_loss.target_controller=pi with token_weight_map=exponential"]),
+        ("steer_linear", ["entropy_band=0.1"], ["policy_loss.entropy_band=0.1 with token_weight_map=linear"]),
+        ("influence_target", ["entropy_band=0.1"], ["policy_loss.entropy_band=0.1 with token_weight_map=target"]),
+        (
+            "steer_exp",
+            ["token_weight_quantile=0.9", "token_weight_ema_decay=0.5"],
+            ["token_weight_quantile=0.9 with token_weight_map=exponential, token_weight_normalizer=micro_batch",
+             "token_weight_ema_decay=0.5 with token_weight_normalizer=micro_batch"],
+        ),
+        (
+            "steer_exp",
+            ["influence_way=head", "influence_refresh=2"],
+            ["influence_way=head with entropy_change_estimator=released", "influence_refresh=2 with entropy_change_es"],
+        ),
+        ("opefo", ["clip_v_mu=3", "opefo_lambda=0.1"], ["policy_loss.clip_v_mu=3 with loss_mode=opefo"]),
+        ("entropic", ["target_entropy=0.3", "target_gain=0.1"], ["loss.target_gain=0.1 with loss_mode=entropic"]),
+        ("grpo", ["target_entropy=0.3"], ["policy_loss.target_entropy=0.3 with loss_mode=vanilla"]),
+    ],
+)  # fmt: skip
+def test_options_of_the_loss_that_are_not_read_are_named(caplog, method, overrides, named):
+    found = told(caplog, method, *(f"{LOSS}.{one}" for one in overrides))
+    assert len(found) == len(named)
+    assert all(re.search(re.escape(one), line) for one, line in zip(named, found, strict=True)), found
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides"),
+    [
+        ("steer_threshold", ["token_weight_quantile=0.9"]),
+        ("steer_winsorised", ["token_weight_quantile=0.9"]),
+        ("steer_ema", ["token_weight_ema_decay=0.5"]),
+        ("adaptive_entropy", ["target_entropy=0.3"]),
+        ("entropic", ["target_kp=2", "target_ki=0.1"]),
+        ("pi_exact", ["target_kp=2", "target_ki=0.1", "token_weight_min=0.5"]),
+        ("influence_exp", ["influence_way=head", "influence_refresh=2"]),
+        ("influence_band", ["entropy_band=0.01"]),
+    ],
+)
+def test_options_that_are_read_are_not_named(caplog, method, overrides):
+    assert told(caplog, method, *(f"{LOSS}.{one}" for one in overrides)) == []
+
+
+def test_options_of_another_advantage_estimator_are_named(caplog):
+    overrides = ["algorithm.clip_b_mu=3", "algorithm.unlikeliness_beta=0.5"]
+    assert told(caplog, "clip_b", *overrides) == [
+        "without effect: algorithm.unlikeliness_beta=0.5 with adv_estimator=clip_b"
+    ]
+    assert len(told(caplog, "steer_exp", *overrides)) == 2
+    assert told(caplog, "grpo_s", "algorithm.entropy_reward_share=0.2") == []
+
+
+def test_options_of_an_audit_that_never_comes_are_named(caplog):
+    audit = "trainer.entropy_audit"
+    assert told(caplog, "grpo", f"{audit}.one_token=9") == [f"without effect: {audit}.one_token=9 with freq=0"]
+    assert told(caplog, "grpo", f"{audit}.freq=2", f"{audit}.tokens=9") == []

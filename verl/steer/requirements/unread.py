@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Warnings of options that a run sets and that its loss and its advantage estimator do not read.
+
+They are no errors: comparisons give the same overrides to runs of several methods.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+from omegaconf import DictConfig
+from verl.steer.audit.scores import AuditOptions
+from verl.steer.config import ADVANTAGE_OPTIONS, PolicyLossConfig, SteerOptions
+from verl.steer.entropy_control import EntropyControlOptions
+from verl.steer.methods.registry import POLICY_LOSSES
+from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, INFLUENCE
+
+logger = logging.getLogger(__name__)
+
+#: Keys of one method's module that other losses read as well.
+SHARED = {
+    "target_entropy": ("adaptive_entropy", "entropic", "entropy_control"),
+    "target_kp": ("entropic", "entropy_control"),
+    "target_ki": ("entropic", "entropy_control"),
+}
+
+
+def warn_of_unread(config: DictConfig, policy_loss: Any) -> None:
+    """Log each option that is set and not read, with the choice that leaves it unread."""
+    section, algorithm = config.actor_rollout_ref.actor.policy_loss, config.algorithm
+    unread = [f"policy_loss.{key}={section[key]} with {why}" for key, why in _unread_by_loss(section, policy_loss)]
+    unread += [
+        f"algorithm.{key}={algorithm[key]} with adv_estimator={algorithm.adv_estimator}"
+        for options in ADVANTAGE_OPTIONS
+        if options.__module__ != ADV_ESTIMATOR_REGISTRY[algorithm.adv_estimator].__module__
+        for key in _set_in(algorithm, options)
+    ]
+    audit = config.trainer.get("entropy_audit") or DictConfig({})
+    if not audit.get("freq"):
+        unread += [f"trainer.entropy_audit.{key}={audit[key]} with freq=0" for key in _set_in(audit, AuditOptions)]
+    for one in unread:
+        logger.warning("without effect: %s", one)
+
+
+def _set_in(section: DictConfig, options: type) -> list[str]:
+    return [field.name for field in fields(options) if section.get(field.name) is not None]
+
+
+def _unread_by_loss(section: DictConfig, options: Any) -> Iterator[tuple[str, str]]:
+    name = options.loss_mode
+    module = POLICY_LOSSES[name].compute.__module__ if name in POLICY_LOSSES else None
+    for owner in PolicyLossConfig.__bases__[:-1]:  # the last is verl's
+        of_steer = owner in (SteerOptions, EntropyControlOptions)
+        for key in _set_in(section, owner):
+            readers = SHARED.get(key, ())
+            if name not in readers and (name != "entropy_control" if of_steer else owner.__module__ != module):
+                yield key, f"loss_mode={name}"
+            elif name == "entropy_control" and (choice := _unread_by_steer(key, options)):
+                yield key, choice
+
+
+def _unread_by_steer(key: str, options: Any) -> str | None:
+    """The choice among STEER's maps, normalizers and estimators that leaves one of its options unread."""
+    mapping, normalizer = options.token_weight_map, options.token_weight_normalizer
+    estimator = options.entropy_change_estimator
+    by_map, by_normalizer = f"token_weight_map={mapping}", f"token_weight_normalizer={normalizer}"
+    read = {
+        "token_weight_quantile": (mapping == "threshold" or normalizer == "winsorised", f"{by_map}, {by_normalizer}"),
+        "token_weight_ema_decay": (normalizer == "ema", by_normalizer),
+        "entropy_band": (mapping == "band", by_map),
+        "influence_way": (estimator == INFLUENCE, f"entropy_change_estimator={estimator}"),
+        "influence_refresh": (estimator == INFLUENCE, f"entropy_change_estimator={estimator}"),
+    }
+    if key.startswith("target_"):
+        return None if mapping == "target" else by_map
+    is_read, choice = read.get(key, (True, None))
+    return None if is_read else choice
