@@ -692,6 +692,7 @@ def test_checkpoints_that_come_are_taken(overrides):
 
 def test_a_critic_needs_flash_attention_and_keeps_as_many_checkpoints_as_the_actor(monkeypatch):
     gae = ("hardware=cpu", "algorithm.adv_estimator=gae", "trainer.max_actor_ckpt_to_keep=2")
+    monkeypatch.setattr(hardware, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="^algorithm.adv_estimator=gae: expected one without a critic where flash-at"):
         check_and_complete(resolved("grpo", *gae))
     monkeypatch.setattr(hardware, "find_spec", lambda name: name == "flash_attn")
@@ -888,6 +889,12 @@ DYNAMIC = [f"{ACTOR}.use_dynamic_bsz=true", f"{ROLLOUT}.log_prob_use_dynamic_bsz
             ["reward.custom_reward_function.name=grade"],
             "reward.custom_reward_function.name=grade: expected a function of ",
         ),
+        ([f"{ROLLOUT}.gpu_memory_utilization=60"], "rollout.gpu_memory_utilization=60: expected a number above 0 and"),
+        (["trainer.total_training_steps=1.5"], "trainer.total_training_steps=1.5: expected an integer of at least 1"),
+        (["actor_rollout_ref.model.lora_rank=abc"], "model.lora_rank='abc': expected an integer of at least 0"),
+        (["+seed=abc"], "actor.data_loader_seed='abc': expected an integer"),
+        (["data.seed=1.5"], "data.seed=1.5: expected an integer"),
+        ([f"{ROLLOUT}.seed=x"], "rollout.seed='x': expected an integer"),
         ([f"{ROLLOUT}.val_kwargs.n=0"], "rollout.val_kwargs.n=0: expected an integer of at least 1"),
         ([f"{ROLLOUT}.val_kwargs.top_p=1.5"], "rollout.val_kwargs.top_p=1.5: expected a number above 0 and at most 1"),
         ([f"{ROLLOUT}.val_kwargs.temperature=-1"], "rollout.val_kwargs.temperature=-1: expected a finite number of at"),
@@ -903,7 +910,7 @@ DYNAMIC = [f"{ACTOR}.use_dynamic_bsz=true", f"{ROLLOUT}.log_prob_use_dynamic_bsz
         (["trainer.nnodes=0"], "trainer.nnodes=0: expected an integer of at least 1"),
         (["trainer.n_gpus_per_node=null"], "trainer.n_gpus_per_node=None: expected an integer of at least 1"),
         (["trainer.total_epochs=-1"], "trainer.total_epochs=-1: expected an integer of at least 1"),
-        (["trainer.total_training_steps=0"], "trainer.total_training_steps=0: expected a finite number of at least 1"),
+        (["trainer.total_training_steps=0"], "trainer.total_training_steps=0: expected an integer of at least 1"),
         (["trainer.logger=[console,bogus]"], "trainer.logger=bogus: expected one of wandb, mlflow, "),
         (["trainer.logger=bogus"], "trainer.logger=bogus: expected one of wandb, mlflow, "),
         (["trainer.logger=[]"], "trainer.logger=None: expected one of wandb, mlflow, "),
@@ -1174,6 +1181,8 @@ REWARD = "reward.custom_reward_function"
         ("from math import sqrt as compute_score", None),
         ("try:\n    from math import no as compute_score\nexcept ImportError:\n    compute_score = None", None),
         ("raise SystemExit\nclass compute_score: ...", None),  # it is not run
+        ("from math import *", None),
+        ("def __getattr__(name): ...", None),
         ("def score(): compute_score()", f"{REWARD}.name=compute_score: expected a function of {{file}}"),
         ("def compute_score(:", f"{REWARD}.path={{file}}: expected Python: invalid syntax ("),
     ],
@@ -1202,6 +1211,8 @@ def test_the_file_of_a_reward_function_defines_it(tmp_path, source, message):
         ("openai/gsm8k", "null", None),
         ("searchR1_nq", "null", None),  # its grader fails on an answer that is no mapping
         ("apps", "null", None),
+        ("humaneval", "null", "Reward function is not implemented for data_source='humaneval'"),
+        ("humaneval", "pkg://verl.steer.grading.score", None),
         ("mine", "/of/the/user.py", None),
     ],
 )
@@ -1215,6 +1226,51 @@ def test_a_source_without_a_grader_is_named(laptop_files, capfd, source, path, m
         assert "Traceback" not in capfd.readouterr().err
         return
     with pytest.raises(ValueError, match=f"^data_source={source} in the data: {re.escape(message)}: expected a source"):
+        check_and_complete(config)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "data.custom_cls.path=mine.py",
+        "reward.reward_manager.source=importlib",
+        f"{REWARD}.path=null reward.reward_model.enable=true",
+    ],
+)
+def test_a_source_needs_no_grader_where_another_gives_the_rewards(laptop_files, override):
+    file = laptop_files / "mine.parquet"
+    pq.write_table(pa.table({name: [one] for name, one in (ROW | {"data_source": "mine"}).items()}), file)
+    check_data_sources(
+        resolved("grpo", "hardware=cpu", f"data.train_files={file}", f"data.val_files={file}", *override.split())
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "data_source=None in the data: expected the name of a source, a text"),
+        (7, "data_source=7 in the data: expected the name of a source, a text"),
+        (["math500"], "column data_source of type list<element: string>: expected texts"),
+    ],
+)
+def test_a_source_is_a_text(laptop_files, value, message):
+    file = laptop_files / "mine.parquet"
+    pq.write_table(pa.table({name: [one] for name, one in (ROW | {"data_source": value}).items()}), file)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_and_complete(resolved("grpo", "hardware=cpu", f"data.train_files={file}", f"data.val_files={file}"))
+
+
+def test_a_reward_function_may_be_compiled_and_a_package_that_fails_is_named(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "compiled_rewards").mkdir()
+    (tmp_path / "compiled_rewards/mine.so").write_bytes(b"\0")
+    (tmp_path / "compiled_rewards/__init__.py").write_text("")
+    config = resolved("grpo", "hardware=cpu", "task=arithmetic", f"{REWARD}.path={tmp_path}/compiled_rewards/mine.so")
+    check_and_complete(config)
+    (tmp_path / "failing_rewards").mkdir()
+    (tmp_path / "failing_rewards/__init__.py").write_text("raise RuntimeError('no licence')")
+    config = resolved("grpo", "hardware=cpu", "task=arithmetic", f"{REWARD}.path=pkg://failing_rewards.mine")
+    with pytest.raises(ValueError, match=f"^{REWARD}.path=pkg://failing_rewards.mine: RuntimeError: no licence"):
         check_and_complete(config)
 
 

@@ -426,7 +426,7 @@ def test_vllm_does_not_fork(monkeypatch, tmp_path):
 
 
 def test_the_engine_of_the_check_has_the_runs_options(monkeypatch, tmp_path):
-    """Of the log-probs too: for others vLLM takes another sampler."""
+    """`logprobs_mode` too: with another one vLLM uses another sampler."""
     from verl.steer.preflight import generate
 
     given = {}

@@ -4,9 +4,9 @@
 import pytest
 from omegaconf import OmegaConf
 from test_configuration import resolved
-from verl.steer.checkpoint_ledger import TRACKER, UNFINISHED
+from verl.steer.checkpoint_ledger import LEDGER, TRACKER, UNFINISHED
 from verl.steer.requirements import check_and_complete
-from verl.steer.run_settings import KEYS, SETTINGS, check_settings, save_settings
+from verl.steer.run_settings import KEYS, SETTINGS, check_settings, save_settings, settings_of
 
 LOSS = "actor_rollout_ref.actor.policy_loss"
 
@@ -30,6 +30,8 @@ def test_the_same_run_goes_on_also_for_longer_on_other_hardware_and_elsewhere(ru
         "actor_rollout_ref.model.path=elsewhere", "data.train_files=elsewhere.parquet",
     )  # fmt: skip
     check_settings(resolved("steer_exp", *run, *others))
+    kept = settings_of(resolved("steer_exp", *run))
+    assert all(settings_of(resolved("steer_exp", f"hardware={name}", *run[1:])) == kept for name in ("gpu1", "gpu8"))
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,6 @@ def test_a_run_of_other_settings_is_refused_unless_it_is_told_to_go_on(run, tmp_
     told_to = ("trainer.resume_mode=resume_path", f"trainer.resume_from_path={tmp_path}/global_step_5")
     check_settings(resolved(method, *run, override, *told_to))
     check_settings(resolved(method, *run, override, "trainer.resume_mode=disable"))
-    check_settings(resolved(method, *run, override, "trainer.val_only=true"))
 
 
 def test_checkpoints_that_the_run_would_not_resume_or_that_have_no_settings_do_not_count(run, tmp_path):
@@ -63,6 +64,12 @@ def test_checkpoints_that_the_run_would_not_resume_or_that_have_no_settings_do_n
     checkpoint = tmp_path / "global_step_5"
     (checkpoint / UNFINISHED).touch()
     check_settings(other)
+    (tmp_path / "global_step_3").mkdir()
+    save_settings(resolved("steer_exp", *run), tmp_path / "global_step_3")
+    (tmp_path / LEDGER).write_text('{"saved_steps": [3, 5]}')
+    with pytest.raises(ValueError, match="global_step_3 is of a run with "):  # from which it would go on
+        check_settings(other)
+    (tmp_path / LEDGER).unlink()
     (checkpoint / UNFINISHED).unlink()
     (tmp_path / TRACKER).write_text("4")
     check_settings(other)
@@ -74,4 +81,6 @@ def test_checkpoints_that_the_run_would_not_resume_or_that_have_no_settings_do_n
 def test_every_key_is_one_of_the_configuration():
     config = resolved("grpo")
     places = (key.rpartition(".") for key in KEYS)
-    assert [name for section, _, name in places if name not in (OmegaConf.select(config, section) or config)] == []
+    assert [
+        name for section, _, name in places if name not in (OmegaConf.select(config, section) if section else config)
+    ] == []

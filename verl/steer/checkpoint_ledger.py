@@ -55,7 +55,7 @@ class CheckpointLedger:
         The tracker decides which whole checkpoint is the latest, since upstream's own trainer may have saved it.
         """
         _clear(folder)
-        ledger, whole, tracked = cls._read(folder), _checkpoints(folder), tracked_step(folder)
+        ledger, whole, tracked = cls._read(folder), _checkpoints(folder), _tracked(folder)
         ledger.saved_steps = [step for step in ledger.saved_steps if step in whole]
         if ledger.best_step is not None and ledger.best_step not in whole:
             logger.warning("%s, the best checkpoint, is gone: the best starts anew", ledger._path(ledger.best_step))
@@ -65,6 +65,13 @@ class CheckpointLedger:
         if ledger.saved_steps or (folder / TRACKER).exists():
             ledger._write()
         return ledger
+
+    @classmethod
+    def step_to_resume(cls, folder: Path) -> int | None:
+        """The step that a start goes on from: the tracked one, else the last recorded one that is whole."""
+        whole = {step for step, path in _checkpoints(folder).items() if not (path / UNFINISHED).exists()}
+        tracked = _tracked(folder)
+        return tracked if tracked in whole else max(whole.intersection(cls._read(folder).saved_steps), default=None)
 
     @property
     def latest_step(self) -> int | None:
@@ -159,7 +166,7 @@ class CheckpointLedger:
         # The tracker comes first: after a kill between the two writes, `open` corrects the ledger by the tracker.
         if latest is None:
             tracker.unlink(missing_ok=True)
-        elif tracked_step(self.folder) != latest:
+        elif _tracked(self.folder) != latest:
             replace_file(tracker, str(latest))
         entries = {"latest_step": latest, **vars(self)}
         del entries["folder"]
@@ -201,7 +208,7 @@ def _checkpoints(folder: Path) -> dict[int, Path]:
     return {step: path for path in folders if (step := step_of(path)) is not None}
 
 
-def tracked_step(folder: Path) -> int | None:
+def _tracked(folder: Path) -> int | None:
     """The step of the last checkpoint in upstream's tracker; None if it is missing, or if a kill left it empty."""
     tracker = folder / TRACKER
     text = tracker.read_text().strip() if tracker.is_file() else ""
@@ -212,7 +219,7 @@ def _clear(folder: Path) -> None:
     """Delete unfinished checkpoints, restore the folders that they replaced, and finish interrupted deletions."""
     for step, path in _checkpoints(folder).items():
         if (path / UNFINISHED).exists():
-            if tracked_step(folder) == step:
+            if _tracked(folder) == step:
                 # The folder that is restored under this name belongs to another branch.
                 (folder / TRACKER).unlink()
             path.rename(_deleted_name(path))

@@ -101,9 +101,12 @@ def column_values(config: DictConfig, key: str, column: str) -> Iterator[tuple[s
     """Each file that a check reads with each different value of its column; files that lack the column are left out.
 
     Raises:
-        ValueError: if a file is broken.
+        ValueError: if a file is broken, or its column has lists or structs.
     """
     for file in (match for named in data_files(config, key) for match in _matches(named)):
         if is_readable(file) and column in metadata(file, key).schema.to_arrow_schema().names:
-            for value in pq.read_table(file, columns=[column])[column].unique().to_pylist():
+            values = pq.read_table(file, columns=[column])[column]
+            if pa.types.is_nested(values.type):
+                raise ValueError(f"data.{key}: {file}: column {column} of type {values.type}: expected texts")
+            for value in values.unique().to_pylist():
                 yield file, value

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The settings that decide what a run learns, kept in each checkpoint: a run of others does not go on from it unasked.
+"""Settings that decide what a run learns, kept in each checkpoint: a run with others resumes from it only if told to.
 
-Keys that a run may change when it goes on are not among them: its length, its paths, its hardware, its logs.
+Not among them are what a run may change when it goes on: its length, its paths, its hardware and what it logs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from verl.steer.checkpoint_ledger import UNFINISHED, tracked_step
+from verl.steer.checkpoint_ledger import CheckpointLedger, replace_file
 from verl.steer.options import leaves
 
 #: File in a checkpoint's folder.
@@ -19,18 +19,19 @@ SETTINGS = "settings.yaml"
 ACTOR = (
     *("clip_ratio", "clip_ratio_low", "clip_ratio_high", "clip_ratio_c", "policy_loss", "loss_agg_mode"),
     *("entropy_coeff", "use_kl_loss", "kl_loss_coef", "kl_loss_type"),
-    *("ppo_epochs", "ppo_mini_batch_size", "data_loader_seed"),
+    *("loss_scale_factor", "tau_pos", "tau_neg"),
+    *("ppo_epochs", "ppo_mini_batch_size", "shuffle", "data_loader_seed"),
 )
 OPTIMIZER = (
     *("optimizer", "lr", "betas", "weight_decay", "clip_grad"),
-    *("lr_scheduler_type", "lr_warmup_steps", "lr_warmup_steps_ratio", "min_lr_ratio"),
+    *("lr_scheduler_type", "lr_warmup_steps", "lr_warmup_steps_ratio", "min_lr_ratio", "num_cycles"),
 )
 #: Keys of the configuration; of a section all below it.
 KEYS = (
     "algorithm",
     *(f"actor_rollout_ref.actor.{name}" for name in ACTOR),
     *(f"actor_rollout_ref.actor.optim.{name}" for name in OPTIMIZER),
-    *(f"actor_rollout_ref.model.{name}" for name in ("lora_rank", "lora_alpha")),
+    *(f"actor_rollout_ref.model.{name}" for name in ("lora", "lora_rank", "lora_alpha", "target_modules")),
     *(f"actor_rollout_ref.rollout.{name}" for name in ("n", "temperature", "top_p", "top_k", "seed")),
     *(f"data.{name}" for name in ("train_batch_size", "max_prompt_length", "max_response_length", "seed", "shuffle")),
 )
@@ -43,7 +44,7 @@ def settings_of(config: DictConfig) -> dict[str, Any]:
 
 def save_settings(config: DictConfig, checkpoint: Path) -> None:
     """Write the settings into a checkpoint's folder."""
-    OmegaConf.save(OmegaConf.create(settings_of(config)), checkpoint / SETTINGS)
+    replace_file(checkpoint / SETTINGS, OmegaConf.to_yaml(OmegaConf.create(settings_of(config))))
 
 
 def check_settings(config: DictConfig) -> None:
@@ -52,11 +53,9 @@ def check_settings(config: DictConfig) -> None:
     Raises:
         ValueError: if it has others.
     """
-    trainer = config.trainer
-    folder = Path(trainer.default_local_dir)
-    checkpoint = folder / f"global_step_{tracked_step(folder)}"
-    unfinished = (checkpoint / UNFINISHED).exists()
-    if trainer.resume_mode != "auto" or trainer.val_only or unfinished or not (checkpoint / SETTINGS).is_file():
+    folder = Path(config.trainer.default_local_dir)
+    checkpoint = folder / f"global_step_{CheckpointLedger.step_to_resume(folder)}"
+    if config.trainer.resume_mode != "auto" or not (checkpoint / SETTINGS).is_file():
         return
     saved: Any = OmegaConf.to_container(OmegaConf.load(checkpoint / SETTINGS))
     now = settings_of(config)

@@ -60,6 +60,9 @@ GROUPED = {"grpo", "grpo_vectorized", "grpo_passk", "gdpo", "rloo", "rloo_vector
 
 _ESTIMATORS: dict[str, Callable[..., Any]] = {}
 
+#: Advantage estimator -> the module that defines it and its options.
+_MODULES: dict[str, str] = {}
+
 
 def policy_loss(
     name: str, needs: tuple[str, ...] = (), clips_as_ppo: bool = True
@@ -187,8 +190,8 @@ def advantage_estimator(
             advantages = estimator(inputs)
             return advantages, advantages
 
-        with_verls_signature.__module__ = estimator.__module__
         ESTIMATOR_FIELDS[name], _ESTIMATORS[name] = batch_fields, with_verls_signature
+        _MODULES[name] = estimator.__module__
         if grouped:
             GROUPED.add(name)
         register_adv_est(name)(with_verls_signature)
@@ -201,6 +204,11 @@ def estimator_fields(algorithm: Mapping[str, Any]) -> tuple[str, ...]:
     """Fields of the trainer's batch that `algorithm.adv_estimator` reads beside verl's arguments."""
     fields = ESTIMATOR_FIELDS.get(algorithm["adv_estimator"])
     return () if fields is None else (*fields, SCORES) if algorithm.get("use_kl_in_reward") else fields
+
+
+def module_of(name: str) -> str | None:
+    """The module of an advantage estimator of this fork; None for verl's."""
+    return _MODULES.get(name)
 
 
 def bind_estimator(name: str, fields: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from verl.steer.data_files import check_columns, data_files, row_count
 
 
@@ -18,7 +18,7 @@ def check_data_and_model(config: DictConfig) -> None:
         ValueError: if not.
     """
     for key in ("train_files", "val_files"):
-        if not data_files(config, key):
+        if not data_files(config, key) and not OmegaConf.select(config, "data.custom_cls.path"):
             raise ValueError(f"data.{key}={config.data[key]}: expected a file at least; verl reads both")
     row_count(config, "val_files")
     _check_rows(config, row_count(config, "train_files"))

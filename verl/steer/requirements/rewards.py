@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.steer.data_files import column_values
 from verl.steer.grading import sandbox
-from verl.steer.grading.code import CodeOptions, is_code
+from verl.steer.grading.code import TRAINING_SOURCES, CodeOptions, is_code
 from verl.steer.grading.score import is_own_source
 from verl.steer.options import from_config
 from verl.utils.reward_score import default_compute_score
@@ -22,7 +22,7 @@ LEARNED = "pkg://verl.steer.grading.learned"
 
 
 def check_reward_function(config: DictConfig) -> None:
-    """Check, without running it, that the file of the reward function is there and defines the function.
+    """Check, without running its module, that the file of the reward function is there and defines the function.
 
     Raises:
         ValueError: if it does not.
@@ -33,16 +33,22 @@ def check_reward_function(config: DictConfig) -> None:
     file = _source_of(str(function.path))
     if file is None or not file.is_file():
         raise ValueError(f"reward.custom_reward_function.path={function.path}: expected a file, or pkg:// and a module")
+    if file.suffix != ".py":  # compiled
+        return
     try:
-        module = ast.parse(file.read_bytes(), str(file))
+        names = set(_names(ast.parse(file.read_bytes(), str(file))))
     except SyntaxError as error:
         raise ValueError(f"reward.custom_reward_function.path={function.path}: expected Python: {error}") from error
-    if function.name not in set(_names(module)):
+    if not names & {function.name, "*", "__getattr__"}:
         raise ValueError(f"reward.custom_reward_function.name={function.name}: expected a function of {file}")
 
 
 def _source_of(path: str) -> Path | None:
-    """The file of `reward.custom_reward_function.path`; None for a module that is not installed."""
+    """The file of `reward.custom_reward_function.path`; None for a module that is not installed.
+
+    Raises:
+        ValueError: if the module's package, which is imported, fails.
+    """
     module = path.removeprefix("pkg://")
     if module == path:
         return Path(path.removeprefix("file://"))
@@ -50,6 +56,8 @@ def _source_of(path: str) -> Path | None:
         found = find_spec(module.replace("/", "."))
     except ModuleNotFoundError:  # of the package in which the module would be
         return None
+    except Exception as error:  # the package's own
+        raise ValueError(f"reward.custom_reward_function.path={path}: {type(error).__name__}: {error}") from error
     return Path(found.origin) if found and found.origin else None
 
 
@@ -65,16 +73,23 @@ def _names(module: ast.Module) -> Iterator[str]:
 
 
 def check_data_sources(config: DictConfig) -> None:
-    """Check that each data source of the run's files has a grader, unless the reward function is the user's own.
+    """Check that each data source of the run's files is a text and has a grader.
+
+    Rewards of the user's own function, manager or model need none, and a data set of the user's own names its sources.
 
     Raises:
         ValueError: if one has none, or its grader in verl needs a package that is not installed.
     """
-    path = config.reward.custom_reward_function.path
-    if path not in (None, GRADING):
+    reward, path = config.reward, config.reward.custom_reward_function.path
+    by_model = path is None and reward.reward_model.enable
+    if path not in (None, GRADING) or by_model or reward.reward_manager.source != "register":
         return
-    for source in sorted(_data_sources(config)):
-        if is_code(source) or path == GRADING and is_own_source(source):
+    if OmegaConf.select(config, "data.custom_cls.path"):
+        return
+    for source in sorted(_data_sources(config), key=str):
+        if not isinstance(source, str):
+            raise ValueError(f"data_source={source} in the data: expected the name of a source, a text")
+        if source in TRAINING_SOURCES or path == GRADING and is_own_source(source):
             continue
         if obstacle := _obstacle_to_verls_grader(source):
             raise ValueError(
@@ -90,7 +105,7 @@ def _obstacle_to_verls_grader(source: str) -> str | None:
     except (NotImplementedError, ImportError) as error:
         return str(error)
     except Exception:  # some graders fail on an empty answer, in several ways
-        return None
+        pass
     return None
 
 
@@ -114,7 +129,9 @@ def check_code_rewards(config: DictConfig) -> None:
                 "memory_limit_mb": service.memory_limit_mb,
                 "max_concurrent": max(1, service.max_concurrent // config.reward.num_workers),
             }
-    elif options.sandbox == "bwrap" and any(map(is_code, _data_sources(config))):
+    elif options.sandbox == "bwrap" and any(
+        isinstance(source, str) and is_code(source) for source in _data_sources(config)
+    ):
         sandbox.check()
 
 

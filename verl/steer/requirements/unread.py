@@ -15,8 +15,8 @@ from omegaconf import DictConfig
 from verl.steer.audit.scores import AuditOptions
 from verl.steer.config import ADVANTAGE_OPTIONS, PolicyLossConfig, SteerOptions
 from verl.steer.entropy_control import EntropyControlOptions
-from verl.steer.methods.registry import POLICY_LOSSES
-from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, INFLUENCE
+from verl.steer.methods.registry import POLICY_LOSSES, module_of
+from verl.trainer.ppo.core_algos import INFLUENCE
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +35,16 @@ def warn_of_unread(config: DictConfig, policy_loss: Any) -> None:
     unread += [
         f"algorithm.{key}={algorithm[key]} with adv_estimator={algorithm.adv_estimator}"
         for options in ADVANTAGE_OPTIONS
-        if options.__module__ != ADV_ESTIMATOR_REGISTRY[algorithm.adv_estimator].__module__
+        if options.__module__ != module_of(algorithm.adv_estimator)
         for key in _set_in(algorithm, options)
     ]
     audit = config.trainer.get("entropy_audit") or DictConfig({})
     if not audit.get("freq"):
-        unread += [f"trainer.entropy_audit.{key}={audit[key]} with freq=0" for key in _set_in(audit, AuditOptions)]
+        unread += [
+            f"trainer.entropy_audit.{key}={audit[key]} with freq=0"
+            for key in _set_in(audit, AuditOptions)
+            if key != "freq"
+        ]
     for one in unread:
         logger.warning("without effect: %s", one)
 
@@ -65,16 +69,21 @@ def _unread_by_loss(section: DictConfig, options: Any) -> Iterator[tuple[str, st
 def _unread_by_steer(key: str, options: Any) -> str | None:
     """The choice among STEER's maps, normalizers and estimators that leaves one of its options unread."""
     mapping, normalizer = options.token_weight_map, options.token_weight_normalizer
-    estimator = options.entropy_change_estimator
+    controller, estimator, target = options.target_controller, options.entropy_change_estimator, mapping == "target"
     by_map, by_normalizer = f"token_weight_map={mapping}", f"token_weight_normalizer={normalizer}"
+    by_controller = f"target_controller={controller}" if target else by_map
+    by_estimator = f"entropy_change_estimator={estimator}"
     read = {
         "token_weight_quantile": (mapping == "threshold" or normalizer == "winsorised", f"{by_map}, {by_normalizer}"),
         "token_weight_ema_decay": (normalizer == "ema", by_normalizer),
         "entropy_band": (mapping == "band", by_map),
-        "influence_way": (estimator == INFLUENCE, f"entropy_change_estimator={estimator}"),
-        "influence_refresh": (estimator == INFLUENCE, f"entropy_change_estimator={estimator}"),
+        "influence_way": (estimator == INFLUENCE, by_estimator),
+        "influence_refresh": (estimator == INFLUENCE, by_estimator),
+        "target_entropy": (target, by_map),
+        "target_controller": (target, by_map),
+        "target_gain": (target and controller == "solve", by_controller),
+        "target_kp": (target and controller == "pi", by_controller),
+        "target_ki": (target and controller == "pi", by_controller),
     }
-    if key.startswith("target_"):
-        return None if mapping == "target" else by_map
     is_read, choice = read.get(key, (True, None))
     return None if is_read else choice

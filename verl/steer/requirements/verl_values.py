@@ -20,6 +20,7 @@ from verl.utils.tracking import Tracking
 
 #: Numbers that verl does not check; those with a default may not be null.
 NUMBERS = {
+    "actor_rollout_ref.actor.data_loader_seed": Option(integer=True),
     "actor_rollout_ref.actor.entropy_coeff": Option(0.0),
     "actor_rollout_ref.actor.kl_loss_coef": Option(0.001, at_least=0.0),
     "actor_rollout_ref.actor.loss_scale_factor": Option(above=0.0),
@@ -30,8 +31,11 @@ NUMBERS = {
     "actor_rollout_ref.actor.optim.weight_decay": Option(0.01, at_least=0.0),
     "actor_rollout_ref.actor.ppo_epochs": Option(1, at_least=1, integer=True),
     "actor_rollout_ref.actor.ppo_mini_batch_size": Option(256, at_least=1, integer=True),
+    "actor_rollout_ref.model.lora_rank": Option(0, at_least=0, integer=True),
     "actor_rollout_ref.rollout.data_parallel_size": Option(1, at_least=1, integer=True),
+    "actor_rollout_ref.rollout.gpu_memory_utilization": Option(0.5, above=0.0, at_most=1.0),
     "actor_rollout_ref.rollout.n": Option(1, at_least=1, integer=True),
+    "actor_rollout_ref.rollout.seed": Option(integer=True),
     "actor_rollout_ref.rollout.temperature": Option(1.0, above=0.0),
     "actor_rollout_ref.rollout.tensor_model_parallel_size": Option(1, at_least=1, integer=True),
     "actor_rollout_ref.rollout.top_p": Option(1.0, above=0.0, at_most=1.0),
@@ -41,12 +45,13 @@ NUMBERS = {
     "algorithm.kl_ctrl.kl_coef": Option(0.001, at_least=0.0),
     "data.max_prompt_length": Option(512, at_least=1, integer=True),
     "data.max_response_length": Option(512, at_least=1, integer=True),
+    "data.seed": Option(integer=True),
     "data.train_batch_size": Option(1024, at_least=1, integer=True),
     "reward.num_workers": Option(8, at_least=1, integer=True),
     "trainer.n_gpus_per_node": Option(1, at_least=1, integer=True),
     "trainer.nnodes": Option(1, at_least=1, integer=True),
     "trainer.total_epochs": Option(1, at_least=1, integer=True),
-    "trainer.total_training_steps": Option(at_least=1),
+    "trainer.total_training_steps": Option(at_least=1, integer=True),
 }
 
 #: Names of verl's estimates of a KL divergence; a + at the end gives each the gradient of k2.
