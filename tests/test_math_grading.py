@@ -426,6 +426,20 @@ def test_the_data_sources_that_this_project_writes_are_known(root):
         assert code.is_code(spec.data_source) if spec in programs else spec.data_source in PUBLISHED[spec.name]
 
 
+@pytest.mark.parametrize("source", ["math500", "math_dapo", "arithmetic", "humaneval", "apps", "openai/gsm8k", "mine"])
+def test_own_sources_do_not_go_to_verl(monkeypatch, source):
+    def verls(*arguments, **options):
+        raise LookupError
+
+    monkeypatch.setattr(score, "default_compute_score", verls)
+    monkeypatch.setattr(score.programs, "compute_score", lambda *arguments: {})
+    if score.is_own_source(source):
+        score.compute_score(source, "1", "1")
+        return
+    with pytest.raises(LookupError):
+        score.compute_score(source, "1", "1")
+
+
 def test_other_sources_go_to_verl():
     assert score.compute_score("openai/gsm8k", "#### 7", "7") == 1.0
     with pytest.raises(NotImplementedError, match="no_such_source"):

@@ -80,7 +80,5 @@ def test_checkpoints_that_the_run_would_not_resume_or_that_have_no_settings_do_n
 
 def test_every_key_is_one_of_the_configuration():
     config = resolved("grpo")
-    places = (key.rpartition(".") for key in KEYS)
-    assert [
-        name for section, _, name in places if name not in (OmegaConf.select(config, section) if section else config)
-    ] == []
+    for section, _, name in (key.rpartition(".") for key in KEYS):
+        assert name in (OmegaConf.select(config, section) if section else config), name
