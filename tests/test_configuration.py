@@ -1274,6 +1274,16 @@ def test_a_reward_function_may_be_compiled_and_a_package_that_fails_is_named(tmp
         check_and_complete(config)
 
 
+def test_a_grader_that_fails_on_an_empty_answer_is_a_grader(laptop_files, monkeypatch):
+    def fails(*arguments):
+        raise ValueError("empty")
+
+    monkeypatch.setattr(rewards, "default_compute_score", fails)
+    file = laptop_files / "mine.parquet"
+    pq.write_table(pa.table({name: [one] for name, one in (ROW | {"data_source": "geo"}).items()}), file)
+    check_data_sources(resolved("grpo", "hardware=cpu", "task=arithmetic", f"data.val_files={file}"))
+
+
 def test_a_grader_that_lacks_its_package_is_named(laptop_files, monkeypatch):
     def lacks_package(*arguments):
         raise ModuleNotFoundError("No module named 'grader'")
