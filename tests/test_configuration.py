@@ -1020,6 +1020,12 @@ def test_one_rollout_of_a_prompt_is_for_estimators_that_compare_none():
     assert refused == ADV_ESTIMATOR_REGISTRY.keys() - ALONE
 
 
+def run_main(config):
+    """The entry point with a configuration that Hydra has not composed from a command line."""
+    with mock.patch.object(entry_point, "check_added_keys"):
+        entry_point.main.__wrapped__(config)
+
+
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
 def test_cfg_prints_the_resolved_configuration(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["main", "--config-name", "steer", "method=steer_exp", "--cfg", "job"])
@@ -1037,7 +1043,7 @@ def test_an_error_of_the_run_that_explains_itself_ends_it_in_one_line(monkeypatc
     monkeypatch.setattr(entry_point.main_ppo, "run_ppo", fail)
     monkeypatch.setattr(run_ending, "dead_actors", list)
     with pytest.raises(SystemExit) as end:
-        entry_point.main.__wrapped__(resolved("grpo", "hardware=cpu", "task=arithmetic"))
+        run_main(resolved("grpo", "hardware=cpu", "task=arithmetic"))
     assert end.value.code == "steer-verl: trainer.best_metric_key=x: expected y"
 
 
@@ -1046,7 +1052,7 @@ def test_the_launching_process_resolves_its_variables(laptop_files, monkeypatch)
     started = []
     monkeypatch.setattr(entry_point.main_ppo, "run_ppo", lambda config, task_runner_class: started.append(config))
     monkeypatch.setenv("OUTPUT_DIR", "/out")
-    entry_point.main.__wrapped__(resolved("steer_exp", "hardware=cpu", "task=arithmetic"))
+    run_main(resolved("steer_exp", "hardware=cpu", "task=arithmetic"))
     monkeypatch.undo()
     (config,) = started
     assert config.data.train_files == f"{laptop_files}/train.parquet"
@@ -1063,7 +1069,7 @@ def test_the_launching_process_resolves_its_variables(laptop_files, monkeypatch)
 def test_what_verl_refuses_ends_a_run_in_one_line(laptop_files, monkeypatch, override, message):
     monkeypatch.setattr(entry_point.main_ppo, "run_ppo", mock.Mock(side_effect=AssertionError("Ray was started")))
     with pytest.raises(SystemExit, match=f"^steer-verl: {re.escape(message)}[^\n]*$"):
-        entry_point.main.__wrapped__(resolved("steer_exp", "hardware=cpu", "task=arithmetic", override))
+        run_main(resolved("steer_exp", "hardware=cpu", "task=arithmetic", override))
 
 
 ROW = {

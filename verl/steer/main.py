@@ -12,7 +12,9 @@ from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from verl.steer.requirements import check_and_complete
+from verl.steer.requirements.added_keys import check_added_keys
 from verl.steer.requirements.files import check_data_and_model
+from verl.steer.requirements.loggers import check_loggers
 from verl.steer.requirements.verl_values import check_by_verl
 from verl.steer.run_ending import ActorsDied, WatchedRunner, reason_of
 from verl.steer.task_runner import SteerTaskRunner
@@ -37,8 +39,10 @@ def main(config: DictConfig) -> None:
     """Train or evaluate by a Hydra configuration, such as `--config-name steer method=steer_exp`."""
     verl_steer.check()
     try:
+        check_added_keys()
         check_and_complete(config)
         check_data_and_model(config)
+        check_loggers(config)
         if config.trainer.use_v1:
             auto_set_device(config)
             check_by_verl(config)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Misspelt keys that Hydra adds after a plus are refused, others of a user's own are not."""
+
+import runpy
+import sys
+
+import pytest
+import verl.steer.main  # noqa: F401 - puts verl's configurations on Hydra's path
+import verl_steer
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from verl.steer.requirements.added_keys import check_added_keys
+
+LOSS = "actor_rollout_ref.actor.policy_loss"
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    """Checks a run's overrides."""
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+    with initialize_config_dir(str(verl_steer.OVERLAY / "trainer/config"), version_base=None):
+
+        def check(*overrides):
+            words = ["method=steer_exp", *overrides]
+            HydraConfig.instance().set_config(compose("steer", words, return_hydra_config=True))
+            check_added_keys()
+
+        yield check
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+trainer.savefreq=5", "trainer.savefreq: unknown; expected one of save_freq"),
+        ("++trainer.savefreq=5", "trainer.savefreq: unknown; expected one of save_freq"),
+        ("+data.train_batchsize=64", "data.train_batchsize: unknown; expected one of train_batch_size"),
+        ("+algorithm.gama=0.9", "algorithm.gama: unknown; expected one of gamma"),
+        ("+trainer.entropy_audit.frq=1", "trainer.entropy_audit.frq: unknown; expected one of freq"),
+        ("+trainr.save_freq=5", "trainr: unknown; expected one of trainer"),
+        ("+actor_rollout_ref.rollout.temprature=1", "actor_rollout_ref.rollout.temprature: unknown; expected one of "),
+        # Like none of the names, and refused by a worker.
+        ("+actor_rollout_ref.rollout.xyz=1", "actor_rollout_ref.rollout.xyz: unknown; expected one of name, mode, "),
+        (f"+{LOSS}.token_weight_mn=0.7", f"{LOSS}.token_weight_mn: unknown; expected one of token_weight_min, "),
+    ],
+)
+def test_an_unknown_key_is_named(checked, override, message):
+    with pytest.raises(ValueError) as error:
+        checked(override)
+    assert str(error.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"+{LOSS}.token_weight_min=0.7",  # declared, as null
+        "++trainer.save_freq=5",
+        "+actor_rollout_ref.model.hf_config=null",  # the dataclass has it, verl's file does not
+        "+seed=3",
+        "+trainer.wandb_proxy=http://proxy",
+        "+trainer.mine.savefreq=5",
+        "+ray_kwargs.ray_init.num_gpus=1",
+        "+reward.custom_reward_function.reward_kwargs.strict=true",
+        "+reward.custom_reward_function.reward_kwargs={strict: true}",
+        "+actor_rollout_ref.rollout.engine_kwargs.vllm.swap_space=1",
+        "trainer.save_freq=5",
+        "model_engine=dp",
+    ],
+)
+def test_other_keys_are_taken(checked, override):
+    checked(override)
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_the_entry_point_ends_in_one_line(monkeypatch):
+    words = ["--config-name", "steer", "method=grpo", "hardware=cpu", "+trainer.savefreq=5"]
+    monkeypatch.setattr(sys, "argv", ["main", *words])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("verl.steer.main", run_name="__main__", alter_sys=True)
+    assert end.value.code == "steer-verl: trainer.savefreq: unknown; expected one of save_freq"
