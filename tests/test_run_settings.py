@@ -46,6 +46,8 @@ def test_the_same_run_goes_on_also_for_longer_on_other_hardware_and_elsewhere(ru
         ("steer_exp", "data.train_batch_size=32", "data.train_batch_size=16 (now 32)"),
         ("steer_exp", "actor_rollout_ref.actor.clip_ratio_high=0.3", "actor.clip_ratio_high=0.28 (now 0.3)"),
         ("steer_exp", "actor_rollout_ref.model.lora_rank=8", "model.lora_rank=0 (now 8)"),
+        ("steer_exp", "data.train_max_samples=64", "data.train_max_samples=-1 (now 64)"),
+        ("steer_exp", "reward.custom_reward_function.name=f", "reward.custom_reward_function.name=compute_score (now f)"),
         ("grpo", "trainer.test_freq=1", "actor.policy_loss.loss_mode=entropy_control (now vanilla)"),
         ("nsr", "trainer.test_freq=1", "algorithm.adv_estimator=grpo (now nsr)"),
     ],
@@ -57,6 +59,16 @@ def test_a_run_of_other_settings_is_refused_unless_it_is_told_to_go_on(run, tmp_
     told_to = ("trainer.resume_mode=resume_path", f"trainer.resume_from_path={tmp_path}/global_step_5")
     check_settings(resolved(method, *run, override, *told_to))
     check_settings(resolved(method, *run, override, "trainer.resume_mode=disable"))
+
+
+def test_a_key_that_an_earlier_version_did_not_save_is_not_compared(run, tmp_path):
+    file = tmp_path / "global_step_5" / SETTINGS
+    saved = OmegaConf.to_container(OmegaConf.load(file))
+    del saved["data.train_max_samples"]
+    file.write_text(OmegaConf.to_yaml(OmegaConf.create(saved)))
+    check_settings(resolved("steer_exp", *run, "data.train_max_samples=64"))
+    with pytest.raises(ValueError, match="is of a run with data.train_batch_size=16 "):
+        check_settings(resolved("steer_exp", *run, "data.train_max_samples=64", "data.train_batch_size=32"))
 
 
 def test_checkpoints_that_the_run_would_not_resume_or_that_have_no_settings_do_not_count(run, tmp_path):

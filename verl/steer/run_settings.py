@@ -6,6 +6,7 @@ Not among them are what a run may change when it goes on: its length, its paths,
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,15 @@ KEYS = (
     *(f"actor_rollout_ref.model.{name}" for name in ("lora", "lora_rank", "lora_alpha", "target_modules")),
     *(f"actor_rollout_ref.rollout.{name}" for name in ("n", "temperature", "top_p", "top_k", "seed")),
     *(f"data.{name}" for name in ("train_batch_size", "max_prompt_length", "max_response_length", "seed", "shuffle")),
+    "data.train_max_samples",
+    # Not its `reward_kwargs`, which may have paths.
+    *("reward.custom_reward_function.name", "reward.reward_manager.name"),
 )
 
 
-def settings_of(config: DictConfig) -> dict[str, Any]:
-    """Each key below `KEYS` with its value, None where this configuration lacks it."""
-    return {name: value for key in KEYS for name, value in leaves(OmegaConf.select(config, key), key)}
+def settings_of(config: DictConfig, keys: Iterable[str] = KEYS) -> dict[str, Any]:
+    """Each of the keys, or of a section's each key below it, with its value; None where the configuration lacks it."""
+    return {name: value for key in keys for name, value in leaves(OmegaConf.select(config, key), key)}
 
 
 def save_settings(config: DictConfig, checkpoint: Path) -> None:
@@ -58,7 +62,8 @@ def check_settings(config: DictConfig) -> None:
     if config.trainer.resume_mode != "auto" or not (checkpoint / SETTINGS).is_file():
         return
     saved: Any = OmegaConf.to_container(OmegaConf.load(checkpoint / SETTINGS))
-    now = settings_of(config)
+    # An earlier version may have saved fewer keys.
+    now = settings_of(config, [key for key in KEYS if any(name == key or name.startswith(f"{key}.") for name in saved)])
     changed = [
         f"{key.removeprefix('actor_rollout_ref.')}={saved.get(key)} (now {now.get(key)})"
         for key in sorted(saved.keys() | now.keys())
