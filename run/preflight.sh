@@ -11,6 +11,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/run/help.sh"
+source "$root/run/quoted.sh"
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # as launch.sh explains
 export DATA_DIR=${DATA_DIR:-$root/data} OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs}
 if [ -z "${PYTHON:-}" ]; then
@@ -30,4 +31,4 @@ if [ "${1:-}" = --cpu ]; then
     "$PYTHON" "$root/scripts/make_laptop_task.py" --out "$TASK_DIR"
   fi
 fi
-exec "$PYTHON" -m verl.steer.preflight.main hydra.run.dir="$OUTPUT_DIR/preflight" ${overrides[@]+"${overrides[@]}"} "$@"
+exec "$PYTHON" -m verl.steer.preflight.main hydra.run.dir="$(quoted "$OUTPUT_DIR/preflight")" ${overrides[@]+"${overrides[@]}"} "$@"

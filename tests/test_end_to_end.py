@@ -60,8 +60,12 @@ def quickstart(tmp_path_factory, command, root, task):
 
 
 def test_preflight_of_the_laptop_task(tmp_path, command, root, task):
-    """The README's command, from another folder; it leaves nothing where the run's checkpoints go."""
-    environment = {"OUTPUT_DIR": str(tmp_path), "TASK_DIR": str(task), "PREFLIGHT_SECONDS": "1100", "COLUMNS": "200"}
+    """The README's command, from another folder; it leaves nothing where the run's checkpoints go.
+
+    The folder's name has characters of Hydra's grammar.
+    """
+    out = tmp_path / "lr=1, [a]"
+    environment = {"OUTPUT_DIR": str(out), "TASK_DIR": str(task), "PREFLIGHT_SECONDS": "1100", "COLUMNS": "200"}
     result = command("bash", root / "run/preflight.sh", "--cpu", "trainer.save_freq=10", cwd="/", **environment)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.endswith("\nready\n")
@@ -71,7 +75,7 @@ def test_preflight_of_the_laptop_task(tmp_path, command, root, task):
     details = {name: detail for name, result, detail in rows if result == "ok"}
     assert details["attention"].startswith("packed_sdpa") and details["collectives"] == "gloo, ranks: 1"
     assert details["disk"].startswith("4 checkpoints") and "on 16 tokens" in details["log-probs"]
-    assert not list((tmp_path / "grpo").iterdir())
+    assert not list((out / "grpo").iterdir())
 
 
 def metrics(run: Path) -> dict[int, dict[str, float]]:

@@ -56,7 +56,7 @@ def checks_in_processes(config: DictConfig, folder: Path, end: float) -> list[Ro
     generate = [*python, "verl.steer.preflight.generate", str(folder)]
     torchrun = [*python, "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     torchrun += ["-m", "verl.steer.preflight.ranks", str(folder)]
-    seconds = end - LEFT_TO_RANKS - time.monotonic()
+    seconds = max(end - LEFT_TO_RANKS - time.monotonic(), 0)
     # As a run does: verl's import counts the GPUs, and after that CUDA does not start in a forked process.
     spawn = {**variables, "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     rows = run_group(folder, "vllm", ("vLLM",), 1, generate, seconds, **spawn)
