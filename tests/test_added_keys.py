@@ -6,10 +6,11 @@ import sys
 
 import pytest
 import verl.steer.main  # noqa: F401 - puts verl's configurations on Hydra's path
-import verl_steer
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from verl.steer.requirements.added_keys import check_added_keys
+
+import verl_steer
 
 LOSS = "actor_rollout_ref.actor.policy_loss"
 

@@ -911,6 +911,15 @@ DYNAMIC = [f"{ACTOR}.use_dynamic_bsz=true", f"{ROLLOUT}.log_prob_use_dynamic_bsz
         (["trainer.n_gpus_per_node=null"], "trainer.n_gpus_per_node=None: expected an integer of at least 1"),
         (["trainer.total_epochs=-1"], "trainer.total_epochs=-1: expected an integer of at least 1"),
         (["trainer.total_training_steps=0"], "trainer.total_training_steps=0: expected an integer of at least 1"),
+        (
+            [f"{ACTOR}.optim.optimizer=AdamV"],
+            "actor.optim.optimizer=AdamV: expected the name of a class in ",
+        ),
+        ([f"{ACTOR}.optim.betas=[0.9]"], "actor.optim.betas=[0.9]: expected two numbers"),
+        (
+            [f"{ACTOR}.optim.betas=[0.9,1.0]"],
+            "actor.optim.betas[1]=1.0: expected a number of at least 0 and below 1",
+        ),
         (["trainer.logger=[console,bogus]"], "trainer.logger=bogus: expected one of wandb, mlflow, "),
         (["trainer.logger=bogus"], "trainer.logger=bogus: expected one of wandb, mlflow, "),
         (["trainer.logger=[]"], "trainer.logger=None: expected one of wandb, mlflow, "),
@@ -993,6 +1002,8 @@ def test_what_verl_would_ignore_is_refused(overrides, message):
         [f"{CHECKPOINT}.save_contents=[hf_model]", "trainer.resume_mode=disable"],
         ["+ray_kwargs.ray_init.runtime_env.env_vars.NCCL_IB_DISABLE=on", "trainer.experiment_name=no"],
         ["trainer.logger=console"],
+        [f"{ACTOR}.optim.optimizer=SGD", f"{ACTOR}.optim.betas=[2.0]"],  # given to kinds of Adam only
+        [f"{ACTOR}.optim.optimizer=_AdamW", f"{ACTOR}.optim.optimizer_impl=torchao.optim"],
         # Servers with devices of their own.
         [f"{ROLLOUT}.tensor_model_parallel_size=2", "trainer.v1.trainer_mode=separate_async", f"{MANAGER}=null"],
         [f"reward.custom_reward_function.path={__file__}", "reward.custom_reward_function.name=resolved"],

@@ -47,7 +47,11 @@ def test_the_same_run_goes_on_also_for_longer_on_other_hardware_and_elsewhere(ru
         ("steer_exp", "actor_rollout_ref.actor.clip_ratio_high=0.3", "actor.clip_ratio_high=0.28 (now 0.3)"),
         ("steer_exp", "actor_rollout_ref.model.lora_rank=8", "model.lora_rank=0 (now 8)"),
         ("steer_exp", "data.train_max_samples=64", "data.train_max_samples=-1 (now 64)"),
-        ("steer_exp", "reward.custom_reward_function.name=f", "reward.custom_reward_function.name=compute_score (now f)"),
+        (
+            "steer_exp",
+            "reward.custom_reward_function.name=f",
+            "reward_function.name=compute_score (now f)",
+        ),
         ("grpo", "trainer.test_freq=1", "actor.policy_loss.loss_mode=entropy_control (now vanilla)"),
         ("nsr", "trainer.test_freq=1", "algorithm.adv_estimator=grpo (now nsr)"),
     ],

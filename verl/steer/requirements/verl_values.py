@@ -7,6 +7,7 @@ from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
@@ -54,6 +55,9 @@ NUMBERS = {
     "trainer.total_training_steps": Option(at_least=1, integer=True),
 }
 
+#: Each of Adam's betas.
+BETA = Option(0.9, at_least=0.0, below=1.0)
+
 #: Names of verl's estimates of a KL divergence; a + at the end gives each the gradient of k2.
 KL_ESTIMATES = ("kl", "k1", "abs", "mse", "k2", "low_var_kl", "k3")
 
@@ -90,7 +94,22 @@ def check_verl_values(config: DictConfig) -> None:
             raise ValueError(f"{key}={name}: expected one of {', '.join(map(str, known))}")
     if config.actor_rollout_ref.rollout.n == 1 and algorithm.adv_estimator in GROUPED and not config.trainer.val_only:
         raise ValueError(f"rollout.n=1: expected at least 2 with algorithm.adv_estimator={algorithm.adv_estimator}")
+    if config.model_engine == "dp":
+        _check_optimizer(actor.optim)
     _check_lengths(config)
+
+
+def _check_optimizer(optim: DictConfig) -> None:
+    """verl looks its class up in a worker, and gives betas to the kinds of Adam."""
+    name, module = optim.optimizer, optim.optimizer_impl
+    if module == torch.optim.__name__ and not hasattr(torch.optim, name):
+        close = get_close_matches(name, dir(torch.optim), n=1) or ["AdamW"]
+        raise ValueError(f"actor.optim.optimizer={name}: expected the name of a class in {module}, such as {close[0]}")
+    if "adam" in name.lower():
+        if len(optim.betas) != 2:
+            raise ValueError(f"actor.optim.betas={optim.betas}: expected two numbers")
+        for i, beta in enumerate(optim.betas):
+            BETA.check(f"actor.optim.betas[{i}]", beta)
 
 
 def _check_lengths(config: DictConfig) -> None:
