@@ -96,3 +96,15 @@ def test_options_of_an_audit_that_never_comes_are_named(told):
     assert told("grpo", f"{audit}.one_token=9") == [f"without effect: {audit}.one_token=9 with freq=0"]
     assert told("grpo", f"{audit}.freq=2", f"{audit}.tokens=9") == []
     assert told("grpo", f"{audit}.freq=0") == []
+
+
+def test_the_sampling_of_training_is_named_in_an_evaluation(told):
+    rollout = "actor_rollout_ref.rollout"
+    overrides = [f"{rollout}.temperature=0.6", f"{rollout}.top_k=20", f"{rollout}.top_p=0.7"]
+    why = "with trainer.val_only=true, which reads rollout.val_kwargs"
+    expected = [  # top_p is that of the validation too
+        f"without effect: rollout.temperature=0.6 {why}.temperature",
+        f"without effect: rollout.top_k=20 {why}.top_k",
+    ]
+    assert told("eval", *overrides, f"{rollout}.val_kwargs.top_p=0.7") == expected
+    assert told("eval") == told("grpo", *overrides) == []

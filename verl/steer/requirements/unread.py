@@ -27,6 +27,9 @@ SHARED = {
     "target_ki": ("entropic", "entropy_control"),
 }
 
+#: How rollouts for training are sampled by default.
+SAMPLING = {"temperature": 1.0, "top_p": 1, "top_k": -1}
+
 
 def warn_of_unread(config: DictConfig, policy_loss: Any) -> None:
     """Log each option that is set and not read, with the choice that leaves it unread."""
@@ -44,6 +47,13 @@ def warn_of_unread(config: DictConfig, policy_loss: Any) -> None:
             f"trainer.entropy_audit.{key}={audit[key]} with freq=0"
             for key in _set_in(audit, AuditOptions)
             if key != "freq"
+        ]
+    if config.trainer.val_only:
+        rollout = config.actor_rollout_ref.rollout
+        unread += [
+            f"rollout.{key}={rollout[key]} with trainer.val_only=true, which reads rollout.val_kwargs.{key}"
+            for key, default in SAMPLING.items()
+            if rollout[key] not in (default, rollout.val_kwargs[key])
         ]
     for one in unread:
         logger.warning("without effect: %s", one)
