@@ -27,7 +27,7 @@ from verl.steer.checkpoint_ledger import UnknownMetric
 from verl.steer.config import ADVANTAGE_OPTIONS, PolicyLossConfig
 from verl.steer.methods.registry import POLICY_LOSSES
 from verl.steer.options import from_config
-from verl.steer.requirements import check_and_complete, hardware, rewards
+from verl.steer.requirements import check_and_complete, hardware, loggers, rewards
 from verl.steer.requirements.files import check_data_and_model
 from verl.steer.requirements.rewards import check_data_sources
 from verl.steer.requirements.verl_values import check_verl_values
@@ -1081,6 +1081,13 @@ def test_what_verl_refuses_ends_a_run_in_one_line(laptop_files, monkeypatch, ove
     monkeypatch.setattr(entry_point.main_ppo, "run_ppo", mock.Mock(side_effect=AssertionError("Ray was started")))
     with pytest.raises(SystemExit, match=f"^steer-verl: {re.escape(message)}[^\n]*$"):
         run_main(resolved("steer_exp", "hardware=cpu", "task=arithmetic", override))
+
+
+def test_a_logger_that_is_not_installed_ends_a_run_in_one_line(laptop_files, monkeypatch):
+    monkeypatch.setattr(entry_point.main_ppo, "run_ppo", mock.Mock(side_effect=AssertionError("Ray was started")))
+    monkeypatch.setattr(loggers, "find_spec", lambda module: None)
+    with pytest.raises(SystemExit, match="^steer-verl: trainer.logger=tensorboard: expected the module tensorboard, "):
+        run_main(resolved("steer_exp", "hardware=cpu", "task=arithmetic", "trainer.logger=[file,tensorboard]"))
 
 
 ROW = {
