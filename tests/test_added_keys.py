@@ -5,9 +5,10 @@ import runpy
 import sys
 
 import pytest
-import verl.steer.main  # noqa: F401 - puts verl's configurations on Hydra's path
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_repository import ConfigRepository
 from hydra.core.hydra_config import HydraConfig
+from test_configuration import read_file_once
 from verl.steer.requirements.added_keys import check_added_keys
 
 import verl_steer
@@ -19,6 +20,7 @@ LOSS = "actor_rollout_ref.actor.policy_loss"
 def checked(monkeypatch):
     """Checks a run's overrides."""
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+    monkeypatch.setattr(ConfigRepository, "load_config", read_file_once)
     with initialize_config_dir(str(verl_steer.OVERLAY / "trainer/config"), version_base=None):
 
         def check(*overrides):
@@ -59,6 +61,9 @@ def test_an_unknown_key_is_named(checked, override, message):
         "+seed=3",
         "+trainer.wandb_proxy=http://proxy",
         "+trainer.mine.savefreq=5",
+        "+algorithm.mine=1",
+        "actor_rollout_ref.rollout.engine_kwargs={vllm: {}}",
+        "++actor_rollout_ref.rollout.engine_kwargs={vllm: {}}",
         "+ray_kwargs.ray_init.num_gpus=1",
         "+reward.custom_reward_function.reward_kwargs.strict=true",
         "+reward.custom_reward_function.reward_kwargs={strict: true}",

@@ -65,6 +65,8 @@ def test_what_needs_no_login(overrides):
 def test_a_missing_module_is_named(monkeypatch, logger):
     monkeypatch.setattr(loggers, "find_spec", lambda module: None)
     with pytest.raises(ValueError, match=f"^trainer.logger={logger}: expected the module {MODULES[logger]}, which is"):
+        check_loggers(configuration(f"trainer.logger={logger}"))
+    with pytest.raises(ValueError, match=f"^trainer.logger={logger}: "):
         check_loggers(configuration(f"trainer.logger=[console,{logger}]"))
 
 

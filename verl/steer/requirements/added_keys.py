@@ -46,11 +46,9 @@ def _check_key(declared: DictConfig, key: str) -> None:
     """Check the first part of a key that the configuration does not have, such as `lora_rnk` of `model.lora_rnk`."""
     section, place = declared, ""
     for name in key.split("."):
-        if name not in section:
-            break
         below = OmegaConf.select(section, name)
         if not isinstance(below, DictConfig):
-            return
+            break
         section, place = below, f"{place}{name}."
     else:
         return
