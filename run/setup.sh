@@ -11,7 +11,13 @@ kind=${1:-cpu}
 case "$kind" in cpu | gpu) ;; *) echo "setup.sh: '$kind': expected cpu or gpu" >&2; exit 2 ;; esac
 venv=${STEER_VENV:-$PWD/.venv}
 stamp="$kind $(cat pyproject.toml run/constraints.txt run/setup.sh | sha256sum)"
-if [ "$(cat "$venv/steer-stamp" 2>/dev/null)" = "$stamp" ]; then exit 0; fi
+made=$(cat "$venv/steer-stamp" 2>/dev/null || true)
+if [ "$made" = "$stamp" ]; then exit 0; fi
+if [ "$made" ] && [ "${made%% *}" != "$kind" ]; then
+  echo "setup.sh: $venv is an environment of the kind ${made%% *}: set STEER_VENV to another folder for one of the kind" \
+    "$kind, or delete it" >&2
+  exit 1
+fi
 
 supported='import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))'
 for python in "${PYTHON:-python3}" python3.11 python3.12 python3.10; do

@@ -542,6 +542,15 @@ def test_quickstart_marks_no_run_without_metrics_as_trained(command, root, tmp_p
     assert f"quickstart.sh: {run}: no metrics*.jsonl; expected a run with `file`" in result.stderr
 
 
+def test_an_environment_is_not_made_over_one_of_another_kind(command, root, tmp_path):
+    """It would mix builds of torch and vLLM for GPUs and for CPUs."""
+    (tmp_path / "steer-stamp").write_text("gpu 0123  -\n")
+    result = command("bash", root / "run/setup.sh", STEER_VENV=str(tmp_path))
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert result.stderr.startswith(f"setup.sh: {tmp_path} is an environment of the kind gpu: set STEER_VENV to ")
+    assert [file.name for file in tmp_path.iterdir()] == ["steer-stamp"]
+
+
 @pytest.mark.parametrize(
     "launcher", ["compare.sh", "eval.sh", "launch.sh", "preflight.sh", "quickstart.sh", "study.sh", "two_nodes.sh"]
 )

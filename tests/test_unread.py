@@ -57,6 +57,7 @@ def test_methods_set_nothing_that_they_do_not_read(told, method):
         ("opefo", ["clip_v_mu=3", "opefo_lambda=0.1"], ["policy_loss.clip_v_mu=3 with loss_mode=opefo"]),
         ("entropic", ["target_entropy=0.3", "target_gain=0.1"], ["loss.target_gain=0.1 with loss_mode=entropic"]),
         ("pi_exact", ["target_gain=0.1"], ["policy_loss.target_gain=0.1 with target_controller=pi"]),
+        ("steer_linear", ["token_weight_map=exponential"], ["loss.linear=True with token_weight_map=exponential"]),
         ("influence_target", ["target_kp=2"], ["policy_loss.target_kp=2 with target_controller=solve"]),
         ("grpo", ["target_entropy=0.3"], ["policy_loss.target_entropy=0.3 with loss_mode=vanilla"]),
     ],
@@ -70,7 +71,8 @@ def test_options_of_the_loss_that_are_not_read_are_named(told, method, overrides
 @pytest.mark.parametrize(
     ("method", "overrides"),
     [
-        ("steer_threshold", ["token_weight_quantile=0.9"]),
+        ("steer_threshold", ["token_weight_quantile=0.9", "linear=false"]),
+        ("steer_exp", ["token_weight_map=threshold"]),
         ("steer_winsorised", ["token_weight_quantile=0.9"]),
         ("steer_ema", ["token_weight_ema_decay=0.5"]),
         ("adaptive_entropy", ["target_entropy=0.3"]),

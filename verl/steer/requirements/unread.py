@@ -84,6 +84,7 @@ def _unread_by_steer(key: str, options: Any) -> str | None:
     by_controller = f"target_controller={controller}" if target else by_map
     by_estimator = f"entropy_change_estimator={estimator}"
     read = {
+        "linear": (options.linear == (mapping == "linear"), by_map),
         "token_weight_quantile": (mapping == "threshold" or normalizer == "winsorised", f"{by_map}, {by_normalizer}"),
         "token_weight_ema_decay": (normalizer == "ema", by_normalizer),
         "entropy_band": (mapping == "band", by_map),
