@@ -109,4 +109,4 @@ def test_the_sampling_of_training_is_named_in_an_evaluation(told):
         f"without effect: rollout.top_k=20 {why}.top_k",
     ]
     assert told("eval", *overrides, f"{rollout}.val_kwargs.top_p=0.7") == expected
-    assert told("eval") == told("grpo", *overrides) == []
+    assert told("eval", f"{rollout}.val_kwargs.top_p=0.7") == told("grpo", *overrides) == []
