@@ -122,11 +122,17 @@ def small_disk(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory):
+def program_of_the_task():
+    """The names of `scripts/make_laptop_task.py`."""
+    return runpy.run_path(str(ROOT / "scripts/make_laptop_task.py"))
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, program_of_the_task):
     """A tiny Qwen2 model with random weights, and its tokenizer."""
     import torch
 
-    task = runpy.run_path(str(ROOT / "scripts/make_laptop_task.py"))
+    task = program_of_the_task
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     tokenizer = task["make_tokenizer"]()

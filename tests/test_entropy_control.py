@@ -22,6 +22,7 @@ AUDIT = "trainer.entropy_audit"
         ),
         ("influence_band", [f"{ACTOR}.optim.optimizer_impl=bitsandbytes.optim"], "expected torch.optim with"),
         ("influence_band", [f"+{ACTOR}.optim.override_optimizer_config.amsgrad=true"], "amsgrad=True: expected false"),
+        ("influence_target", [f"{ACTOR}.fsdp_config.model_dtype=bf16"], "model_dtype=bf16: expected fp32 or float32"),
         (
             "influence_band",
             [f"{ACTOR}.fsdp_config.mixed_precision.param_dtype=fp16"],

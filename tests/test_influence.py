@@ -297,13 +297,72 @@ def contributions_in(dtype, model_folder, measure="measure_influence"):
     return measured.contributions[measured.valid].double()
 
 
-def test_bfloat16_takes_a_longer_step(model_folder, monkeypatch):
-    """Contributions against those of float32: about right with its own step, all rounding with a short one."""
-    truth, own = (contributions_in(dtype, model_folder) for dtype in ("fp32", "bf16"))
-    monkeypatch.setattr(influence, "BF16_ENTROPY_STEP", 1e-3)
-    short = contributions_in("bf16", model_folder)
-    errors = [float((found - truth).norm() / truth.norm()) for found in (own, short)]
-    assert errors[0] < 0.5 < 0.8 < errors[1] and pearsonr(truth, own)[0] > 0.9
+@pytest.fixture
+def saved(tmp_path, program_of_the_task):
+    """Saves a model of this size with random weights, after so many steps that learn the mini-batches by heart."""
+
+    def save(layers=2, hidden_size=128, steps=0, dtype=torch.float32):
+        tokenizer = program_of_the_task["make_tokenizer"]()
+        model = program_of_the_task["make_model"](tokenizer, layers, hidden_size)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        rows = [row for batch in mini_batches() for row in batch["input_ids"].unbind()]
+        rows, labels = (torch.nn.utils.rnn.pad_sequence(rows, True, padding) for padding in (0, -100))
+        for _ in range(steps):
+            model(rows, labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.to(dtype).save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        return tmp_path
+
+    return save
+
+
+@pytest.mark.parametrize("steps", [0, 30])
+def test_the_step_is_a_fraction_of_the_entropy(saved, steps):
+    """Of entropies of 5 and of 0.5 nats; a fixed number of nats would be too long a step for the lower one."""
+    engine, batch = make_engine(saved(steps=steps), lr=1e-6), mini_batches()[0]
+    with engine.train_mode():
+        measured = engine.measure_influence(batch.copy(), VANILLA)
+        above, below = engine._statistics_at(batch.copy(), engine.direction)
+    assert (measured.entropy < 1) == (steps > 0)
+    change = (above["entropy"] - below["entropy"])[measured.valid].double().mean() / 2
+    assert float(change) == pytest.approx(influence.ENTROPY_STEP * measured.entropy, rel=0.15)
+
+
+def test_a_model_saved_in_bfloat16_is_measured_in_bfloat16(saved, monkeypatch):
+    """Contributions against those of float32. Rounding to the nearest number would undo most of the step."""
+    folder = saved(4, 256, dtype=torch.bfloat16)
+    truth, found = (contributions_in(dtype, folder) for dtype in ("fp32", "bf16"))
+    monkeypatch.setattr(influence, "round_to_bfloat16", lambda values, generator: None)
+    nearest = contributions_in("bf16", folder)
+    slopes = [float(truth @ measured / (truth @ truth)) for measured in (found, nearest)]
+    assert slopes[0] == pytest.approx(1, abs=0.25) and slopes[1] < 0.6
+    assert pearsonr(truth, found)[0] > 0.9 > 0.5 > float((found - truth).norm() / truth.norm())
+
+
+def test_rounding_at_random_keeps_the_mean():
+    """2^-10 above 1 is an eighth of the way to the next number of bfloat16, 2^-7 above."""
+    count, way = 4096, 2**-7
+    for sign in (1, -1):
+        values = torch.full((count,), sign * (1 + way / 8))
+        influence.round_to_bfloat16(values, torch.Generator().manual_seed(0))
+        steps = (values * sign - 1) / way
+        assert set(steps.tolist()) == {0.0, 1.0}
+        assert abs(float(steps.mean()) - 1 / 8) < 5 * math.sqrt(1 / 8 * 7 / 8 / count)
+
+
+def test_numbers_of_bfloat16_stay_and_the_same_generator_rounds_alike():
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    exact = values.bfloat16().float()
+    rounded = exact.clone()
+    influence.round_to_bfloat16(rounded, torch.Generator().manual_seed(0))
+    assert torch.equal(rounded, exact)
+    first, second = values.clone(), values.clone()
+    for found in (first, second):
+        influence.round_to_bfloat16(found, torch.Generator().manual_seed(1))
+    assert torch.equal(first, second) and torch.equal(first, first.bfloat16().float())
+    assert ((first - values).abs() < 2**-7 * values.abs()).all()
 
 
 def plain_update(engine, loss, data):

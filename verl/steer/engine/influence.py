@@ -20,13 +20,13 @@ from verl.utils.device import get_device_id
 from verl.utils.fsdp_utils import fsdp2_clip_grad_norm_
 from verl.workers.utils.padding import no_padding_2_padding
 
-#: Change of the mean entropy, to first order, by the step from the parameters to either side, in nats. A larger one
-#: adds the third order, a smaller one the rounding of float32. The norm of u is no measure of the step: parameters
-#: without any effect, such as the biases of attention's keys, can be by far the largest parts of u.
-ENTROPY_STEP = 1e-2
+#: Change of the mean entropy, to first order, by the step from the parameters to either side, as a fraction of the mean
+#: entropy. A larger one adds the third order, a smaller one the rounding of float32. The norm of u is no measure of the
+#: step: parameters without any effect, such as the biases of attention's keys, can be by far the largest parts of u.
+ENTROPY_STEP = 0.003
 
-#: The same where the model computes in bfloat16, which has no more than three digits.
-BF16_ENTROPY_STEP = 0.1
+#: The same where the model computes in bfloat16, whose rounding is coarser.
+BF16_ENTROPY_STEP = 0.02
 
 #: Longest step, in units of the parameters' norm, where the entropy hardly depends on the parameters.
 LONGEST_STEP = 1e-2
@@ -133,10 +133,12 @@ class InfluenceEngine(TokenStatistics):
         )
         slope = self._sum((gradient * part).sum() for gradient, part in zip(entropy_gradients, parts, strict=True))
         longest = self._norm([_local(p) for p in self.trained()]) / max(self._norm(parts), TINY)
+        present = response_statistics(outputs, data)
+        mask = data.select("response_mask").cpu().to_padded_tensor()["response_mask"].bool()
+        entropy = self.mean_over_tokens(present["entropy"][mask])
         step = ENTROPY_STEP if self._autocast_dtype == torch.float32 else BF16_ENTROPY_STEP
-        distance = min(step / max(slope, TINY), LONGEST_STEP * longest)
-        direction = Direction(parts, distance, min(1.0, limit / (norm + 1e-6)), decay_change)
-        return direction, response_statistics(outputs, data)
+        distance = min(max(step * entropy, TINY) / max(slope, TINY), LONGEST_STEP * longest)
+        return Direction(parts, distance, min(1.0, limit / (norm + 1e-6)), decay_change), present
 
     def _gradients(
         self, data: TensorDict, loss_function: Callable, clip: float | None = None
@@ -160,8 +162,13 @@ class InfluenceEngine(TokenStatistics):
         kept = [p.clone() for p in parameters]
         found = []
         for signed in (direction.distance, -direction.distance):
+            # The same random numbers both ways, other ones for each update and rank; those of the run stay as they are.
+            seed = self.updates() * torch.distributed.get_world_size() + torch.distributed.get_rank()
+            generator = torch.Generator(parameters[0].device).manual_seed(seed)
             for parameter, start, part in zip(parameters, kept, direction.parts, strict=True):
                 torch.add(start, part, alpha=signed, out=parameter)
+                if self._autocast_dtype == torch.bfloat16:
+                    round_to_bfloat16(parameter, generator)
             found.append(self.token_statistics(data))
         for parameter, start in zip(parameters, kept, strict=True):
             parameter.copy_(start)
@@ -193,11 +200,15 @@ class InfluenceEngine(TokenStatistics):
         """The trained parameters, in the order of the optimizer's groups."""
         return [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
 
+    def updates(self) -> int:
+        """The number of the optimizer's updates so far."""
+        return int(max((float(state["step"]) for state in self.optimizer.state.values()), default=0.0))
+
     def adam_steps(self) -> list[AdamStep]:
         """The next step of each trained parameter."""
-        counts = {float(state["step"]) for state in self.optimizer.state.values()} or {0.0}
+        number = self.updates() + 1
         return [
-            AdamStep.from_group(group, int(max(counts)) + 1)
+            AdamStep.from_group(group, number)
             for group in self.optimizer.param_groups
             for parameter in group["params"]
             if parameter.requires_grad
@@ -232,6 +243,21 @@ class InfluenceEngine(TokenStatistics):
         values = values.double()
         sums = self.sum_over_ranks(torch.stack([values.sum(), values.new_tensor(len(values))]))
         return float(sums[0] / sums[1].clamp_min(1))
+
+
+def round_to_bfloat16(values: Tensor, generator: torch.Generator) -> None:
+    """Round in place to a neighbouring number of bfloat16, at random so that the mean stays (arXiv 1502.02551).
+
+    The weights of a model saved in bfloat16 lie on its numbers, and a step along u is far shorter than the distance to
+    the next one: rounding to the nearest number would undo it.
+
+    Args:
+        values: of any shape, float32.
+        generator: on the device of the values.
+    """
+    bits = values.view(torch.int32)  # the upper half of a float32 is a bfloat16
+    noise = torch.randint(1 << 16, values.shape, generator=generator, dtype=torch.int32, device=values.device)
+    bits.add_(noise).bitwise_and_(-(1 << 16))
 
 
 def _local(tensor: Tensor) -> Tensor:

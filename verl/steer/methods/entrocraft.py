@@ -13,7 +13,7 @@ from verl.utils.torch_functional import masked_mean
 
 @dataclass
 class EntrocraftOptions:
-    """Keys below `algorithm`: the band of the entropy in nats, at the run's first step and at its last one."""
+    """Keys below `algorithm`: the band of the entropy in nats, before the run's first step and at its last one."""
 
     entropy_lower_start: float = option(0.6, at_least=0.0)
     entropy_lower_end: float = option(0.4, at_least=0.0)

@@ -52,6 +52,7 @@ def _check_influence(config: DictConfig, reason: str) -> None:
             ("actor.optim.optimizer_impl", actor.optim.optimizer_impl, ("torch.optim",)),
             ("actor.optim.override_optimizer_config.amsgrad", override.get("amsgrad", False), (False,)),
             ("actor.fsdp_config.mixed_precision.param_dtype", dtype, ("fp32", "float32", "bf16", "bfloat16")),
+            ("actor.fsdp_config.model_dtype", actor.fsdp_config.get("model_dtype") or "fp32", ("fp32", "float32")),
             ("actor.entropy_coeff", actor.entropy_coeff, (0,)),
             ("actor.use_kl_loss", actor.use_kl_loss, (False,)),
         ],
