@@ -26,7 +26,7 @@ from verl.workers.utils.padding import no_padding_2_padding
 ENTROPY_STEP = 0.003
 
 #: The same where the model computes in bfloat16, whose rounding is coarser.
-BF16_ENTROPY_STEP = 0.01
+BF16_ENTROPY_STEP = 0.02
 
 #: Longest step, in units of the parameters' norm, where the entropy hardly depends on the parameters.
 LONGEST_STEP = 1e-2
