@@ -17,14 +17,17 @@ LOSS = "actor_rollout_ref.actor.policy_loss"
 
 
 @pytest.fixture
-def checked(monkeypatch):
-    """Checks a run's overrides."""
+def checked(monkeypatch, tmp_path):
+    """Checks a run's overrides; `experiment/mine.yaml` is a user's own."""
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nmine: {key: 1}\ntrainer: {own: 2}\n")
+    search_path = f"hydra.searchpath=[{tmp_path}]"
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
     monkeypatch.setattr(ConfigRepository, "load_config", read_file_once)
     with initialize_config_dir(str(verl_steer.OVERLAY / "trainer/config"), version_base=None):
 
         def check(*overrides):
-            words = ["method=steer_exp", *overrides]
+            words = ["method=steer_exp", *overrides, search_path]
             HydraConfig.instance().set_config(compose("steer", words, return_hydra_config=True))
             check_added_keys()
 
@@ -41,6 +44,12 @@ def checked(monkeypatch):
         ("+trainer.entropy_audit.frq=1", "trainer.entropy_audit.frq: unknown; expected one of freq"),
         ("+trainr.save_freq=5", "trainr: unknown; expected one of trainer"),
         ("+actor_rollout_ref.rollout.temprature=1", "actor_rollout_ref.rollout.temprature: unknown; expected one of "),
+        ("++trainer={savefreq: 5}", "trainer.savefreq: unknown; expected one of save_freq"),
+        ("+ray_kwargs.ray_intt.num_gpus=1", "ray_kwargs.ray_intt: unknown; expected one of ray_init"),
+        (
+            "++actor_rollout_ref.rollout.val_kwargs={nn: 2}",
+            "actor_rollout_ref.rollout.val_kwargs.nn: unknown; expected ",
+        ),
         # Like none of the names, and refused by a worker.
         ("+actor_rollout_ref.rollout.xyz=1", "actor_rollout_ref.rollout.xyz: unknown; expected one of name, mode, "),
         (f"+{LOSS}.token_weight_mn=0.7", f"{LOSS}.token_weight_mn: unknown; expected one of token_weight_min, "),
@@ -59,6 +68,11 @@ def test_an_unknown_key_is_named(checked, override, message):
         "++trainer.save_freq=5",
         "+actor_rollout_ref.model.hf_config=null",  # the dataclass has it, verl's file does not
         "+seed=3",
+        "+experiment=mine",
+        "+reward.reward_model.rollout.standalone_gpu_memory_utilization=0.5",  # as hf_config above
+        "+distillation.teacher_models.teacher_model1.key=a",
+        "++actor_rollout_ref.model.override_config={attn_implementation: eager}",
+        "+actor_rollout_ref.model.override_config._attn_implementation=eager",
         "+trainer.wandb_proxy=http://proxy",
         "+trainer.mine.savefreq=5",
         "+algorithm.mine=1",
@@ -75,10 +89,23 @@ def test_other_keys_are_taken(checked, override):
     checked(override)
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["+seed=42", "seed=7"],
+        ["+trainer.mine=1", "~trainer.mine"],
+        ["+experiment=mine", "mine.key=2", "trainer.own=3", "+mine.other=4"],
+    ],
+)
+def test_overrides_may_change_what_others_add(checked, overrides):
+    checked(*overrides)
+
+
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
-def test_the_entry_point_ends_in_one_line(monkeypatch):
+def test_the_entry_point_ends_in_one_line(monkeypatch, tmp_path):
     words = ["--config-name", "steer", "method=grpo", "hardware=cpu", "+trainer.savefreq=5"]
     monkeypatch.setattr(sys, "argv", ["main", *words])
+    monkeypatch.setenv("OUTPUT_DIR", str(tmp_path))
     with pytest.raises(SystemExit) as end:
         runpy.run_module("verl.steer.main", run_name="__main__", alter_sys=True)
     assert end.value.code == "steer-verl: trainer.savefreq: unknown; expected one of save_freq"

@@ -911,10 +911,11 @@ DYNAMIC = [f"{ACTOR}.use_dynamic_bsz=true", f"{ROLLOUT}.log_prob_use_dynamic_bsz
         (["trainer.n_gpus_per_node=null"], "trainer.n_gpus_per_node=None: expected an integer of at least 1"),
         (["trainer.total_epochs=-1"], "trainer.total_epochs=-1: expected an integer of at least 1"),
         (["trainer.total_training_steps=0"], "trainer.total_training_steps=0: expected an integer of at least 1"),
-        (
-            [f"{ACTOR}.optim.optimizer=AdamV"],
-            "actor.optim.optimizer=AdamV: expected the name of a class in ",
-        ),
+        ([f"{ACTOR}.optim.optimizer=AdamV"], "actor.optim.optimizer=AdamV: expected one of Adam"),
+        ([f"{ACTOR}.optim.optimizer=null"], "actor.optim.optimizer=None: expected one of "),
+        ([f"{ACTOR}.optim.optimizer=lr_scheduler"], "actor.optim.optimizer=lr_scheduler: expected one of "),
+        ([f"{ACTOR}.optim.betas=null"], "actor.optim.betas=None: expected two numbers"),
+        ([f"{ACTOR}.optim.betas=0.9"], "actor.optim.betas=0.9: expected two numbers"),
         ([f"{ACTOR}.optim.betas=[0.9]"], "actor.optim.betas=[0.9]: expected two numbers"),
         (
             [f"{ACTOR}.optim.betas=[0.9,1.0]"],
@@ -1086,6 +1087,7 @@ def test_what_verl_refuses_ends_a_run_in_one_line(laptop_files, monkeypatch, ove
 def test_a_logger_that_is_not_installed_ends_a_run_in_one_line(laptop_files, monkeypatch):
     monkeypatch.setattr(entry_point.main_ppo, "run_ppo", mock.Mock(side_effect=AssertionError("Ray was started")))
     monkeypatch.setattr(loggers, "find_spec", lambda module: None)
+    monkeypatch.setattr(loggers, "joins_running_ray", lambda config: False)
     with pytest.raises(SystemExit, match="^steer-verl: trainer.logger=tensorboard: expected the module tensorboard, "):
         run_main(resolved("steer_exp", "hardware=cpu", "task=arithmetic", "trainer.logger=[file,tensorboard]"))
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A logger whose module or login is missing is named before Ray starts."""
 
+from types import SimpleNamespace
+
 import pytest
 import wandb
 from test_configuration import resolved
@@ -11,9 +13,12 @@ from verl.utils.tracking import Tracking
 
 @pytest.fixture(autouse=True)
 def nobody_is_logged_in(monkeypatch):
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "RAY_ADDRESS"):
+    """No Ray runs either; another test may have started one."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(wandb, "login", lambda prompt: False)
+    monkeypatch.setattr(wandb, "setup", lambda: SimpleNamespace(settings=SimpleNamespace(mode="online")))
+    monkeypatch.setattr(loggers, "joins_running_ray", lambda config: False)
 
 
 def configuration(*overrides):
@@ -27,11 +32,23 @@ def test_the_default_needs_a_login():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("WANDB_API_KEY", "key"), ("WANDB_MODE", "offline"), ("WANDB_MODE", "disabled"), ("RAY_ADDRESS", "host:6379")],
+    [("WANDB_API_KEY", "key"), ("WANDB_MODE", "offline"), ("WANDB_MODE", "disabled")],
 )
 def test_a_variable_in_place_of_the_login(monkeypatch, name, value):
+    """Of this process, or one that Ray gives the run's processes."""
+    check_loggers(configuration(f"+ray_kwargs.ray_init.runtime_env.env_vars.{name}={value}"))
     monkeypatch.setenv(name, value)
     check_loggers(configuration())
+
+
+def test_a_mode_that_wandb_keeps_in_a_file(monkeypatch):
+    monkeypatch.setattr(wandb, "setup", lambda: SimpleNamespace(settings=SimpleNamespace(mode="offline")))
+    check_loggers(configuration())
+
+
+def test_a_running_ray_has_modules_and_logins_of_its_own(monkeypatch):
+    monkeypatch.setattr(loggers, "joins_running_ray", lambda config: True)
+    check_loggers(configuration("trainer.logger=[wandb,swanlab]"))
 
 
 def test_a_saved_login(monkeypatch):
@@ -54,7 +71,6 @@ def test_a_login_that_the_server_refuses(monkeypatch):
         ["trainer.logger=[console,file]"],
         ["trainer.logger=console"],
         ["+trainer.wandb_proxy=http://proxy"],  # wandb is given it when the run begins
-        ["+ray_kwargs.ray_init.address=auto", "trainer.logger=[swanlab]"],  # other machines log
     ],
 )
 def test_what_needs_no_login(overrides):

@@ -160,14 +160,14 @@ class InfluenceEngine(TokenStatistics):
         """The tokens' statistics with the parameters moved along the direction, forwards and backwards."""
         parameters = [_local(p) for p in self.trained()]
         kept = [p.clone() for p in parameters]
-        found = []
-        for signed in (direction.distance, -direction.distance):
-            # The same random numbers both ways, other ones for each update and rank; those of the run stay as they are.
+        in_bfloat16, seed, found = self._autocast_dtype == torch.bfloat16, 0, []
+        if in_bfloat16:  # other random numbers for each update and rank, and none of the run's
             seed = self.updates() * torch.distributed.get_world_size() + torch.distributed.get_rank()
-            generator = torch.Generator(parameters[0].device).manual_seed(seed)
+        for signed in (direction.distance, -direction.distance):
+            generator = torch.Generator(parameters[0].device).manual_seed(seed)  # the same ones in both directions
             for parameter, start, part in zip(parameters, kept, direction.parts, strict=True):
                 torch.add(start, part, alpha=signed, out=parameter)
-                if self._autocast_dtype == torch.bfloat16:
+                if in_bfloat16:
                     round_to_bfloat16(parameter, generator)
             found.append(self.token_statistics(data))
         for parameter, start in zip(parameters, kept, strict=True):

@@ -7,16 +7,18 @@ from dataclasses import fields
 from difflib import get_close_matches
 
 from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
+from verl.steer.options import leaves
 
 #: How alike a new name and a known one are where the new one is taken for a slip, from 0 to 1 (difflib's ratio).
 ALIKE = 0.8
 
-#: Section that is passed to a library whole, with names alike that mean different things.
-PASSED_ON = "ray_kwargs"
+#: Sections whose names are the user's or another library's.
+FREE = {"override_config", "ray_init", "teacher_models"}
 
 #: Sections from which verl makes the dataclasses that they name, which refuse unknown keys in a worker.
 MADE = ("actor_rollout_ref", "critic", "distillation")
@@ -32,14 +34,16 @@ def check_added_keys() -> None:
         ValueError: if a key is unknown.
     """
     hydra = HydraConfig.get()
-    parsed = OverridesParser.create().parse_overrides(list(hydra.overrides.task))
-    adding = [one for one in parsed if one.is_add() or one.is_force_add()]
-    if not adding:
-        return
-    declared = compose(hydra.job.config_name, [str(one.input_line) for one in parsed if one not in adding])
-    for override in adding:
-        if override.key_or_group.partition(".")[0] != PASSED_ON:
-            _check_key(declared, override.key_or_group)
+    overrides = OverridesParser.create().parse_overrides(list(hydra.overrides.task))
+    is_group = GlobalHydra.instance().config_loader().get_group_options
+    groups = [str(one.input_line) for one in overrides if is_group(one.key_or_group)]
+    adding = [one for one in overrides if one.is_add() or one.is_force_add()]
+    values = [(one.key_or_group, one.value()) for one in adding if str(one.input_line) not in groups]
+    keys = [key for name, value in values for key, _ in leaves(value, name)]
+    if keys:
+        declared = compose(hydra.job.config_name, groups)
+        for key in keys:
+            _check_key(declared, key)
 
 
 def _check_key(declared: DictConfig, key: str) -> None:
@@ -49,13 +53,13 @@ def _check_key(declared: DictConfig, key: str) -> None:
         below = OmegaConf.select(section, name)
         if not isinstance(below, DictConfig):
             break
+        if name in FREE:
+            return
         section, place = below, f"{place}{name}."
     else:
         return
-    known = [str(other) for other in section if other != "_target_"]
-    of_dataclass = "_target_" in section and place.startswith(MADE)
-    if of_dataclass:
-        known += [field.name for field in fields(get_class(section._target_)) if field.name not in known]
+    dataclass = [field.name for field in fields(get_class(section._target_))] if "_target_" in section else []
+    known = [other for other in dict.fromkeys([*map(str, section), *dataclass]) if other != "_target_"]
     close = get_close_matches(name, known, cutoff=ALIKE)
-    if name not in known and (of_dataclass or close):
+    if name not in known and (close or dataclass and place.startswith(MADE)):
         raise ValueError(f"{place}{name}: unknown; expected one of {', '.join(close or known)}")

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from importlib.util import find_spec
 
 from omegaconf import DictConfig, OmegaConf
+from verl.steer.ray_cpus import joins_running_ray
 
 #: Modules of the loggers that need one.
 MODULES = {
@@ -20,7 +22,7 @@ MODULES = {
     "wandb": "wandb",
 }
 
-#: Values of WANDB_MODE that need no login.
+#: Modes of W&B that need no login.
 WITHOUT_LOGIN = ("offline", "disabled", "dryrun")
 
 
@@ -32,7 +34,7 @@ def check_loggers(config: DictConfig) -> None:
     Raises:
         ValueError: if a module or the login is missing.
     """
-    if OmegaConf.select(config, "ray_kwargs.ray_init.address") or os.environ.get("RAY_ADDRESS"):
+    if joins_running_ray(config):
         return
     loggers = config.trainer.logger
     loggers = [loggers] if isinstance(loggers, str) else loggers
@@ -41,17 +43,18 @@ def check_loggers(config: DictConfig) -> None:
         if module and find_spec(module) is None:
             raise ValueError(f"trainer.logger={logger}: expected the module {module}, which is not installed")
     if "wandb" in loggers and not config.trainer.get("wandb_proxy"):
-        _check_login()
+        _check_login(os.environ | (OmegaConf.select(config, "ray_kwargs.ray_init.runtime_env.env_vars") or {}))
 
 
-def _check_login() -> None:
-    """A key in the environment is taken as it is: its server is asked when the run begins."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") in WITHOUT_LOGIN:
+def _check_login(variables: Mapping[str, str]) -> None:
+    """A key in the run's variables is taken as it is: its server is asked when the run begins."""
+    if variables.get("WANDB_API_KEY") or variables.get("WANDB_MODE") in WITHOUT_LOGIN:
         return
     import wandb
 
     try:
-        if wandb.login(prompt=False):
+        # `wandb offline` and `wandb disabled` write the mode into a file.
+        if wandb.setup().settings.mode in WITHOUT_LOGIN or wandb.login(prompt=False):
             return
     except wandb.errors.AuthenticationError as error:
         raise ValueError(f"trainer.logger=wandb: {error}") from error

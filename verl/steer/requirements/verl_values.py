@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_class
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from verl.steer.methods.registry import GROUPED
 from verl.steer.options import Option
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
@@ -101,12 +101,13 @@ def check_verl_values(config: DictConfig) -> None:
 
 def _check_optimizer(optim: DictConfig) -> None:
     """verl looks its class up in a worker, and gives betas to the kinds of Adam."""
-    name, module = optim.optimizer, optim.optimizer_impl
-    if module == torch.optim.__name__ and not hasattr(torch.optim, name):
-        close = get_close_matches(name, dir(torch.optim), n=1) or ["AdamW"]
-        raise ValueError(f"actor.optim.optimizer={name}: expected the name of a class in {module}, such as {close[0]}")
+    name, module = str(optim.optimizer), optim.optimizer_impl
+    known = [one for one, found in vars(torch.optim).items() if isinstance(found, type) and one != "Optimizer"]
+    if module == torch.optim.__name__ and name not in known:
+        close = get_close_matches(name, known) or known
+        raise ValueError(f"actor.optim.optimizer={name}: expected one of {', '.join(close)}")
     if "adam" in name.lower():
-        if len(optim.betas) != 2:
+        if not isinstance(optim.betas, ListConfig) or len(optim.betas) != 2:
             raise ValueError(f"actor.optim.betas={optim.betas}: expected two numbers")
         for i, beta in enumerate(optim.betas):
             BETA.check(f"actor.optim.betas[{i}]", beta)
