@@ -341,6 +341,22 @@ def test_a_model_saved_in_bfloat16_is_measured_in_bfloat16(saved, monkeypatch):
     assert pearsonr(truth, found)[0] > 0.9 > 0.5 > float((found - truth).norm() / truth.norm())
 
 
+def test_both_directions_round_with_the_same_numbers_and_each_update_with_others(model_folder, monkeypatch):
+    """Without a step the two differ in nothing; and the parameters come back."""
+    engine, batch = make_engine(model_folder, dtype="bf16"), mini_batches()[0]
+    before = [influence.whole(p).clone() for p in engine.trained()]
+    nowhere = influence.Direction([torch.zeros_like(influence._local(p)) for p in engine.trained()], 1.0, 1.0, 0.0)
+    found = []
+    with engine.train_mode():
+        for updates in (0, 1):
+            monkeypatch.setattr(engine, "updates", lambda updates=updates: updates)
+            above, below = engine._statistics_at(batch.copy(), nowhere)
+            assert torch.equal(above["log_probs"], below["log_probs"])
+            found.append(above["log_probs"])
+    assert not torch.equal(*found)
+    assert all(torch.equal(influence.whole(p), value) for p, value in zip(engine.trained(), before, strict=True))
+
+
 def test_rounding_at_random_keeps_the_mean():
     """2^-10 above 1 is an eighth of the way to the next number of bfloat16, 2^-7 above."""
     count, way = 4096, 2**-7
