@@ -18,9 +18,9 @@ LOSS = "actor_rollout_ref.actor.policy_loss"
 
 @pytest.fixture
 def checked(monkeypatch, tmp_path):
-    """Checks a run's overrides; `experiment/mine.yaml` is a user's own."""
-    (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment/mine.yaml").write_text("# @package _global_\nmine: {key: 1}\ntrainer: {own: 2}\n")
+    """Checks a run's overrides; `critics/mine.yaml` is a user's own, with keys like those of verl."""
+    (tmp_path / "critics").mkdir()
+    (tmp_path / "critics/mine.yaml").write_text("# @package _global_\nmine: {key: 1}\ntrainer: {savefreq: 2}\n")
     search_path = f"hydra.searchpath=[{tmp_path}]"
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
     monkeypatch.setattr(ConfigRepository, "load_config", read_file_once)
@@ -68,11 +68,10 @@ def test_an_unknown_key_is_named(checked, override, message):
         "++trainer.save_freq=5",
         "+actor_rollout_ref.model.hf_config=null",  # the dataclass has it, verl's file does not
         "+seed=3",
-        "+experiment=mine",
+        "+critics=mine",
         "+reward.reward_model.rollout.standalone_gpu_memory_utilization=0.5",  # as hf_config above
         "+distillation.teacher_models.teacher_model1.key=a",
         "++actor_rollout_ref.model.override_config={attn_implementation: eager}",
-        "+actor_rollout_ref.model.override_config._attn_implementation=eager",
         "+trainer.wandb_proxy=http://proxy",
         "+trainer.mine.savefreq=5",
         "+algorithm.mine=1",
@@ -94,7 +93,8 @@ def test_other_keys_are_taken(checked, override):
     [
         ["+seed=42", "seed=7"],
         ["+trainer.mine=1", "~trainer.mine"],
-        ["+experiment=mine", "mine.key=2", "trainer.own=3", "+mine.other=4"],
+        ["+critics=mine", "mine.key=2", "++trainer.savefreq=3", "+mine.other=4"],
+        ["hardware=cpu", "+actor_rollout_ref.model.override_config._attn_implementation=eager"],
     ],
 )
 def test_overrides_may_change_what_others_add(checked, overrides):
