@@ -7,7 +7,6 @@ from dataclasses import fields
 from difflib import get_close_matches
 
 from hydra import compose
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import get_class
@@ -35,13 +34,13 @@ def check_added_keys() -> None:
     """
     hydra = HydraConfig.get()
     overrides = OverridesParser.create().parse_overrides(list(hydra.overrides.task))
-    is_group = GlobalHydra.instance().config_loader().get_group_options
-    groups = [str(one.input_line) for one in overrides if is_group(one.key_or_group)]
+    groups = [str(one.input_line) for one in overrides if one.key_or_group in hydra.runtime.choices]
     adding = [one for one in overrides if one.is_add() or one.is_force_add()]
     values = [(one.key_or_group, one.value()) for one in adding if str(one.input_line) not in groups]
     keys = [key for name, value in values for key, _ in leaves(value, name)]
     if keys:
-        declared = compose(hydra.job.config_name, groups)
+        places = [one for one in hydra.overrides.hydra if one.startswith("hydra.searchpath=")]
+        declared = compose(hydra.job.config_name, places + groups)
         for key in keys:
             _check_key(declared, key)
 
