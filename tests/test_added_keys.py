@@ -66,6 +66,7 @@ def test_an_unknown_key_is_named(checked, override, message):
     [
         f"+{LOSS}.token_weight_min=0.7",  # declared, as null
         "++trainer.save_freq=5",
+        f"++{LOSS}._target_=verl.steer.config.PolicyLossConfig",
         "+actor_rollout_ref.model.hf_config=null",  # the dataclass has it, verl's file does not
         "+seed=3",
         "+critics=mine",

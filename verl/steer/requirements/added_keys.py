@@ -60,5 +60,5 @@ def _check_key(declared: DictConfig, key: str) -> None:
     dataclass = [field.name for field in fields(get_class(section._target_))] if "_target_" in section else []
     known = [other for other in dict.fromkeys([*map(str, section), *dataclass]) if other != "_target_"]
     close = get_close_matches(name, known, cutoff=ALIKE)
-    if name not in known and (close or dataclass and place.startswith(MADE)):
+    if name not in section and name not in known and (close or dataclass and place.startswith(MADE)):
         raise ValueError(f"{place}{name}: unknown; expected one of {', '.join(close or known)}")
