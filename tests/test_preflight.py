@@ -33,7 +33,7 @@ def parameters_of(vocabulary, hidden, layers, heads, key_heads, feed_forward):
 def configured(tmp_path):
     """A configuration whose model has these dimensions."""
 
-    def build(shape, *overrides, tied=False):
+    def build(shape, *overrides, method="grpo", tied=False):
         folder = tmp_path / ("tied" if tied else "model")
         vocabulary, hidden, layers, heads, key_heads, feed_forward = shape
         Qwen2Config(
@@ -41,7 +41,7 @@ def configured(tmp_path):
             num_key_value_heads=key_heads, intermediate_size=feed_forward, tie_word_embeddings=tied,
             architectures=["Qwen2ForCausalLM"],
         ).save_pretrained(folder)  # fmt: skip
-        return resolved("grpo", *overrides, f"actor_rollout_ref.model.path={folder}")
+        return resolved(method, *overrides, f"actor_rollout_ref.model.path={folder}")
 
     return build
 
@@ -167,6 +167,30 @@ def test_a_critic_has_weights_gradients_and_moments_of_its_own(configured, tmp_p
     assert update == pytest.approx(3 * GIB + actor + 4 * shard + passes)
     less = difference(configured(QWEN_7B, *gae, "critic.fsdp.optimizer_offload=true"), plain)
     assert less["generation"] == 0 and less["critic's update"] == update
+
+
+def test_influence_through_the_parameters_keeps_a_direction_of_their_size(configured):
+    """A copy of the trained weights in the update: the entropy's gradient, then the direction."""
+    plain = configured(QWEN_7B)
+    controlled, last_layer = (
+        configured(QWEN_7B, f"{ACTOR}.policy_loss.influence_way={way}", method="influence_target")
+        for way in ("parameters", "head")
+    )
+    audit = ["trainer.entropy_audit.freq=5", "trainer.entropy_audit.influence=true"]
+    more = {"generation": 0, "log-probs": 0, "update": 4 * 7_615_616_512 / 8}
+    assert difference(controlled, plain) == difference(configured(QWEN_7B, *audit), plain) == pytest.approx(more)
+    for none in (last_layer, configured(QWEN_7B, audit[1]), configured(QWEN_7B, method="pi_exact")):
+        assert set(difference(none, plain).values()) == {0.0}
+
+
+def test_a_best_checkpoint_is_saved_beside_vllm(configured):
+    """The weights come back for it, and a layer or the embeddings are gathered in float32."""
+    best = "trainer.save_best_only=true"
+    waiting, none = configured(QWEN_7B, "hardware=gpu1", best), configured(QWEN_7B, "hardware=gpu1")
+    needed = difference(waiting, none)["best checkpoint"]
+    assert needed == pytest.approx(3 * GIB + 0.4 * 80 * GIB + 4 * 7_615_616_512 + 4 * 2 * 152_064 * 3584)
+    named = configured(QWEN_7B, "hardware=gpu1", "trainer.best_metric_key=val-core/math_dapo/acc/mean@32")
+    assert difference(named, none)["best checkpoint"] == needed
 
 
 def test_too_little_memory_names_the_remedy(configured, monkeypatch):

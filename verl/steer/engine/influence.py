@@ -94,6 +94,7 @@ class InfluenceEngine(TokenStatistics):
         """
         present = None
         if self.direction is None or self.mini_batches_since_scheduler_step % refresh == 0:
+            self.direction = None  # before the gradients that make another one
             self.direction, present = self._find_direction(data, loss_function)
         self.mini_batches_since_scheduler_step += 1
         config = loss_function.keywords["config"]  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 from verl.steer.preflight.machine import device_memory
 from verl.steer.preflight.rows import GIB
+from verl.trainer.ppo.core_algos import INFLUENCE, weighs_mini_batches
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.torch_dtypes import PrecisionType
 
@@ -26,6 +27,7 @@ REMEDIES = {
     "log-probs": "lower rollout.log_prob_micro_batch_size_per_gpu",
     "update": "lower actor.ppo_micro_batch_size_per_gpu, take more GPUs, or set actor.strategy=fsdp2 and "
     "actor.fsdp_config.offload_policy=true",
+    "best checkpoint": "lower rollout.gpu_memory_utilization, or set actor.fsdp_config.param_offload=false",
     "critic's update": "lower critic.ppo_micro_batch_size_per_gpu, take more GPUs, or set critic.strategy=fsdp2 and "
     "critic.fsdp.offload_policy=true",
 }
@@ -142,20 +144,41 @@ def phases(parameters: int, model: Any, config: DictConfig, memory: float) -> di
     updated = tokens_of(size, dynamic, actor.ppo_max_token_len_per_gpu, share, config)
     size, dynamic = rollout.log_prob_micro_batch_size_per_gpu, rollout.log_prob_use_dynamic_bsz
     scored = tokens_of(size, dynamic, rollout.log_prob_max_token_len_per_gpu, share, config)
-    vllm = rollout.gpu_memory_utilization * memory
-    if on_cpu:
-        vllm = parameters * PrecisionType.to_dtype(rollout.dtype).itemsize
-        vllm += rollout.engine_kwargs.vllm.kv_cache_memory_bytes
+    vllm = vllm_bytes(parameters, config, memory)
     reference = shard_of(parameters, root.ref.fsdp_config, config) if on_cpu and has_reference(config) else 0.0
     critic, critic_update = critic_memory(config) if need_critic(config) else (0.0, 0.0)
+    kept, shards = passes.kept + logits, 5 if _keeps_a_direction(config) else 4  # weights, gradients, moments
     awake = OVERHEAD + reference + (0.0 if rollout.free_cache_engine else vllm)
     waiting = weights * (not fsdp.param_offload) + moments
     needed = {
         "generation": OVERHEAD + reference + critic + vllm + waiting,
         "log-probs": awake + critic + weights + moments + passes.gathered + scored * (passes.saved + logits),
-        "update": awake + critic + 4 * weights + passes.gathered + passes.reduced + updated * (passes.kept + logits),
+        "update": awake + critic + shards * weights + passes.gathered + passes.reduced + updated * kept,
     }
+    if _saves_best(config):  # after a validation, when vLLM is awake; a part of the model is gathered in float32
+        largest = 4 * max(embedding, (parameters - embedding) / model.num_hidden_layers)
+        needed["best checkpoint"] = OVERHEAD + reference + critic + vllm + weights + moments + largest
     return needed | ({"critic's update": awake + waiting + critic_update} if critic_update else {})
+
+
+def vllm_bytes(parameters: int, config: DictConfig, memory: float) -> float:
+    """Bytes that vLLM takes of a device with so much memory."""
+    rollout = config.actor_rollout_ref.rollout
+    if config.trainer.device != "cpu":
+        return rollout.gpu_memory_utilization * memory
+    weights = parameters * PrecisionType.to_dtype(rollout.dtype).itemsize
+    return weights + rollout.engine_kwargs.vllm.kv_cache_memory_bytes
+
+
+def _keeps_a_direction(config: DictConfig) -> bool:
+    """Whether a direction of the parameters' size, for the influence, lasts until the update."""
+    options, audit = config.actor_rollout_ref.actor.policy_loss, config.trainer.get("entropy_audit") or {}
+    controlled = weighs_mini_batches(options) and options.entropy_change_estimator == INFLUENCE
+    return (controlled and options.influence_way == "parameters") or bool(audit.get("freq") and audit.get("influence"))
+
+
+def _saves_best(config: DictConfig) -> bool:
+    return config.trainer.get("save_best_only", False) or config.trainer.get("best_metric_key") is not None
 
 
 def critic_memory(config: DictConfig) -> tuple[float, float]:
