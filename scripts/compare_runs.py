@@ -218,18 +218,43 @@ def held_table(methods: dict[str, list[Run]], baseline: str | None) -> Table:
     return result
 
 
-def show(found: list[Table], markdown: Path | None) -> None:
-    """Print the tables, and write them to the file `markdown`, if given."""
+def notes(methods: dict[str, list[Run]], baseline: str | None) -> list[str]:
+    """What a reader of the tables must know: runs that end before others, and methods that are not compared."""
+    longest = max(run.last_step for runs in methods.values() for run in runs)
+    short = [
+        f"{run.name}{f', seed {run.seed}' if run.seed else ''}, ends at step {run.last_step}"
+        for runs in methods.values()
+        for run in runs
+        if run.last_step < longest
+    ]
+    found = [f"the longest run has {longest} steps; {'; '.join(short)}"] if short else []
+    several = any(len(runs) > 1 for runs in methods.values())  # so that single runs have a table
+    for name, runs in methods.items() if baseline else ():
+        shared = sorted({run.seed for run in runs} & {run.seed for run in methods[str(baseline)]})
+        if name != baseline and len(shared) < 2 and (len(runs) > 1 or not several):
+            seeds = f"{len(shared)} seeds in common with {baseline}" + (
+                f" ({', '.join(shared)})" if any(shared) else ""
+            )
+            found.append(f"{name} is not compared: {seeds}; expected at least 2")
+    return found
+
+
+def show(found: list[Table], remarks: list[str], markdown: Path | None) -> None:
+    """Print the tables and remarks, and write them to the file `markdown`, if given."""
     # A log has no terminal width.
     plain: dict[str, Any] = {"markup": False, "emoji": False}  # names of runs may have brackets and colons
     console = Console(**plain) if sys.stdout.isatty() else Console(width=240, **plain)
-    console.print(*found, sep="\n")
+    console.print(*found, *remarks, sep="\n")
     if markdown:
         markdown.parent.mkdir(parents=True, exist_ok=True)
         with markdown.open("w") as file:
+            written = Console(file=file, width=1000, **plain)
             for one in found:
+                if one.title:
+                    written.print(one.title)
                 one.title, one.box = None, box.MARKDOWN
-            Console(file=file, width=1000, **plain).print(*found, sep="\n")
+                written.print(one)
+            written.print(*remarks, sep="\n\n")
 
 
 def tables(methods: dict[str, list[Run]], args: argparse.Namespace) -> list[Table]:
@@ -284,7 +309,7 @@ def main() -> None:
         parser.error(f"--compare {args.compare[0]}: expected a --baseline to compare with")
     try:
         methods = group_seeds(read_runs(args.runs))
-        show(tables(methods, args), args.markdown)
+        show(tables(methods, args), notes(methods, args.baseline), args.markdown)
         draw(methods, args.out)
     except (OSError, ValueError) as error:
         sys.exit(f"compare_runs: {error}")

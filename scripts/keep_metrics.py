@@ -6,7 +6,8 @@
 
 The run `seed45/countdown_grpo` becomes `seed45/countdown_grpo.jsonl`, in the format of verl's `file` logger. It has the
 entropy and its target, the token weights and the rewards, with five significant digits, and the validations. Metrics of
-speed, which another machine would not repeat, are left out.
+speed, which another machine would not repeat, are left out. A kept file is replaced by that of another run only with
+`--force`.
 """
 
 from __future__ import annotations
@@ -43,16 +44,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or its .jsonl file")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the small files")
+    parser.add_argument("--force", action="store_true", help="replace the kept files of other runs")
     args = parser.parse_args()
     try:
-        runs = read_runs(args.runs)
-    except ValueError as error:
+        small = {args.out / file_of(run): records(run) for run in read_runs(args.runs)}
+        for file, lines in small.items():
+            keep(file, "".join(json.dumps(line) + "\n" for line in lines), args.force)
+            print(file)
+    except (OSError, ValueError) as error:
         sys.exit(f"keep_metrics: {error}")
-    for run in runs:
-        file = args.out / file_of(run)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(record) + "\n" for record in records(run)))
-        print(file)
+
+
+def keep(file: Path, text: str, force: bool) -> None:
+    """Write a small file; ValueError if it would replace another one."""
+    if file.is_file() and not force and file.read_text() != text:
+        raise ValueError(f"{file}: keeps another run; expected another --out, or --force to replace it")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,15 @@
 
 Reads what run/eval.sh writes into the folder: `settings.json`, `BENCHMARK.parquet` and, with one line per response,
 `BENCHMARK/0.jsonl`; benchmarks are shown without the digest at the end of their names. Responses that the settings ask
-for and the file lacks are counted as lost; the metrics are of the others. Responses to the same prompt are samples of
-one problem; k is their number. mean@k is the mean of `acc`. A response is right if its `acc` is 1: maj@k is the share
-of problems whose most frequent answer `pred` is right (the first of several; a response without an answer has no vote,
-a problem without any answer is wrong; none where no response has one, as with programs), pass@k that of problems with
-a right response among k. Intervals are 95 % by bootstrap over problems.
+for and the file lacks are counted as lost; the metrics are of the others. Responses to the same prompt with the same
+ground truth are samples of one problem; k is their number in most problems. mean@k is the mean of `acc`. A response is
+right if its `acc` is 1: maj@k is the share of problems whose most frequent answer `pred` is right (the first of
+several; a response without an answer has no vote, a problem without any answer is wrong; none where no response has
+one, as with programs), pass@k that of problems with a right response among k. Intervals are 95 %, over problems:
+Wilson's where each problem has 0 or 1, else by bootstrap.
+
+`results.json` and `responses.parquet` keep the benchmarks of earlier calls; the average in the file is over all of
+them, the printed one over those of `--only`.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, mode
 from typing import Any
 
 import numpy as np
@@ -29,6 +33,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import binomtest
 
 RESAMPLES = 10_000
 METRICS: dict[str, Callable[[pd.DataFrame], float]] = {
@@ -55,6 +60,8 @@ def read_responses(file: Path) -> pd.DataFrame:
     """
     with file.open() as lines:
         responses = pd.DataFrame([json.loads(line) for line in lines])
+    if missing := [name for name in ("input", "gts", "acc") if name not in responses]:
+        raise ValueError(f"{file}: no {', '.join(missing)}; expected a grade `acc` for each response, of 0 to 1")
     preds = responses.get("pred", pd.Series("", responses.index))
     preds = ["" if pred is None or pred != pred else str(pred) for pred in preds]
     return responses.assign(pred=preds, acc=responses["acc"].astype(float), gts=responses["gts"].map(str))
@@ -68,16 +75,23 @@ def responses_asked(folder: Path, name: str) -> int:
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean of `values`, one per problem, (problems,)."""
+    """95 % interval of the mean of `values`, one per problem, (problems,).
+
+    By bootstrap, which has no width where all values are equal and too little near such: values of 0 and 1 get Wilson's
+    (Journal of the American Statistical Association 22, 1927, 209-212).
+    """
+    if np.isin(values, (0.0, 1.0)).all():
+        share = binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
+        return float(share.low), float(share.high)
     means = np.random.default_rng(0).choice(values, (RESAMPLES, len(values))).mean(axis=1)
     return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
 def results_of(responses: pd.DataFrame, asked: int) -> dict[str, Any]:
     """n, k, the number of lost responses, and the metrics with their intervals, from one benchmark's responses."""
-    problems = [samples for _, samples in responses.groupby("input", sort=False)]
+    problems = [samples for _, samples in responses.groupby(["input", "gts"], sort=False)]
     lost = max(0, asked - len(responses))
-    result: dict[str, Any] = {"n": len(problems), "k": max(map(len, problems)), "complete": not lost, "lost": lost}
+    result: dict[str, Any] = {"n": len(problems), "k": mode(map(len, problems)), "complete": not lost, "lost": lost}
     answered = (responses["pred"] != "").any()
     for name, metric in METRICS.items():
         if name == "maj" and not answered:
@@ -102,8 +116,11 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
             cells.append(f"{result[metric]['value']:.1%} [{low:.1%}, {high:.1%}]")
         shown.add_row(name, str(result["n"]), str(result["k"]), str(result["lost"]), *cells)
     shown.add_section()
-    averages = averages_of(results)
-    cells = [f"{averages[metric]:.1%}" if metric in averages else "-" for metric in METRICS]
+    averages, cells = averages_of(results), []
+    for metric in METRICS:
+        having = sum(metric in result for result in results.values())
+        value = f"{averages[metric]:.1%}" if having else "-"
+        cells.append(f"{value} (of {having})" if 0 < having < len(results) else value)
     shown.add_row("average", "", "", "", *cells)
     return shown
 
@@ -112,6 +129,18 @@ def averages_of(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Each metric's average over the benchmarks that have it."""
     found = {name: [result[name]["value"] for result in results.values() if name in result] for name in METRICS}
     return {name: fmean(values) for name, values in found.items() if values}
+
+
+def write(folder: Path, results: dict[str, dict[str, Any]], responses: pd.DataFrame) -> None:
+    """Write both files, with the benchmarks of earlier calls that are not among these."""
+    file, table_file = folder / "results.json", folder / "responses.parquet"
+    if file.is_file() and table_file.is_file():
+        results = json.loads(file.read_text())["benchmarks"] | results
+        earlier = pd.read_parquet(table_file)
+        responses = pd.concat([earlier[~earlier["benchmark"].isin(responses["benchmark"].unique())], responses])
+    average = averages_of(results)
+    file.write_text(json.dumps({"benchmarks": results, "average": average}, indent=2) + "\n")
+    responses.reset_index(drop=True).to_parquet(table_file)
 
 
 def main() -> None:
@@ -125,12 +154,12 @@ def main() -> None:
         if not file.is_file():
             sys.exit(f"summarize_eval: {file}: no responses; expected the file that run/eval.sh writes for {name}")
         benchmark = re.sub(r"-[0-9a-f]{10}$", "", name)
-        frames[benchmark] = read_responses(file)
+        try:
+            frames[benchmark] = read_responses(file)
+        except ValueError as error:
+            sys.exit(f"summarize_eval: {error}")
         results[benchmark] = results_of(frames[benchmark], responses_asked(args.folder, name))
-    average = averages_of(results)
-    (args.folder / "results.json").write_text(json.dumps({"benchmarks": results, "average": average}, indent=2) + "\n")
-    together = pd.concat([frame.assign(benchmark=name) for name, frame in frames.items()], ignore_index=True)
-    together.to_parquet(args.folder / "responses.parquet")
+    write(args.folder, results, pd.concat([frame.assign(benchmark=name) for name, frame in frames.items()]))
     console = Console()
     console.print(table(results))
     console.print(f"results: {args.folder / 'results.json'}, responses.parquet beside it", soft_wrap=True)

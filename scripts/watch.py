@@ -4,18 +4,21 @@
     python scripts/watch.py --log run.log --metrics run/ --title GRPO -- bash run/run_grpo.sh ...
 
 The figures come from the files of verl's `file` logger (`metrics*.jsonl` in the folder --metrics). Ctrl-C ends the
-command and all its processes. The exit code is the command's.
+command and all its processes. The exit code is the command's. The log of an earlier start is kept beside the new one,
+as `run_1.log`, `run_2.log` and so on.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,8 +54,12 @@ def main() -> int:
     parser.add_argument("--title", default="training")
     parser.add_argument("command", nargs="+", help="after --: the command")
     args = parser.parse_args()
+    if not shutil.which(args.command[0]):
+        parser.error(f"{args.command[0]}: no such command")
     console = Console(markup=False, emoji=False)  # titles are names of folders
     args.log.parent.mkdir(parents=True, exist_ok=True)
+    if args.log.is_file() and args.log.stat().st_size:
+        args.log.rename(free_name(args.log))
     before = {file: state(file) for file in args.metrics.glob("metrics*.jsonl")}
     received: list[int] = []
     # A closed terminal and a cancelled job end the command as Ctrl-C does. A handler that raised an exception while the
@@ -126,8 +133,15 @@ def new_records(folder: Path, before: States) -> Iterator[dict[str, Any] | None]
                     if not line.endswith(b"\n"):
                         break
                     offsets[file] = offsets.get(file, 0) + len(line)
-                    yield json.loads(line)
+                    with contextlib.suppress(ValueError):  # a line of a full disk; no reason to end the training
+                        yield json.loads(line)
         yield None
+
+
+def free_name(log: Path) -> Path:
+    """A name for an earlier log: `run_1.log` for `run.log`, or the next number that no file has."""
+    names = (log.with_stem(f"{log.stem}_{number}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def total_steps(log: Path) -> int | None:

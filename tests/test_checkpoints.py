@@ -285,6 +285,15 @@ def test_save_after_is_silent_where_it_holds_or_nothing_is_saved(tmp_path, caplo
     assert set(saved(tmp_path / "holds")) == {3, 4} and "save_after" not in caplog.text
 
 
+def test_fewer_steps_than_asked_for_are_told(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer_of(tmp_path, total_training_steps=4)
+    assert "total_epochs" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        trainer_of(tmp_path, total_training_steps=5)
+    assert "trainer.total_epochs=1: the run ends after 4 of trainer.total_training_steps=5" in caplog.text
+
+
 def test_the_last_step_of_the_data_is_saved(tmp_path):
     """`total_training_steps` beyond what `total_epochs` give, where upstream saves at multiples of save_freq only."""
     train(trainer_of(tmp_path, values=NEW, save_freq=3, total_training_steps=100))

@@ -43,7 +43,7 @@ from verl.utils.config import omega_conf_to_dataclass
 
 import verl_steer
 
-ACTOR = "actor_rollout_ref.actor"
+ACTOR, ROLLOUT, MODEL = (f"actor_rollout_ref.{name}" for name in ("actor", "rollout", "model"))
 POLICY_LOSS = f"{ACTOR}.policy_loss"
 MANAGER = "actor_rollout_ref.rollout.agent.agent_loop_manager_class"
 
@@ -397,6 +397,33 @@ HEAD = ("entropy_change_estimator=influence", "token_weight_map=target", "influe
             "actor.ulysses_sequence_parallel_size=2: expected 1 where flash-attn is not installed",
         ),
         (
+            [f"{ACTOR}.use_dynamic_bsz=true", f"{ACTOR}.ppo_max_token_len_per_gpu=4095"],
+            "actor.ppo_max_token_len_per_gpu=4095: expected at least 4096, for rollouts of 4096 tokens",
+        ),
+        (
+            [f"{ROLLOUT}.log_prob_use_dynamic_bsz=true", f"{ROLLOUT}.log_prob_max_token_len_per_gpu=4095"],
+            "rollout.log_prob_max_token_len_per_gpu=4095: expected at least 4096, for rollouts of 4096 tokens",
+        ),
+        (
+            [f"{MODEL}.lora.rank=8"],
+            "model.lora.rank=8: expected model.lora_rank above 0 with it, which FSDP reads",
+        ),
+        (
+            [f"{MODEL}.lora_adapter_path=/no/adapter"],
+            "model.lora_adapter_path=/no/adapter: expected model.lora_rank above 0 with it",
+        ),
+        (
+            [f"{MODEL}.lora_adapter_path=/no/adapter", f"{MODEL}.lora_rank=8"],
+            "model.lora_adapter_path=/no/adapter: expected a folder with adapter_config.json",
+        ),
+        *(
+            (
+                ["data.filter_overlong_prompts=false", f"data.truncation={end}"],
+                f"data.truncation={end}: expected left with data.filter_overlong_prompts=false: verl cuts",
+            )
+            for end in ("error", "right")
+        ),
+        (
             [f"{ACTOR}.ppo_mini_batch_size=5", f"{ACTOR}.use_dynamic_bsz=true", "trainer.n_gpus_per_node=3"],
             "actor.ppo_mini_batch_size=5: expected a number whose product with rollout.n=8 the 3 ranks divide",
         ),
@@ -407,10 +434,6 @@ HEAD = ("entropy_change_estimator=influence", "token_weight_map=target", "influe
         (
             [f"{POLICY_LOSS}.{option}" for option in HEAD] + ["actor_rollout_ref.model.lora_rank=8"],
             "model.lora_rank=8: expected 0 with policy_loss.influence_way=head",
-        ),
-        (
-            [f"{POLICY_LOSS}.{option}" for option in HEAD] + ["actor_rollout_ref.model.lora_adapter_path=/adapter"],
-            "model.lora_adapter_path=/adapter: expected None with policy_loss.influence_way=head",
         ),
         (
             [f"{POLICY_LOSS}.{option}" for option in HEAD] + [f"{ACTOR}.fsdp_config.offload_policy=true"],
@@ -690,6 +713,48 @@ def test_checkpoints_that_come_are_taken(overrides):
     check_and_complete(resolved("grpo", "hardware=cpu", *overrides))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["save_best_only=true"],
+            "best_metric_key=null: expected a metric, such as val-core/a/b/acc/mean@2: ",
+        ),
+        (
+            ["best_metric_key=val-core/c/acc/mean@2"],
+            "best_metric_key=val-core/c/acc/mean@2: expected a metric",
+        ),
+        (
+            ["best_metric_key=val-core/a/acc/mean@2"],
+            "best_metric_key=val-core/a/acc/mean@2: expected a metric",
+        ),
+        (
+            ["best_metric_key=val-core/a/b/acc/mean@2", "test_freq=-1"],
+            "test_freq=-1: expected at least 1 with",
+        ),
+        (["best_metric_key=val-core/a/b/acc/mean@2"], None),
+        (["best_metric_key=val-aux/x/acc/pass@2", "save_best_only=true"], None),
+        (["best_metric_key=others"], None),
+        ([], None),
+    ],
+)
+def test_the_metric_of_best_checkpoints_is_of_a_validated_source(laptop_files, overrides, message):
+    for name, source in (("one", "a/b"), ("two", "x")):
+        rows = {column: [value] for column, value in (ROW | {"data_source": source}).items()}
+        pq.write_table(pa.table(rows), laptop_files / f"{name}.parquet")
+    files = f"data.val_files=[{laptop_files}/one.parquet,{laptop_files}/two.parquet]"
+    reward = "reward.custom_reward_function.path=" + __file__, "reward.custom_reward_function.name=reward_of_mine"
+    config = resolved(
+        "grpo", "hardware=cpu", "task=arithmetic", files, *reward, f"{ROLLOUT}.val_kwargs.n=2",
+        *(f"trainer.{override}" for override in overrides),
+    )  # fmt: skip
+    if message is None:
+        check_and_complete(config)
+        return
+    with pytest.raises(ValueError, match="^" + re.escape(f"trainer.{message}")):
+        check_and_complete(config)
+
+
 def test_a_critic_needs_flash_attention_and_keeps_as_many_checkpoints_as_the_actor(monkeypatch):
     gae = ("hardware=cpu", "algorithm.adv_estimator=gae", "trainer.max_actor_ckpt_to_keep=2")
     monkeypatch.setattr(hardware, "find_spec", lambda name: None)
@@ -846,7 +911,7 @@ def test_old_log_probs_that_something_reads_are_not_skipped(method, override, me
 
 
 CORRECTION = "algorithm.rollout_correction"
-ROLLOUT = "actor_rollout_ref.rollout"
+
 CHECKPOINT = "actor_rollout_ref.actor.checkpoint"
 DYNAMIC = [f"{ACTOR}.use_dynamic_bsz=true", f"{ROLLOUT}.log_prob_use_dynamic_bsz=true"]
 
@@ -1007,12 +1072,16 @@ def test_what_verl_would_ignore_is_refused(overrides, message):
         [f"{ACTOR}.optim.optimizer=_AdamW", f"{ACTOR}.optim.optimizer_impl=torchao.optim"],
         # Servers with devices of their own.
         [f"{ROLLOUT}.tensor_model_parallel_size=2", "trainer.v1.trainer_mode=separate_async", f"{MANAGER}=null"],
-        [f"reward.custom_reward_function.path={__file__}", "reward.custom_reward_function.name=resolved"],
+        [f"reward.custom_reward_function.path={__file__}", "reward.custom_reward_function.name=reward_of_mine"],
         ["reward.custom_reward_function.path=pkg://verl/steer/grading/score"],
     ],
 )
 def test_what_verl_reads_is_taken(overrides):
     check_and_complete(resolved("grpo", "hardware=cpu", "task=arithmetic", *overrides))
+
+
+def reward_of_mine(**keywords):
+    """A reward function of the test above."""
 
 
 #: Estimators without a baseline from the prompt's other rollouts, and some that lack theirs with one rollout.
@@ -1201,8 +1270,27 @@ REWARD = "reward.custom_reward_function"
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("def compute_score(): ...", None),
-        ("async def compute_score(): ...", None),
+        ("def compute_score(data_source, solution_str, ground_truth, extra_info): ...", None),
+        ("def compute_score(data_source, solution_str, ground_truth, extra_info=None, *, mine=1): ...", None),
+        ("async def compute_score(solution_str, **others): ...", None),
+        ("@decorated\ndef compute_score(): ...", None),
+        ("def score(): ...\nclass A:\n    def compute_score(self): ...\ncompute_score = score", None),
+        (
+            "def compute_score(solution_str, ground_truth): ...",
+            f"{REWARD}.name=compute_score: expected the parameters data_source, solution_str, ground_truth and extra_i",
+        ),
+        (
+            "def compute_score(data_source, solution_str, ground_truth, extra_info, weight): ...",
+            f"{REWARD}.name=compute_score: expected the parameters data_source, solution_str, ground_truth and extra_i",
+        ),
+        (
+            "def compute_score(data_source, /, solution_str, ground_truth, extra_info): ...",
+            f"{REWARD}.name=compute_score: expected the parameters data_source, solution_str, ground_truth and extra_i",
+        ),
+        (
+            "def compute_score(*, mine, **others): ...",
+            f"{REWARD}.name=compute_score: expected the parameters data_source, solution_str, ground_truth and extra_i",
+        ),
         ("compute_score = print", None),
         ("from math import sqrt as compute_score", None),
         ("try:\n    from math import no as compute_score\nexcept ImportError:\n    compute_score = None", None),
@@ -1338,7 +1426,6 @@ def test_a_folder_whose_path_looks_like_a_name_on_the_hub_is_a_folder(laptop_fil
         [],
         ["data.train_files=${oc.env:TASK_DIR}/tr*.parquet"],
         ["data.train_files=hdfs://cluster/train.parquet"],
-        ["actor_rollout_ref.model.path=Qwen/Qwen2.5-Math-7B"],
         ["actor_rollout_ref.model.path=hdfs://cluster/models/qwen"],
         ["data.train_batch_size=40", "data.gen_batch_size=1"],
         ["data.gen_batch_size=5", "trainer.v1.trainer_mode=separate_async"],

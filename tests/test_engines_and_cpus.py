@@ -97,6 +97,8 @@ def test_another_engines_strategy_needs_that_engine(engine):
     "engine, sizes, ranks",
     [
         ("dp", ["ulysses_sequence_parallel_size=2"], 4),
+        ("dp", ["fsdp_config.ulysses_sequence_parallel_size=2"], 4),
+        ("dp", ["fsdp_config.ulysses_sequence_parallel_size=2", "ulysses_sequence_parallel_size=2"], 4),
         (
             "megatron",
             [f"megatron.{kind}_parallel_size=2" for kind in ("tensor_model", "pipeline_model", "context")],
@@ -114,6 +116,22 @@ def test_ranks_that_share_a_rollout_count_as_one(engine, sizes, ranks):
             "steer_exp", f"model_engine={engine}", *overrides,
             "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=8192",
         )  # fmt: skip
+
+
+def test_a_dynamic_micro_batch_has_room_for_the_longest_rollout_on_the_ranks_that_share_it():
+    """Of 1024 and 3072 tokens, or of the engine's limit."""
+    dynamic = [f"{ACTOR}.use_dynamic_bsz=true", f"{ACTOR}.ulysses_sequence_parallel_size=2"]
+    checked("steer_exp", *dynamic, f"{ACTOR}.ppo_max_token_len_per_gpu=2048")
+    with pytest.raises(ValueError, match="^actor.ppo_max_token_len_per_gpu=2047: expected at least 2048, for rollouts"):
+        checked("steer_exp", *dynamic, f"{ACTOR}.ppo_max_token_len_per_gpu=2047")
+    limit = "actor_rollout_ref.rollout.max_model_len=4000"
+    checked("steer_exp", *dynamic, f"{ACTOR}.ppo_max_token_len_per_gpu=2000", limit)
+
+
+def test_two_sizes_of_the_ranks_that_share_a_rollout_are_refused():
+    sizes = (f"{ACTOR}.ulysses_sequence_parallel_size=2", f"{ACTOR}.fsdp_config.ulysses_sequence_parallel_size=4")
+    with pytest.raises(ValueError, match="^actor.ulysses_sequence_parallel_size=2: expected 4, actor.fsdp_config.uly"):
+        checked("grpo", *sizes)
 
 
 @pytest.mark.parametrize(

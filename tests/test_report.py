@@ -3,6 +3,7 @@
 
 import html
 import json
+import math
 import os
 import re
 import runpy
@@ -18,7 +19,7 @@ import pytest
 from scipy.stats import pearsonr, spearmanr
 from tabular_audit import tabular_audit
 from verl.steer.report import figures
-from verl.steer.report.metrics_files import accuracy_metrics, in_order, next_file
+from verl.steer.report.metrics_files import accuracy_metrics, in_order, next_evaluation_file, next_file
 from verl.steer.report.page import (
     ReportOptions,
     coloured_responses,
@@ -28,7 +29,7 @@ from verl.steer.report.page import (
     visible,
     write_report,
 )
-from verl.steer.report.run_metrics import Run, group_seeds, method_of, over_seeds, read_run, summary
+from verl.steer.report.run_metrics import Run, group_seeds, method_of, over_seeds, read_run, run_figures, summary
 
 HOSTILE = (
     "<script>document.title='owned'</script>",
@@ -117,6 +118,8 @@ def test_the_entropy_is_drawn_beside_its_target():
     drawing = figures.held_entropy({"grpo": [plain], "held": [run]})
     assert drawing.descriptions == ["held: 0.01 nats from the target over the last 20 steps"]
     assert len(drawing.figure.axes[0].lines) == 3
+    many = figures.held_entropy({str(number): [plain] for number in range(6)} | {"held": [run]})
+    assert [line.get_linestyle() == ":" for line in many.figure.axes[0].lines] == [False] * 7 + [True]
     assert figures.held_entropy({"grpo": [plain]}) is None
 
 
@@ -278,7 +281,7 @@ def test_a_band_ends_with_its_shortest_seed():
 def test_summary_by_hand():
     validation = {"val-core/x/acc/mean@1": 0.2, "val-core/y/acc/mean@1": 0.4}
     validation |= {"val-aux/x/distinct_right": 1.0, "val-aux/y/distinct_right": 2.0}
-    first = Run("a", None, {0: validation, 1: {"actor/entropy": 1.0}})
+    first = Run("a", None, {0: validation, 1: validation | {"actor/entropy": 1.0}})
     second = Run("a", None, {1: {"actor/entropy": 0.6, "actor/token_weights_mean": 0.9}, 2: {"actor/entropy": 0.2}})
     second.steps[1]["actor/token_weights_std"], second.steps[2]["actor/token_weights_std"] = 0.1, 0.3
     found = summary({"a": [first, second]}).loc["a"]
@@ -294,6 +297,47 @@ def test_a_run_without_a_validation_at_its_start_has_no_accuracy_before():
     started = Run("b", None, {0: {"val-core/x/acc/mean@1": 0.1}})
     found = summary({"a": [Run("a", None, {5: {"val-core/x/acc/mean@1": 0.7}})], "b": [started]}).loc["a"]
     assert (found["accuracy before"], found["final"]) == ("-", "0.700")
+
+
+def test_a_run_that_was_not_validated_after_its_start_has_no_figures_of_its_end():
+    """Whereas an evaluation, which is step 0 alone, has; and an entropy that ended as NaN is no last one."""
+    validation = {"val-core/x/acc/mean@8": 0.2, "val-aux/x/acc/pass@8": 0.4, "val-aux/x/distinct_right": 1.5}
+    steps = {step: {"actor/entropy": 1.0 / step} for step in range(1, 9)}
+    stopped = run_figures(Run("a", None, {0: validation} | steps))
+    assert math.isnan(stopped["final"]) and not {"pass@8", "distinct right"} & stopped.keys()
+    assert (stopped["accuracy before"], stopped["best"]) == (0.2, 0.2) and stopped["least"] == 1 / 8
+    assert run_figures(Run("a", None, {0: validation}))["final"] == 0.2
+    ended = run_figures(Run("a", None, {0: validation} | steps | {9: validation | {"actor/entropy": None}}))
+    assert ended["pass@8"] == 0.4 and ended["distinct right"] == 1.5 and math.isnan(ended["last ten"])
+
+
+def test_an_evaluation_is_no_part_of_a_runs_metrics(tmp_path):
+    write_metrics(tmp_path, [(step, {"a": step}) for step in range(1, 100)])
+    for number in (1, 2):
+        file = next_evaluation_file(tmp_path, 80)
+        assert file.name == f"evaluation_of_80_start_{number}.jsonl"
+        write_metrics(tmp_path, [(80, {"a": -1})], file.name)
+    assert read_run(tmp_path).series("a") == {step: step for step in range(1, 100)}
+
+
+def test_audits_of_steps_that_a_resumed_run_has_not_reached_again_are_left_out(audited_run, tmp_path):
+    shutil.copytree(audited_run.folder / "audit", tmp_path / "audit")
+    write_metrics(tmp_path, [(step, {"a": step}) for step in range(1, 7)])
+    write_metrics(tmp_path, [(2, {"a": 2})], next_file(tmp_path, 1).name)
+    run = read_run(tmp_path)
+    assert set(run.audit["step"]) == set(run.updates["step"]) == {1, 2} != set(audited_run.audit["step"])
+    write_metrics(tmp_path, [(1, {"a": 2})], next_file(tmp_path, 0).name)
+    for file in (tmp_path / "audit").glob("*1*"):
+        file.unlink()
+    (tmp_path / "audit/b.parquet").unlink()
+    run = read_run(tmp_path)
+    assert run.audit is None and run.updates is None
+
+
+def test_pass_at_k_is_of_the_k_that_all_sources_have():
+    """A source with fewer samples, of easier problems: pass@16 would be below pass@8."""
+    last = {"val-aux/x/acc/pass@8": 0.2, "val-aux/x/acc/pass@16": 0.3, "val-aux/y/acc/pass@8": 1.0}
+    assert Run("a", None, {1: last}).pass_at_k == {8: pytest.approx(0.6)}
 
 
 def test_accuracies_among_metrics():

@@ -34,6 +34,21 @@ def test_the_same_run_goes_on_also_for_longer_on_other_hardware_and_elsewhere(ru
     assert all(settings_of(resolved("steer_exp", f"hardware={name}", *run[1:])) == kept for name in ("gpu1", "gpu8"))
 
 
+@pytest.mark.parametrize("mode", ["auto", "resume_path"])
+def test_a_checkpoint_has_a_part_for_each_rank(run, tmp_path, mode):
+    """verl loads those of as many ranks as the run has."""
+    (tmp_path / "global_step_5/actor").mkdir()
+    for rank in range(2):
+        (tmp_path / f"global_step_5/actor/model_world_size_2_rank_{rank}.pt").touch()
+    resumed = [f"trainer.resume_mode={mode}", f"trainer.resume_from_path={tmp_path}/global_step_5"]
+    check_and_complete(resolved("steer_exp", *run, *resumed, "trainer.n_gpus_per_node=2"))
+    with pytest.raises(
+        ValueError, match="^trainer.n_gpus_per_node=1, trainer.nnodes=1: expected 2 ranks in all, which"
+    ):
+        check_and_complete(resolved("steer_exp", *run, *resumed))
+    check_and_complete(resolved("steer_exp", *run, "trainer.resume_mode=disable"))
+
+
 @pytest.mark.parametrize(
     "method, override, told",
     [

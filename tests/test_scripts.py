@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 from huggingface_hub import errors
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from scipy.stats import binom
+from scipy.stats import binom, norm
 from tabular_audit import tabular_audit
 from test_configuration import validated
 from test_report import updates, write_metrics
@@ -88,6 +88,29 @@ def test_watch_of_a_resumed_run_shows_its_new_steps_only(command, root, tmp_path
     result = command(*watch(root, tmp_path, sys.executable, "-c", resumed, tmp_path))
     lines = [line for line in result.stdout.splitlines() if line.startswith("toy ")]
     assert lines == ["toy          step   2/2  reward -0.500  entropy 0.333  accuracy 0.250"]
+
+
+def test_watch_keeps_the_log_of_an_earlier_start(command, root, tmp_path):
+    """And tells why this start failed, not that one."""
+    for reason in ("first", "second", "third"):
+        result = command(*watch(root, tmp_path, "bash", "-c", f"echo 'ValueError: {reason}'; exit 1"))
+        assert result.stdout.endswith(f"ValueError: {reason}\n")
+    logs = {path.name: path.read_text() for path in tmp_path.glob("*.log")}
+    reasons = {"toy_1.log": "first", "toy_2.log": "second", "toy.log": "third"}
+    assert logs == {name: f"ValueError: {reason}\n" for name, reason in reasons.items()}
+
+
+def test_watch_passes_over_a_line_that_is_no_record(command, root, tmp_path):
+    script = f'printf \'{{"step\n{{"step": 1, "data": {{"actor/entropy": 0.5}}}}\n\' >{tmp_path}/metrics.jsonl'
+    result = command(*watch(root, tmp_path, "bash", "-c", script))
+    assert result.returncode == 0 and "step   1/?  entropy 0.500" in result.stdout, result.stdout + result.stderr
+
+
+def test_watch_names_a_command_that_is_missing(command, root, tmp_path):
+    (tmp_path / "toy.log").write_text("of an earlier start")
+    result = command(*watch(root, tmp_path, "no-such-command"))
+    assert result.returncode == 2 and result.stderr.endswith("error: no-such-command: no such command\n")
+    assert (tmp_path / "toy.log").read_text() == "of an earlier start"
 
 
 def test_watch_tells_why_a_run_failed(command, root, tmp_path):
@@ -169,6 +192,24 @@ def test_comparison_takes_means_and_intervals_over_seeds(program, tmp_path):
         ["steer", "1", "0.200", "0.600", "0.700", "1.000", "0.900", "0.800", "0.800", "100"],
     ]  # fmt: skip
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_comparison_names_shorter_runs_and_methods_that_it_does_not_compare(program, tmp_path):
+    """A run that ended before its first validation has no figures of the end. The file has the titles too."""
+    for name, steps in (("seed1/grpo", 3), ("seed2/grpo", 3), ("seed2/two", 3), ("seed3/two", 2), ("seed1/one", 3)):
+        write_run(tmp_path / name, [0.5] * steps, [0.1] * steps)
+    out = ("--out", tmp_path / "p.png", "--markdown", tmp_path / "t.md", "--baseline", "grpo")
+    result = program("compare_runs.py", *sorted(tmp_path.glob("*/*")), *out)
+    notes = [
+        "the longest run has 2 steps; two, seed 3, ends at step 1",
+        "two is not compared: 1 seeds in common with grpo (2); expected at least 2",
+    ]
+    assert [line for line in result.stdout.splitlines() if "│" not in line][-3:-1] == notes
+    lines = (tmp_path / "t.md").read_text().splitlines()
+    assert lines[0] == "means over seeds ± 95 % interval" and all(note in lines for note in notes)
+    assert "single runs; * is outside of the 95 % interval of a further run of grpo" in lines
+    alone = program("compare_runs.py", tmp_path / "seed1/grpo", tmp_path / "seed1/one", *out)
+    assert "one is not compared: 1 seeds in common with grpo (1); expected at least 2" in alone.stdout
 
 
 def test_comparison_prints_names_as_they_are(program, tmp_path):
@@ -312,7 +353,7 @@ def test_a_score_is_reached_by_a_mean_that_equals_it(program, tmp_path):
 def test_predictions_are_compared_where_all_seeds_have_them(program, tmp_path):
     """The first seed's audit has an estimator more than the second's."""
     for seed, audited in ((1, updates(1)), (2, updates(1).drop(columns="released"))):
-        write_run(tmp_path / f"{seed}/steer", [0.5], [0.1])
+        write_run(tmp_path / f"{seed}/steer", [0.5, 0.5], [0.1, 0.1])
         (tmp_path / f"{seed}/steer/audit").mkdir()
         audited.to_parquet(tmp_path / f"{seed}/steer/audit/step_1_updates.parquet")
     result = program("compare_runs.py", *sorted(tmp_path.glob("*/*")), "--out", tmp_path / "p.png")
@@ -684,18 +725,67 @@ def test_lost_responses_are_told(program, tmp_path, rows, n, most, lost):
 
 
 def test_intervals_of_shares_are_those_of_the_binomial_distribution(root):
-    """Resampled, k right ones of 20 problems are binomial, with a share of k / 20.
+    """Resampled, k of 20 problems with half of the samples right are binomial, with a share of k / 20.
 
     The share of 10,000 resamples below a value that q of all are below has a standard error of √(q (1 - q) / 10,000);
     the ends may be those of quantiles that are four of these away.
     """
     interval = runpy.run_path(str(root / "scripts/summarize_eval.py"))["interval"]
     for right in range(1, 20):
-        ends = interval(np.repeat([1.0, 0.0], [right, 20 - right]))
-        for end, q in zip(ends, (0.025, 0.975), strict=True):
+        ends = interval(np.repeat([0.5, 0.0], [right, 20 - right]))
+        for end, q in zip((2 * end for end in ends), (0.025, 0.975), strict=True):
             error = 4 * math.sqrt(q * (1 - q) / 10_000)
             least, greatest = binom.ppf([q - error, q + error], 20, right / 20) / 20
             assert least - 1e-9 < end < greatest + 1e-9, (right, q)
+
+
+def test_intervals_of_problems_that_are_right_or_wrong_are_wilsons(root):
+    """(p + z²/2n ± z √(p (1 - p)/n + z²/4n²)) / (1 + z²/n), which has a width at 0 and 1 too."""
+    interval = runpy.run_path(str(root / "scripts/summarize_eval.py"))["interval"]
+    z, n = norm.ppf(0.975), 30
+    for right in (0, 1, 15, 30):
+        p = right / n
+        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        expected = [(p + z * z / (2 * n) + sign * half) / (1 + z * z / n) for sign in (-1, 1)]
+        assert interval(np.repeat([1.0, 0.0], [right, n - right])) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_prompt_that_is_there_twice_does_not_change_k(program, tmp_path):
+    """With another ground truth it is another problem; with the same one it has twice as many samples."""
+    write_responses(tmp_path, "toy", [("p", True, "1"), ("p", False, "1"), ("q", True, "1"), ("r", True, "1")])
+    lines = tmp_path / "toy/0.jsonl"
+    results, _ = summarized(program, tmp_path, "toy")
+    assert (results["benchmarks"]["toy"]["n"], results["benchmarks"]["toy"]["k"]) == (3, 1)
+    lines.write_text(lines.read_text().replace('"gts": "1"', '"gts": "2"', 1))
+    results, _ = summarized(program, tmp_path, "toy")
+    assert (results["benchmarks"]["toy"]["n"], results["benchmarks"]["toy"]["k"]) == (4, 1)
+
+
+def test_earlier_benchmarks_of_a_model_stay_among_its_results(program, tmp_path):
+    for name, right in (("one", True), ("two", False)):
+        write_responses(tmp_path, name, [("p", right, "1"), ("q", right, "")])
+    summarized(program, tmp_path, "one", "two")
+    before = pd.read_parquet(tmp_path / "responses.parquet")
+    results, printed = summarized(program, tmp_path, "two")
+    assert list(results["benchmarks"]) == ["one", "two"] and results["average"]["mean"] == 0.5
+    after = pd.read_parquet(tmp_path / "responses.parquet")
+    assert after.equals(before) and [row[0] for row in printed_rows(printed)] == ["two", "average"]
+
+
+def test_an_average_over_some_of_the_benchmarks_says_so(program, tmp_path):
+    for name, pred in (("answers", "1"), ("programs", "")):
+        write_responses(tmp_path, name, [("p", True, pred), ("q", True, pred)])
+    _, printed = summarized(program, tmp_path, "answers", "programs")
+    assert printed_rows(printed)[-1][4:] == ["100.0%", "100.0% (of 1)", "100.0%"]
+
+
+def test_responses_without_a_grade_are_named(program, tmp_path):
+    write_responses(tmp_path, "toy", [("p", True, "1")])
+    lines = tmp_path / "toy/0.jsonl"
+    for text, missing in ((lines.read_text().replace('"acc"', '"other"'), "acc"), ("", "input, gts, acc")):
+        lines.write_text(text)
+        result = program("summarize_eval.py", tmp_path, "--only", "toy")
+        assert result.returncode == 1 and f"summarize_eval: {lines}: no {missing}; expected a grade" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -989,6 +1079,21 @@ def test_kept_metrics_of_a_run_without_a_seed_are_in_no_folder_of_one(program, t
     write_run(tmp_path / "grpo", [0.5], [0.1])
     result = program("keep_metrics.py", tmp_path / "grpo", "--out", tmp_path / "kept")
     assert result.stdout == f"{tmp_path / 'kept/grpo.jsonl'}\n", result.stderr
+
+
+def test_a_kept_run_is_replaced_only_if_told_to(program, tmp_path):
+    """Runs of two folders may have one name; the same run again changes nothing."""
+    for place, entropy in (("a", 0.5), ("b", 0.4)):
+        write_run(tmp_path / place / "grpo", [entropy], [0.1])
+    keep, kept = ("keep_metrics.py", "--out", tmp_path / "kept"), tmp_path / "kept/grpo.jsonl"
+    assert program(*keep, tmp_path / "a/grpo").returncode == program(*keep, tmp_path / "a/grpo").returncode == 0
+    text = kept.read_text()
+    result = program(*keep, tmp_path / "b/grpo")
+    assert result.returncode == 1 and kept.read_text() == text
+    assert f"keep_metrics: {kept}: keeps another run; expected another --out, or --force" in result.stderr
+    assert program(*keep, "--force", tmp_path / "b/grpo").returncode == 0 and kept.read_text() != text
+    result = program("keep_metrics.py", "--out", kept, tmp_path / "a/grpo")
+    assert result.returncode == 1 and result.stderr.startswith("keep_metrics: [Errno ")
 
 
 def test_kept_metrics_need_a_run(program, tmp_path):

@@ -43,7 +43,7 @@ from verl.steer.methods.registry import ESTIMATOR_FIELDS, bind_estimator, estima
 from verl.steer.methods.siren import EntropyAnchor
 from verl.steer.methods.step_state import StepState
 from verl.steer.options import at_step, from_config
-from verl.steer.report.metrics_files import next_file
+from verl.steer.report.metrics_files import next_evaluation_file, next_file
 from verl.steer.rollout.checks import TEMPERATURE, is_batched
 from verl.steer.rollout.lost_rollouts import LOST_IN_TRAINING, lost_rollouts, means_over_stored_samples, stored_samples
 from verl.steer.rollout.wait import ROLLOUT_TIMEOUT, RolloutWait
@@ -130,7 +130,10 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
 
     def fit(self, agent_loop_manager: AgentLoopManager) -> None:
         """Train; loggers write into `trainer.default_local_dir` unless the environment names another folder."""
-        os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(next_file(self.folder, self.global_steps)))
+        metrics_file = (next_evaluation_file if self.config.trainer.val_only else next_file)(
+            self.folder, self.global_steps
+        )
+        os.environ.setdefault("VERL_FILE_LOGGER_PATH", str(metrics_file))
         os.environ.setdefault("TENSORBOARD_DIR", str(self.folder / "tensorboard"))
         freeze_gc_heap()
         if self.batched:
@@ -154,7 +157,15 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         """
         super()._init_dataloader()
         options = self.config.trainer
-        self.total_training_steps = min(self.total_training_steps, self.steps_per_epoch * options.total_epochs)
+        asked, self.total_training_steps = (
+            self.total_training_steps,
+            min(self.total_training_steps, self.steps_per_epoch * options.total_epochs),
+        )
+        if self.total_training_steps < asked and not options.val_only:
+            logger.warning(
+                "trainer.total_epochs=%d: the run ends after %d of trainer.total_training_steps=%d",
+                options.total_epochs, self.total_training_steps, asked,
+            )  # fmt: skip
         self.save_after = min(options.save_after, self.total_training_steps)
         saves = options.save_freq > 0 or options.save_best_only or options.best_metric_key is not None
         if saves and not options.val_only and self.save_after < options.save_after:

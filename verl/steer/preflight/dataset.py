@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from transformers import AutoTokenizer
 from verl.steer.data_files import check_columns, is_readable, present_files
 
@@ -19,7 +19,12 @@ def check_files(config: DictConfig, key: str) -> str:
     """Columns, rows and lengths of prompts; a ValueError names the key, the file and what it lacks."""
     check_columns(config, key)
     model = config.actor_rollout_ref.model
-    tokenizer = AutoTokenizer.from_pretrained(model.tokenizer_path or model.path)
+    if OmegaConf.select(config, "data.custom_cls.path"):
+        return "not read: a data set of its own reads its files"
+    path = model.tokenizer_path or model.path
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=model.trust_remote_code)
+    if model.custom_chat_template:
+        tokenizer.chat_template = model.custom_chat_template
     found = (
         _check_file(Path(file), key, config.data, tokenizer)
         if is_readable(file)

@@ -29,7 +29,8 @@ def generate(folder: Path, config: DictConfig) -> str:
         **{name: value for name, value in options.items() if value is not None},
     )
     sampling = SamplingParams(n=2, max_tokens=8, ignore_eos=True, logprobs=0, seed=0)
-    (found,) = llm.chat([{"role": "user", "content": "1+2"}], sampling, use_tqdm=False)
+    chat, template = [{"role": "user", "content": "1+2"}], model.custom_chat_template
+    (found,) = llm.chat(chat, sampling, use_tqdm=False, chat_template=template)
     responses = [list(output.token_ids) for output in found.outputs]
     log_probs = [[at[token].logprob for at, token in zip(o.logprobs, o.token_ids, strict=True)] for o in found.outputs]
     tokens = {"prompt": found.prompt_token_ids, "responses": responses, "log_probs": log_probs}

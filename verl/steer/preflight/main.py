@@ -20,6 +20,7 @@ from verl.steer.preflight.rows import Row, report, run_check
 from verl.steer.requirements import check_and_complete
 from verl.steer.requirements.added_keys import check_added_keys
 from verl.steer.requirements.loggers import check_loggers
+from verl.steer.requirements.model import check_model
 from verl.steer.requirements.verl_values import check_by_verl
 
 #: Seconds for all checks, and those that vLLM leaves to the ranks.
@@ -30,6 +31,7 @@ def check_configuration(config: DictConfig) -> str:
     """The checks with which a run begins."""
     check_added_keys()
     check_and_complete(config)
+    check_model(config)
     check_loggers(config)
     check_by_verl(config)
     return f"loss_mode={config.actor_rollout_ref.actor.policy_loss.loss_mode}, {config.actor_rollout_ref.model.path}"

@@ -74,7 +74,8 @@ def has_reference(config: DictConfig) -> bool:
 def shard_of(parameters: int, fsdp: DictConfig, config: DictConfig) -> float:
     """Bytes of a device's part of the weights."""
     world = config.trainer.n_gpus_per_node * config.trainer.nnodes
-    return parameters * weight_bytes(fsdp) / (world if fsdp.fsdp_size == -1 else fsdp.fsdp_size)
+    shared = world if fsdp.fsdp_size < 0 else min(fsdp.fsdp_size, world)
+    return parameters * weight_bytes(fsdp) / shared
 
 
 def trained_state(parameters: int, fsdp: DictConfig, strategy: str, config: DictConfig) -> tuple[float, float]:
@@ -115,9 +116,9 @@ def passes_of(parameters: int, model: Any, embedding: int, compute: int, checkpo
 
 
 def tokens_of(micro_batch: int | None, dynamic: bool, most: int, ranks: int, config: DictConfig) -> float:
-    """Tokens of a micro-batch on each of the ranks that share its sequences."""
+    """Tokens of a micro-batch on each of the ranks that share its sequences; `most` is a rank's."""
     longest = config.data.max_prompt_length + config.data.max_response_length
-    return (most if dynamic or not micro_batch else micro_batch * longest) / ranks
+    return most if dynamic or not micro_batch else micro_batch * longest / ranks
 
 
 def phases(parameters: int, model: Any, config: DictConfig, memory: float) -> dict[str, float]:

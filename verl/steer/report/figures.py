@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, PercentFormatter
 from verl.steer.audit.agreement import agreement
 from verl.steer.report.run_metrics import (
     ENTROPY,
@@ -186,7 +186,8 @@ def tradeoff(groups: Groups) -> Drawing | None:
         axis.set(xlabel=f"{text} at the end")
     drawing.axes[0, 0].set(ylabel=f"{share} at the end")
     drawing.axes[0, 1].set_xscale("log", base=2)
-    drawing.axes[0, 1].xaxis.set_major_formatter(lambda entropy, _: f"{entropy:g}")
+    drawing.axes[0, 1].xaxis.set_major_locator(LogLocator(base=2, numticks=6))  # a collapsed entropy has many octaves
+    drawing.axes[0, 1].xaxis.set_major_formatter(lambda entropy, _: f"{entropy:.2g}")
     drawing.descriptions = [
         f"{name}: accuracy {row['final']:.3g}, {share} {row[share]:.3g}, entropy {row['last ten']:.3g}"
         for name, row in table.iterrows()
@@ -363,7 +364,8 @@ def held_entropy(groups: Groups) -> Drawing | None:
     axis = drawing.axes[0, 0]
     for index, (name, runs) in enumerate(groups.items()):
         held = over_seeds([run.series(ENTROPY) for run in runs])
-        style = method_style(index, markevery=max(1, len(held) // 8), markersize=4)
+        line = LINES[index % (len(LINES) - 1)]  # not the dotted one of the targets
+        style = method_style(index, linestyle=line, markevery=max(1, len(held) // 8), markersize=4)
         axis.plot(held.index, held["mean"], label=label(name), **style)
         axis.fill_between(held.index, held["least"], held["greatest"], color=style["color"], alpha=0.18, linewidth=0)
         target = asked[name]

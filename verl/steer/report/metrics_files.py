@@ -6,6 +6,7 @@ verl's `file` logger empties the file that it opens, so each start of a run gets
 metrics.jsonl                   the first start
 metrics_from_40_start_2.jsonl   the second start, from the checkpoint of step 40 (step 0: from the beginning)
 metrics_from_40.jsonl           from a release that did not count the starts; these are sorted by step
+evaluation_of_40_start_1.jsonl  a start that only evaluates the checkpoint of step 40; no part of the run's metrics
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ def next_file(folder: Path, step: int) -> Path:
     """The metrics file for a start from the checkpoint of `step`, 0 without a checkpoint."""
     files = in_order(folder)
     return folder / (f"metrics_from_{step}_start_{start_of(files[-1])[0] + 1}.jsonl" if files else "metrics.jsonl")
+
+
+def next_evaluation_file(folder: Path, step: int) -> Path:
+    """The metrics file for a start that only evaluates the checkpoint of `step`, 0 without a checkpoint."""
+    earlier = [*folder.glob(f"evaluation_of_{step}_start_*.jsonl")]
+    return folder / f"evaluation_of_{step}_start_{len(earlier) + 1}.jsonl"
 
 
 def accuracy_metrics(names: Iterable[str]) -> list[str]:

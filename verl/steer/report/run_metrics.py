@@ -66,17 +66,37 @@ class Run:
         return sources.mean().sort_index().to_dict()
 
     @property
+    def last_step(self) -> int:
+        return max(self.steps)
+
+    def ends_with(self, metric: str) -> bool:
+        """Whether the last logged value of a metric is a finite one."""
+        logged = [step for step, data in self.steps.items() if metric in data]
+        return bool(logged) and max(logged) in self.series(metric)
+
+    def at_end(self, metric: str) -> list[float]:
+        """The value of a validation's metric at the last validation; none if that is the one before training."""
+        return [value for step, value in self.series(metric).items() if step or not self.last_step][-1:]
+
+    @property
     def pass_at_k(self) -> dict[int, float]:
-        """k -> pass@k of the last validation, averaged over the data sources; empty with one sample a problem."""
+        """k -> pass@k at the end, averaged over the data sources that have pass@k; empty with one sample a problem.
+
+        Only k that all of these have, for the curve is of one set of problems.
+        """
         found: dict[int, list[float]] = {}
         for name in self.metrics:
             if match := _PASS_AT_K.fullmatch(name):
-                found.setdefault(int(match[1]), []).extend(list(self.series(name).values())[-1:])
-        return {k: sum(values) / len(values) for k, values in sorted(found.items()) if values}
+                found.setdefault(int(match[1]), []).extend(self.at_end(name))
+        sources = max(map(len, found.values()), default=0)
+        return {k: sum(values) / sources for k, values in sorted(found.items()) if values and len(values) == sources}
 
     @cached_property
     def audit(self) -> pd.DataFrame | None:
-        """The audited tokens of `audit/*.parquet`, sorted; None without tokens, ValueError if a file lacks a column."""
+        """The audited tokens of `audit/*.parquet`, sorted; None without tokens, ValueError if a file lacks a column.
+
+        Without those of steps that the run, resumed from a checkpoint before them, has not reached again.
+        """
         frames = []
         files = [f for f in (self.folder / "audit").glob("*.parquet") if not f.stem.endswith("_updates")]
         for file in sorted(files):
@@ -88,13 +108,17 @@ class Run:
         if not any(len(frame) for frame in frames):
             return None
         order = ["step", "mini_batch", "response", "position"]
-        return pd.concat(frames).sort_values(order, kind="stable", ignore_index=True)
+        audit = pd.concat(frames).query("step <= @self.last_step")
+        return audit.sort_values(order, kind="stable", ignore_index=True) if len(audit) else None
 
     @cached_property
     def updates(self) -> pd.DataFrame | None:
-        """The audited updates of `audit/step_*_updates.parquet`, sorted; None without any."""
+        """The audited updates of `audit/step_*_updates.parquet`, sorted, of the same steps; None without any."""
         frames = [pd.read_parquet(file) for file in (self.folder / "audit").glob("step_*_updates.parquet")]
-        return pd.concat(frames).sort_values(["step", "mini_batch"], ignore_index=True) if frames else None
+        if not frames:
+            return None
+        updates = pd.concat(frames).query("step <= @self.last_step")
+        return updates.sort_values(["step", "mini_batch"], ignore_index=True) if len(updates) else None
 
 
 def read_run(path: Path) -> Run:
@@ -212,23 +236,27 @@ def distances_from(run: Run, target: float | pd.Series) -> pd.Series:
 
 
 def run_figures(run: Run) -> dict[str, float]:
-    """The comparison's figures of one run by heading; NaN if the run lacks the metric."""
+    """The comparison's figures of one run by heading; NaN if the run lacks the metric.
+
+    A run that was not validated after its start has no figures of the end, and one whose entropy ended as NaN no
+    `last ten`.
+    """
     accuracy, entropy, weight = (
         pd.Series(series, dtype=float) for series in (run.accuracy, run.series(ENTROPY), run.series(WEIGHT))
     )
     speed = pd.DataFrame({name: run.series(name) for name in (TOKENS, SECONDS)}, dtype=float).dropna().mean()
     sampling = {f"pass@{k}": share for k, share in run.pass_at_k.items() if k >= 8}
-    distinct = [list(run.series(name).values())[-1:] for name in run.metrics if name.endswith(_DISTINCT)]
+    distinct = [run.at_end(name) for name in run.metrics if name.endswith(_DISTINCT)]
     if distinct:
         sampling["distinct right"] = pd.Series([*chain(*distinct)], dtype=float).mean()
     # Slices instead of single elements: the mean of an empty series is NaN.
     return {
         "accuracy before": accuracy[accuracy.index == 0].mean(),
-        "final": accuracy.iloc[-1:].mean(),
+        "final": accuracy[accuracy.index > 0 if run.last_step else slice(None)].iloc[-1:].mean(),
         "best": accuracy.max(),
         **sampling,
         "entropy first": entropy.iloc[:1].mean(),
-        "last ten": entropy.iloc[-10:].mean(),
+        "last ten": entropy.iloc[-10:].mean() if run.ends_with(ENTROPY) else math.nan,
         "least": entropy.min(),
         "mean token weight": weight.mean(),
         "weight std": pd.Series(run.series(WEIGHT_STD), dtype=float).mean(),

@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, open_dict
-from verl.steer.checkpoint_ledger import UNFINISHED, step_of
-from verl.steer.data_files import data_files
+from verl.steer.checkpoint_ledger import UNFINISHED, CheckpointLedger, step_of
+from verl.steer.data_files import column_values, data_files
 from verl.steer.options import from_config, option, resolve_options
 from verl.steer.run_settings import check_settings
 from verl.trainer.ppo.utils import need_critic
@@ -62,6 +63,7 @@ def check_checkpoints(config: DictConfig) -> None:
     """
     trainer = config.trainer
     _check_resumed(trainer)
+    _check_ranks(config)
     _check_contents(config.actor_rollout_ref.actor.checkpoint, trainer)
     if trainer.val_only:
         if not trainer.val_before_train:
@@ -99,6 +101,23 @@ def _check_resumed(trainer: DictConfig) -> None:
     trainer.resume_from_path = str(path)
 
 
+def _check_ranks(config: DictConfig) -> None:
+    """verl's FSDP engine loads the part of each rank, and only those of as many ranks as saved it."""
+    trainer, ranks = config.trainer, config.trainer.nnodes * config.trainer.n_gpus_per_node
+    folder = Path(str(trainer.default_local_dir))
+    step = CheckpointLedger.step_to_resume(folder) if trainer.resume_mode == "auto" else None
+    path = folder / f"global_step_{step}" if step else Path(str(trainer.resume_from_path))
+    if trainer.resume_mode == "disable" or config.model_engine != "dp":
+        return
+    parts = [re.fullmatch(r"model_world_size_(\d+)_rank_\d+\.pt", file.name) for file in path.glob("actor/*.pt")]
+    saved = sorted({int(part[1]) for part in parts if part})
+    if saved and ranks not in saved:
+        raise ValueError(
+            f"trainer.n_gpus_per_node={trainer.n_gpus_per_node}, trainer.nnodes={trainer.nnodes}: expected {saved[0]} "
+            f"ranks in all, which saved {path}"
+        )
+
+
 def _check_contents(checkpoint: DictConfig, trainer: DictConfig) -> None:
     """verl skips unknown parts, and resumes a checkpoint without `model` with the start model's weights."""
     for key in ("save_contents", "load_contents"):
@@ -122,11 +141,7 @@ def _check_checkpoints_of_steer(config: DictConfig) -> None:
     trainer, checkpoint = config.trainer, config.actor_rollout_ref.actor.checkpoint
     with open_dict(trainer):
         trainer.update(vars(from_config(CheckpointOptions, trainer)))
-    if trainer.save_best_only and trainer.test_freq <= 0:
-        raise ValueError(
-            f"trainer.test_freq={trainer.test_freq}: expected at least 1 with trainer.save_best_only=true, which saves "
-            "after validations only"
-        )
+    _check_best(config)
     actor, critic = trainer.max_actor_ckpt_to_keep, trainer.max_critic_ckpt_to_keep
     if actor != critic and need_critic(config):
         raise ValueError(
@@ -142,6 +157,30 @@ def _check_checkpoints_of_steer(config: DictConfig) -> None:
         raise ValueError(
             "actor.checkpoint.async_save=true: expected false: the trainer counts a checkpoint as complete "
             "once its save has returned"
+        )
+
+
+def _check_best(config: DictConfig) -> None:
+    """The metric of best checkpoints would be looked up at the first validation."""
+    trainer, key = config.trainer, config.trainer.best_metric_key
+    if not trainer.save_best_only and key is None:
+        return
+    if trainer.test_freq <= 0:
+        why = "trainer.save_best_only=true" if trainer.save_best_only else f"trainer.best_metric_key={key}"
+        raise ValueError(
+            f"trainer.test_freq={trainer.test_freq}: expected at least 1 with {why}, which saves after validations only"
+        )
+    sources = sorted({str(source) for _, source in column_values(config, "val_files", "data_source")})
+    example = f"val-core/{sources[0]}/acc/mean@{config.actor_rollout_ref.rollout.val_kwargs.n}" if sources else ""
+    if key is None and len(sources) > 1:
+        raise ValueError(
+            f"trainer.best_metric_key=null: expected a metric, such as {example}: data.val_files have "
+            f"{len(sources)} data sources, {', '.join(sources)}"
+        )
+    known = [f"val-{kind}/{source}/" for kind in ("core", "aux") for source in sources]
+    if key is not None and key.startswith("val-") and known and not key.startswith(tuple(known)):
+        raise ValueError(
+            f"trainer.best_metric_key={key}: expected a metric of a data source of data.val_files, such as {example}"
         )
 
 

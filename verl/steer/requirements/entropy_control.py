@@ -72,7 +72,6 @@ def _check_head(config: DictConfig) -> None:
     refuse_others(
         [
             ("model.lora_rank", model.get("lora_rank", 0), (0,)),
-            ("model.lora_adapter_path", model.get("lora_adapter_path"), (None,)),
             ("actor.fsdp_config.offload_policy", fsdp_config.get("offload_policy", False), (False,)),
         ],
         "policy_loss.influence_way=head",

@@ -1,18 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check of a run's files before Ray starts: its data, and the folder of its model."""
+"""The check of a run's data and model before Ray starts."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 from omegaconf import DictConfig, OmegaConf
 from verl.steer.data_files import check_columns, data_files, row_count
+from verl.steer.requirements.model import check_model
 
 
 def check_data_and_model(config: DictConfig) -> None:
-    """Check that data and model are there, the data have their columns and suffice for a step, and the model has
-    positions for a response.
+    """Check that the data are there, have their columns and suffice for a step, and the model, by `check_model`.
 
     Raises:
         ValueError: if not.
@@ -24,37 +21,7 @@ def check_data_and_model(config: DictConfig) -> None:
     _check_rows(config, row_count(config, "train_files"))
     for key in ("train_files", "val_files"):
         check_columns(config, key)
-    path = str(config.actor_rollout_ref.model.path)
-    # A name on the Hugging Face Hub is AUTHOR/MODEL.
-    is_local = path.startswith(("/", ".", "~")) or path.count("/") > 1 and "://" not in path or Path(path).is_dir()
-    if is_local and not Path(path, "config.json").is_file():
-        raise ValueError(
-            f"actor_rollout_ref.model.path={path}: expected the folder of a model, with its config.json, or a name on "
-            "the Hugging Face Hub"
-        )
-    if is_local:
-        _check_positions(config)
-
-
-def _check_positions(config: DictConfig) -> None:
-    """vLLM cuts responses at the model's last position, and verl refuses a greater limit after Ray's start.
-
-    A model whose configuration names no number of positions is not checked.
-    """
-    model, key = config.actor_rollout_ref.model, "max_position_embeddings"
-    file = Path(model.path, "config.json")
-    try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: expected JSON, the configuration of a model: {error}") from error
-    overrides = model.override_config.get("model_config", model.override_config)
-    positions = overrides.get(key, found.get(key, found.get("text_config", {}).get(key)))
-    name, length = "rollout.max_model_len", config.actor_rollout_ref.rollout.max_model_len
-    if length is None:
-        name = "data.max_prompt_length + data.max_response_length"
-        length = config.data.max_prompt_length + config.data.max_response_length
-    if positions is not None and length > positions:
-        raise ValueError(f"{name}={length}: expected at most {positions}, the model's {key}")
+    check_model(config)
 
 
 def _check_rows(config: DictConfig, rows: int | None) -> None:

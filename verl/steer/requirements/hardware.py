@@ -47,6 +47,9 @@ def check_platform(config: DictConfig) -> None:
 def check_model_engine(config: DictConfig) -> None:
     """Check that `actor.strategy` is of the chosen engine, and no option of the FSDP engine is set for another.
 
+    verl has two keys for the FSDP engine's ranks that share a rollout, of which the engine takes the one that is set:
+    the other checks find it in `actor.ulysses_sequence_parallel_size`.
+
     Raises:
         ValueError: if not; `hardware=cpu` and `hardware=gpu1` set options of the FSDP engine.
     """
@@ -55,6 +58,13 @@ def check_model_engine(config: DictConfig) -> None:
     if actor.strategy in others - {engine} or engine in others and actor.strategy != engine:
         expected = engine if engine in others else " or ".join(FSDP_STRATEGIES)
         raise ValueError(f"actor.strategy={actor.strategy}: expected {expected} with model_engine={engine}")
+    if engine == "dp" and (size := OmegaConf.select(actor, "fsdp_config.ulysses_sequence_parallel_size") or 1) > 1:
+        if actor.ulysses_sequence_parallel_size not in (1, size):
+            raise ValueError(
+                f"actor.ulysses_sequence_parallel_size={actor.ulysses_sequence_parallel_size}: expected {size}, "
+                "actor.fsdp_config.ulysses_sequence_parallel_size, or one of the two"
+            )
+        actor.ulysses_sequence_parallel_size = size
     for section in ("actor", "ref"):
         ignored = config.actor_rollout_ref[section].get("fsdp_config")
         if engine in others and ignored:
@@ -100,7 +110,7 @@ def check_micro_batches(config: DictConfig) -> None:
 
     Raises:
         ValueError: if a size doesn't divide a rank's rollouts, the ranks a mini-batch, or the engine's parallel sizes
-            the number of devices.
+            the number of devices; or if a micro-batch by tokens has no room for the longest rollout.
     """
     actor, rollout, trainer = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.trainer
     if trainer.val_only:
@@ -117,6 +127,15 @@ def check_micro_batches(config: DictConfig) -> None:
             f"actor.ppo_mini_batch_size={actor.ppo_mini_batch_size}: expected a number whose product with "
             f"rollout.n={rollout.n} the {ranks} ranks divide"
         )
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    longest = min(longest, rollout.max_model_len or longest)
+    for key, dynamic, most in (
+        ("rollout.log_prob_max_token_len", rollout.log_prob_use_dynamic_bsz, rollout.log_prob_max_token_len_per_gpu),
+        ("actor.ppo_max_token_len", actor.use_dynamic_bsz, actor.ppo_max_token_len_per_gpu),
+    ):
+        if dynamic and most * shared < longest:  # verl stops at the first rollout that is longer
+            expected = math.ceil(longest / shared)
+            raise ValueError(f"{key}_per_gpu={most}: expected at least {expected}, for rollouts of {longest} tokens")
     if not rollout.log_prob_use_dynamic_bsz:
         size, prompts = rollout.log_prob_micro_batch_size_per_gpu, config.data.train_batch_size
         _check_divisor("rollout.log_prob", size, "data.train_batch_size", prompts, rollout.n, ranks)

@@ -36,11 +36,30 @@ def check_reward_function(config: DictConfig) -> None:
     if file.suffix != ".py":  # compiled
         return
     try:
-        names = set(_names(ast.parse(file.read_bytes(), str(file))))
+        module = ast.parse(file.read_bytes(), str(file))
     except SyntaxError as error:
         raise ValueError(f"reward.custom_reward_function.path={function.path}: expected Python: {error}") from error
+    names = set(_names(module))
     if not names & {function.name, "*", "__getattr__"}:
         raise ValueError(f"reward.custom_reward_function.name={function.name}: expected a function of {file}")
+    for node in module.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == function.name:
+            _check_parameters(node, function)
+
+
+def _check_parameters(node: ast.FunctionDef | ast.AsyncFunctionDef, function: DictConfig) -> None:
+    """verl gives these keywords and `reward_kwargs`, unless a decorator takes others."""
+    given = {"data_source", "solution_str", "ground_truth", "extra_info", *(function.get("reward_kwargs") or {})}
+    args = node.args
+    known = {arg.arg for arg in (*args.args, *args.kwonlyargs)}
+    needed = [arg.arg for arg in args.posonlyargs + args.args][: len(args.posonlyargs + args.args) - len(args.defaults)]
+    needed += [arg.arg for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True) if default is None]
+    wrong = sorted(set(needed) - given) + ([] if args.kwarg else sorted(given - known))
+    if wrong and not node.decorator_list:
+        raise ValueError(
+            f"reward.custom_reward_function.name={function.name}: expected the parameters data_source, solution_str, "
+            f"ground_truth and extra_info, by name, and those of reward_kwargs; it differs in {', '.join(wrong)}"
+        )
 
 
 def _source_of(path: str) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,7 +97,24 @@ def check_verl_values(config: DictConfig) -> None:
         raise ValueError(f"rollout.n=1: expected at least 2 with algorithm.adv_estimator={algorithm.adv_estimator}")
     if config.model_engine == "dp":
         _check_optimizer(actor.optim)
+        _check_adapter(config.actor_rollout_ref.model)
+    if not config.data.filter_overlong_prompts and config.data.truncation != "left":
+        raise ValueError(
+            f"data.truncation={config.data.truncation}: expected left with data.filter_overlong_prompts=false: verl "
+            "cuts the beginning of a long prompt, whatever the key says"
+        )
     _check_lengths(config)
+
+
+def _check_adapter(model: DictConfig) -> None:
+    """verl's FSDP engine has an adapter where `lora_rank` is above 0, and trains the whole model otherwise."""
+    for key in ("lora.rank", "lora_adapter_path"):
+        if (value := OmegaConf.select(model, key)) and not model.lora_rank:
+            raise ValueError(f"model.{key}={value}: expected model.lora_rank above 0 with it, which FSDP reads")
+    if model.lora_adapter_path and not Path(model.lora_adapter_path, "adapter_config.json").is_file():
+        raise ValueError(
+            f"model.lora_adapter_path={model.lora_adapter_path}: expected a folder with adapter_config.json"
+        )
 
 
 def _check_optimizer(optim: DictConfig) -> None:
