@@ -131,11 +131,11 @@ def test_watch_that_fails_ends_what_it_started(command, root, tmp_path):
         "import os, pathlib, time\n"
         f"folder = pathlib.Path({str(tmp_path)!r})\n"
         "(folder / 'pid').write_text(str(os.getpid()))\n"
-        "(folder / 'metrics.jsonl').write_text('no record\\n')\n"
+        "(folder / 'metrics.jsonl').write_text('{}\\n')\n"
         "time.sleep(600)\n"
     )
     result = command(*watch(root, tmp_path, sys.executable, "-c", script))
-    assert result.returncode == 1 and "JSONDecodeError" in result.stderr
+    assert result.returncode == 1 and "KeyError" in result.stderr
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
