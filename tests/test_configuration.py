@@ -1074,10 +1074,16 @@ def test_what_verl_would_ignore_is_refused(overrides, message):
         [f"{ROLLOUT}.tensor_model_parallel_size=2", "trainer.v1.trainer_mode=separate_async", f"{MANAGER}=null"],
         [f"reward.custom_reward_function.path={__file__}", "reward.custom_reward_function.name=reward_of_mine"],
         ["reward.custom_reward_function.path=pkg://verl/steer/grading/score"],
+        [f"reward.custom_reward_function.path={__file__}", "reward.custom_reward_function.name=reward_by_model"]
+        + ["reward.reward_model.enable=true"],
     ],
 )
 def test_what_verl_reads_is_taken(overrides):
     check_and_complete(resolved("grpo", "hardware=cpu", "task=arithmetic", *overrides))
+
+
+def reward_by_model(reward_router_address, **keywords):
+    """A reward function that verl gives the address of a reward model."""
 
 
 def reward_of_mine(**keywords):

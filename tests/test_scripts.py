@@ -202,14 +202,14 @@ def test_comparison_names_shorter_runs_and_methods_that_it_does_not_compare(prog
     result = program("compare_runs.py", *sorted(tmp_path.glob("*/*")), *out)
     notes = [
         "the longest run has 2 steps; two, seed 3, ends at step 1",
-        "two is not compared: 1 seeds in common with grpo (2); expected at least 2",
+        "two is not compared with grpo: expected at least 2 seeds in common, found 1",
     ]
     assert [line for line in result.stdout.splitlines() if "│" not in line][-3:-1] == notes
     lines = (tmp_path / "t.md").read_text().splitlines()
     assert lines[0] == "means over seeds ± 95 % interval" and all(note in lines for note in notes)
     assert "single runs; * is outside of the 95 % interval of a further run of grpo" in lines
     alone = program("compare_runs.py", tmp_path / "seed1/grpo", tmp_path / "seed1/one", *out)
-    assert "one is not compared: 1 seeds in common with grpo (1); expected at least 2" in alone.stdout
+    assert "one is not compared with grpo: expected at least 2 seeds in common, found 1" in alone.stdout
 
 
 def test_comparison_prints_names_as_they_are(program, tmp_path):

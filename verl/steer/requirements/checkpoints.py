@@ -104,11 +104,12 @@ def _check_resumed(trainer: DictConfig) -> None:
 def _check_ranks(config: DictConfig) -> None:
     """verl's FSDP engine loads the part of each rank, and only those of as many ranks as saved it."""
     trainer, ranks = config.trainer, config.trainer.nnodes * config.trainer.n_gpus_per_node
-    folder = Path(str(trainer.default_local_dir))
-    step = CheckpointLedger.step_to_resume(folder) if trainer.resume_mode == "auto" else None
-    path = folder / f"global_step_{step}" if step else Path(str(trainer.resume_from_path))
     if trainer.resume_mode == "disable" or config.model_engine != "dp":
         return
+    path = Path(str(trainer.resume_from_path))
+    if trainer.resume_mode == "auto":
+        folder = Path(trainer.default_local_dir)
+        path = folder / f"global_step_{CheckpointLedger.step_to_resume(folder)}"
     parts = [re.fullmatch(r"model_world_size_(\d+)_rank_\d+\.pt", file.name) for file in path.glob("actor/*.pt")]
     saved = sorted({int(part[1]) for part in parts if part})
     if saved and ranks not in saved:

@@ -133,7 +133,7 @@ def check_micro_batches(config: DictConfig) -> None:
         ("rollout.log_prob_max_token_len", rollout.log_prob_use_dynamic_bsz, rollout.log_prob_max_token_len_per_gpu),
         ("actor.ppo_max_token_len", actor.use_dynamic_bsz, actor.ppo_max_token_len_per_gpu),
     ):
-        if dynamic and most * shared < longest:  # verl stops at the first rollout that is longer
+        if dynamic and (most or 0) * shared < longest:  # verl stops at the first rollout that is longer
             expected = math.ceil(longest / shared)
             raise ValueError(f"{key}_per_gpu={most}: expected at least {expected}, for rollouts of {longest} tokens")
     if not rollout.log_prob_use_dynamic_bsz:

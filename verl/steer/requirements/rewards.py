@@ -42,9 +42,11 @@ def check_reward_function(config: DictConfig) -> None:
     names = set(_names(module))
     if not names & {function.name, "*", "__getattr__"}:
         raise ValueError(f"reward.custom_reward_function.name={function.name}: expected a function of {file}")
-    for node in module.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == function.name:
-            _check_parameters(node, function)
+    if config.reward.reward_manager.source != "register" or config.reward.reward_model.enable:
+        return  # which give it other arguments too
+    functions = [node for node in module.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    for node in [node for node in functions if node.name == function.name][-1:]:
+        _check_parameters(node, function)
 
 
 def _check_parameters(node: ast.FunctionDef | ast.AsyncFunctionDef, function: DictConfig) -> None:
