@@ -4,6 +4,7 @@
 import asyncio
 import gc
 import itertools
+import os
 import threading
 from collections import Counter
 from types import SimpleNamespace
@@ -512,6 +513,7 @@ def trainer(monkeypatch):
                 "critic_warmup": 0,
                 "log_val_generations": 0,
                 "skip_old_log_prob": False,
+                "val_only": False,
             },
             "algorithm": {"adv_estimator": "grpo", "use_kl_in_reward": False, "gamma": 1.0, "lam": 1.0},
             "actor_rollout_ref": {"actor": {"ppo_mini_batch_size": 2}, "rollout": rollout, "ref": rollout},
@@ -536,6 +538,20 @@ def test_the_trainer_waits_by_its_key_and_learns_of_a_failure(run, trainer, monk
     trainer.fit(run(refused="finished")[1])
     with pytest.raises(RolloutsFailed, match="0 of 6 prompts done: writing to the TransferQueue: TimeoutError"):
         trainer.replay_buffer.sample(global_steps=7, partition_id="train", batch_size=PROMPTS)
+
+
+@pytest.mark.parametrize("val_only, name", [(False, "metrics_from_7_start_2"), (True, "evaluation_of_7_start_1")])
+def test_an_evaluation_logs_to_a_file_beside_the_metrics(trainer, monkeypatch, tmp_path, val_only, name):
+    """In the folder of a run, which may go on meanwhile."""
+    monkeypatch.setattr(trainer_steer.PPOTrainerSync, "fit", lambda self, manager: None)
+    monkeypatch.setattr(trainer_steer, "freeze_gc_heap", lambda: None)
+    for variable in ("VERL_FILE_LOGGER_PATH", "TENSORBOARD_DIR"):
+        monkeypatch.setenv(variable, "")  # so that it is restored
+        monkeypatch.delenv(variable)
+    (tmp_path / "metrics.jsonl").touch()
+    trainer.folder, trainer.batched, trainer.config.trainer.val_only = tmp_path, False, val_only
+    trainer.fit(None)
+    assert os.environ["VERL_FILE_LOGGER_PATH"] == str(tmp_path / f"{name}.jsonl")
 
 
 #: Rollouts that are lost -> rows of the step: mini-batches of six.
