@@ -166,7 +166,7 @@ def test_runs_pass_the_checks(page, monkeypatch, tmp_path):
     for check in ("check_platform", "check_cpus"):
         monkeypatch.setattr(requirements, check, lambda config: None)
     monkeypatch.setenv("MODEL_PATH", "model")
-    (tmp_path / "my_reward.py").write_text("def compute_score(): ...")  # README's own reward function
+    (tmp_path / "my_reward.py").write_text("def compute_score(**_): ...")  # README's own reward function
     for name, overrides in runs_of(page):
         check_and_complete(resolved(name, *(override.replace("$PWD", str(tmp_path)) for override in overrides)))
 

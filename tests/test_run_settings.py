@@ -6,6 +6,7 @@ from omegaconf import OmegaConf
 from test_configuration import resolved
 from verl.steer.checkpoint_ledger import LEDGER, TRACKER, UNFINISHED
 from verl.steer.requirements import check_and_complete
+from verl.steer.requirements.checkpoints import check_checkpoints
 from verl.steer.run_settings import KEYS, SETTINGS, check_settings, save_settings, settings_of
 
 LOSS = "actor_rollout_ref.actor.policy_loss"
@@ -40,13 +41,13 @@ def test_a_checkpoint_has_a_part_for_each_rank(run, tmp_path, mode):
     (tmp_path / "global_step_5/actor").mkdir()
     for rank in range(2):
         (tmp_path / f"global_step_5/actor/model_world_size_2_rank_{rank}.pt").touch()
-    resumed = [f"trainer.resume_mode={mode}", f"trainer.resume_from_path={tmp_path}/global_step_5"]
-    check_and_complete(resolved("steer_exp", *run, *resumed, "trainer.n_gpus_per_node=2"))
-    with pytest.raises(
-        ValueError, match="^trainer.n_gpus_per_node=1, trainer.nnodes=1: expected 2 ranks in all, which"
-    ):
-        check_and_complete(resolved("steer_exp", *run, *resumed))
-    check_and_complete(resolved("steer_exp", *run, "trainer.resume_mode=disable"))
+    resumed = [f"trainer.resume_mode={mode}"]
+    if mode == "resume_path":
+        resumed.append(f"trainer.resume_from_path={tmp_path}/global_step_5")
+    check_checkpoints(resolved("steer_exp", *run, *resumed, "trainer.n_gpus_per_node=2"))
+    with pytest.raises(ValueError, match="^trainer.n_gpus_per_node=1, trainer.nnodes=1: expected 2 ranks in all"):
+        check_checkpoints(resolved("steer_exp", *run, *resumed))
+    check_checkpoints(resolved("steer_exp", *run, "trainer.resume_mode=disable"))
 
 
 @pytest.mark.parametrize(
