@@ -128,7 +128,6 @@ def check_micro_batches(config: DictConfig) -> None:
             f"rollout.n={rollout.n} the {ranks} ranks divide"
         )
     longest = config.data.max_prompt_length + config.data.max_response_length
-    longest = min(longest, rollout.max_model_len or longest)
     for key, dynamic, most in (
         ("actor.ppo_max_token_len", actor.use_dynamic_bsz, actor.ppo_max_token_len_per_gpu),
         ("rollout.log_prob_max_token_len", rollout.log_prob_use_dynamic_bsz, rollout.log_prob_max_token_len_per_gpu),
