@@ -122,7 +122,13 @@ def test_an_embedding_that_is_the_output_layer_too_counts_once(configured):
 
 
 def test_shards_may_be_larger_than_those_of_all_devices(configured):
-    """Of two of eight devices, which have weights and moments between updates and weights, gradients and moments in."""
+    """Of two of eight devices, which have weights and moments between updates and weights, gradients and moments in.
+
+    More devices than there are share no more.
+    """
+    assert set(difference(configured(QWEN_7B, f"{ACTOR}.fsdp_config.fsdp_size=32"), configured(QWEN_7B)).values()) == {
+        0
+    }
     larger, bytes_more = f"{ACTOR}.fsdp_config.fsdp_size=2", 4 * 7_615_616_512 * (1 / 2 - 1 / 8)
     found = difference(configured(QWEN_7B, larger), configured(QWEN_7B))
     assert found == pytest.approx({"generation": 3 * bytes_more, "log-probs": 3 * bytes_more, "update": 4 * bytes_more})

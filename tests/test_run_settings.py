@@ -47,7 +47,8 @@ def test_a_checkpoint_has_a_part_for_each_rank(run, tmp_path, mode):
     check_checkpoints(resolved("steer_exp", *run, *resumed, "trainer.n_gpus_per_node=2"))
     with pytest.raises(ValueError, match="^trainer.n_gpus_per_node=1, trainer.nnodes=1: expected 2 ranks in all"):
         check_checkpoints(resolved("steer_exp", *run, *resumed))
-    check_checkpoints(resolved("steer_exp", *run, "trainer.resume_mode=disable"))
+    named = f"trainer.resume_from_path={tmp_path}/global_step_5"
+    check_checkpoints(resolved("steer_exp", *run, "trainer.resume_mode=disable", named))
 
 
 @pytest.mark.parametrize(
