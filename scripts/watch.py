@@ -133,8 +133,11 @@ def new_records(folder: Path, before: States) -> Iterator[dict[str, Any] | None]
                     if not line.endswith(b"\n"):
                         break
                     offsets[file] = offsets.get(file, 0) + len(line)
-                    with contextlib.suppress(ValueError):  # a line of a full disk; no reason to end the training
-                        yield json.loads(line)
+                    try:
+                        record = json.loads(line)
+                    except ValueError:  # a line of a full disk; no reason to end the training
+                        continue
+                    yield record
         yield None
 
 

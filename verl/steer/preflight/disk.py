@@ -8,12 +8,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 from verl.steer.data_files import row_count
-from verl.steer.preflight.memory import critic_of, model_of, weight_bytes
+from verl.steer.preflight.memory import Size, critic_of, model_of, weight_bytes
 from verl.steer.preflight.rows import GIB
 from verl.trainer.ppo.utils import need_critic
-
-#: Numbers for each weight in the parts of a checkpoint: AdamW has two moments, verl exports the trained weights.
-NUMBERS = {"model": 1, "optimizer": 2, "hf_model": 1}
 
 
 def training_steps(config: DictConfig) -> int:
@@ -50,15 +47,20 @@ def most_checkpoints(trainer: DictConfig, steps: int) -> int:
     return min(total, keep + 1 + bool(best)) if keep > 0 else total
 
 
+def _numbers(size: Size) -> dict[str, int]:
+    """The numbers in the large parts of a model's checkpoint: AdamW has two moments of each trained weight."""
+    return {"model": size.parameters, "optimizer": 2 * size.trained, "hf_model": size.parameters}
+
+
 def checkpoint_bytes(config: DictConfig) -> int:
     """Bytes of a checkpoint: of the actor, and of the critic where there is one."""
     actor = config.actor_rollout_ref.actor
-    saved = [(model_of(config), actor.fsdp_config, actor.checkpoint)]
+    saved = [(_numbers(model_of(config)), actor.fsdp_config, actor.checkpoint)]
     if need_critic(config):
-        saved.append((critic_of(config), config.critic.fsdp, config.critic.checkpoint))
+        saved.append((_numbers(critic_of(config)), config.critic.fsdp, config.critic.checkpoint))
     return sum(
-        parameters * weight_bytes(fsdp) * sum(NUMBERS.get(part, 0) for part in checkpoint.save_contents)
-        for (parameters, _), fsdp, checkpoint in saved
+        weight_bytes(fsdp) * sum(count.get(part, 0) for part in checkpoint.save_contents)
+        for count, fsdp, checkpoint in saved
     )
 
 

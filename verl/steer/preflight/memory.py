@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An estimate of the memory that a run needs on each device, from the model's dimensions and the configuration.
 
-It is for dense decoders with rotary attention and a gated feed-forward, trained whole by FSDP with AdamW; a critic is
-such a decoder too.
+It is for dense decoders with rotary attention and a gated feed-forward, trained by FSDP with AdamW, whole or with
+LoRA; a critic is such a decoder too.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 from verl.steer.preflight.machine import device_memory
 from verl.steer.preflight.rows import GIB
 from verl.trainer.ppo.core_algos import INFLUENCE, weighs_mini_batches
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.py_functional import convert_to_regular_types
 from verl.utils.torch_dtypes import PrecisionType
 
 #: Bytes of a process beside the tensors below: CUDA contexts, NCCL's buffers, fragments; on a CPU its modules.
@@ -33,6 +35,22 @@ REMEDIES = {
 }
 
 
+class Size(NamedTuple):
+    """How many parameters a model has, how many of them are trained, and its configuration in transformers."""
+
+    parameters: int
+    trained: int
+    model: Any
+
+
+class State(NamedTuple):
+    """Bytes on a device of a model's weights while it computes, of their gradients, and of the moments that stay."""
+
+    weights: float
+    gradients: float
+    moments: float
+
+
 class Passes(NamedTuple):
     """Bytes that a model's passes take on a device beside its shard, or for each token of a micro-batch."""
 
@@ -43,20 +61,26 @@ class Passes(NamedTuple):
     kept: float
 
 
-def model_of(config: DictConfig) -> tuple[int, Any]:
-    """The configured model's number of parameters, counted in a model without storage, and its configuration."""
+def model_of(config: DictConfig) -> Size:
+    """The configured model, its parameters counted in a model without storage."""
     return _counted(config.actor_rollout_ref.model, AutoModelForCausalLM)
 
 
-def critic_of(config: DictConfig) -> tuple[int, Any]:
+def critic_of(config: DictConfig) -> Size:
     """The same of the critic, whose head has a single output."""
     return _counted(config.critic.model, AutoModelForTokenClassification)
 
 
-def _counted(model: DictConfig, auto_class: Any) -> tuple[int, Any]:
+def _counted(model: DictConfig, auto_class: Any) -> Size:
     found = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code, num_labels=1)
     with torch.device("meta"):
-        return auto_class.from_config(found).num_parameters(), found.get_text_config()
+        module = auto_class.from_config(found)
+        if model.lora_rank > 0:
+            targets, others = map(convert_to_regular_types, (model.target_modules, model.get("exclude_modules")))
+            adapter = LoraConfig(r=model.lora_rank, target_modules=targets, exclude_modules=others)
+            module = get_peft_model(module, adapter)
+    trained = module.num_parameters(only_trainable=True)
+    return Size(module.num_parameters(), trained, found.get_text_config())
 
 
 def weight_bytes(fsdp: DictConfig) -> int:
@@ -72,17 +96,18 @@ def has_reference(config: DictConfig) -> bool:
 
 
 def shard_of(parameters: int, fsdp: DictConfig, config: DictConfig) -> float:
-    """Bytes of a device's part of the weights."""
+    """Bytes of a device's part of so many weights."""
     world = config.trainer.n_gpus_per_node * config.trainer.nnodes
     shared = world if fsdp.fsdp_size < 0 else min(fsdp.fsdp_size, world)
     return parameters * weight_bytes(fsdp) / shared
 
 
-def trained_state(parameters: int, fsdp: DictConfig, strategy: str, config: DictConfig) -> tuple[float, float]:
-    """Bytes on a device of a trained model's weights while it computes, and of its moments between updates."""
-    shard = shard_of(parameters, fsdp, config)
-    offloaded = fsdp.offload_policy and strategy == "fsdp2"  # verl's FSDP1 ignores it
-    return (0.0, 0.0) if offloaded else (shard, 2 * shard * (not fsdp.optimizer_offload))
+def trained_state(size: Size, fsdp: DictConfig, strategy: str, config: DictConfig) -> State:
+    """What a trained model keeps on a device between its passes."""
+    if fsdp.offload_policy and strategy == "fsdp2":  # verl's FSDP1 ignores it
+        return State(0.0, 0.0, 0.0)
+    gradients = shard_of(size.trained, fsdp, config)
+    return State(shard_of(size.parameters, fsdp, config), gradients, 2 * gradients * (not fsdp.optimizer_offload))
 
 
 def compute_bytes(fsdp: DictConfig) -> int:
@@ -90,7 +115,7 @@ def compute_bytes(fsdp: DictConfig) -> int:
     return PrecisionType.to_dtype((fsdp.get("mixed_precision") or {}).get("param_dtype", "bf16")).itemsize
 
 
-def passes_of(parameters: int, model: Any, embedding: int, compute: int, checkpointing: bool) -> Passes:
+def passes_of(size: Size, embedding: int, compute: int, checkpointing: bool) -> Passes:
     """The memory of a model's passes, without logits.
 
     For a token a layer saves the two norms' inputs, their float32 copies and their outputs; queries, keys and values,
@@ -98,12 +123,12 @@ def passes_of(parameters: int, model: Any, embedding: int, compute: int, checkpo
     input, and one layer at a time computes the rest again.
 
     Args:
-        parameters: of the model.
-        model: its configuration in transformers.
+        size: of the model.
         embedding: how many of the parameters are outside of the layers.
         compute: bytes of a number.
         checkpointing: of gradients.
     """
+    parameters, trained, model = size
     head = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     heads = head * (model.num_attention_heads + model.num_key_value_heads)
     layer = (parameters - embedding) / model.num_hidden_layers
@@ -111,8 +136,9 @@ def passes_of(parameters: int, model: Any, embedding: int, compute: int, checkpo
     kept = saved * model.num_hidden_layers
     if checkpointing:
         kept = saved + compute * model.hidden_size * model.num_hidden_layers
-    # FSDP gathers the next layer while one computes, and reduces a gradient in float32.
-    return Passes(compute * (embedding + 2 * layer), (compute + 4) * max(embedding, layer), saved, kept)
+    # FSDP gathers the next layer while one computes, and reduces a gradient in float32; LoRA trains a part of a layer.
+    reduced = max(embedding, layer) if trained == parameters else trained / model.num_hidden_layers
+    return Passes(compute * (embedding + 2 * layer), (compute + 4) * reduced, saved, kept)
 
 
 def tokens_of(micro_batch: int | None, dynamic: bool, most: int, ranks: int, config: DictConfig) -> float:
@@ -121,7 +147,17 @@ def tokens_of(micro_batch: int | None, dynamic: bool, most: int, ranks: int, con
     return most if dynamic or not micro_batch else micro_batch * longest / ranks
 
 
-def phases(parameters: int, model: Any, config: DictConfig, memory: float) -> dict[str, float]:
+def _micro_batches(config: DictConfig) -> tuple[float, float]:
+    """Tokens of the actor's micro-batches on a device, in an update and for the log-probs."""
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    share, most = actor.ulysses_sequence_parallel_size, rollout.log_prob_max_token_len_per_gpu
+    size, dynamic = actor.ppo_micro_batch_size_per_gpu, actor.use_dynamic_bsz
+    updated = tokens_of(size, dynamic, actor.ppo_max_token_len_per_gpu, share, config)
+    size, dynamic = rollout.log_prob_micro_batch_size_per_gpu, rollout.log_prob_use_dynamic_bsz
+    return updated, tokens_of(size, dynamic, most, share, config)
+
+
+def phases(size: Size, config: DictConfig, memory: float) -> dict[str, float]:
     """Bytes that each phase of a step needs on a device.
 
     Logits: with one pass the gradient overwrites them, while verl's functions keep about seven times as much beside
@@ -129,36 +165,31 @@ def phases(parameters: int, model: Any, config: DictConfig, memory: float) -> di
     CPU, and gathers it layer by layer: its pass needs no more than that for the log-probs.
 
     Args:
-        parameters: of the model.
-        model: its configuration in transformers.
+        size: of the model.
         memory: of a device, bytes; vLLM takes `gpu_memory_utilization` of it.
     """
     root, on_cpu = config.actor_rollout_ref, config.trainer.device == "cpu"
     actor, rollout, fsdp = root.actor, root.rollout, root.actor.fsdp_config
-    weights, moments = trained_state(parameters, fsdp, actor.strategy, config)
-    compute = compute_bytes(fsdp)
+    model, compute = size.model, compute_bytes(fsdp)
+    state = trained_state(size, fsdp, actor.strategy, config)
     embedding = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
-    passes = passes_of(parameters, model, embedding, compute, root.model.enable_gradient_checkpointing)
+    passes = passes_of(size, embedding, compute, root.model.enable_gradient_checkpointing)
     logits = model.vocab_size * compute * (1 if fsdp.get("one_pass_reductions") else 8)
-    share = actor.ulysses_sequence_parallel_size
-    size, dynamic = actor.ppo_micro_batch_size_per_gpu, actor.use_dynamic_bsz
-    updated = tokens_of(size, dynamic, actor.ppo_max_token_len_per_gpu, share, config)
-    size, dynamic = rollout.log_prob_micro_batch_size_per_gpu, rollout.log_prob_use_dynamic_bsz
-    scored = tokens_of(size, dynamic, rollout.log_prob_max_token_len_per_gpu, share, config)
-    vllm = vllm_bytes(parameters, config, memory)
-    reference = shard_of(parameters, root.ref.fsdp_config, config) if on_cpu and has_reference(config) else 0.0
+    updated, scored = _micro_batches(config)
+    vllm = vllm_bytes(size.parameters, config, memory)
+    reference = shard_of(size.parameters, root.ref.fsdp_config, config) if on_cpu and has_reference(config) else 0.0
     critic, critic_update = critic_memory(config) if need_critic(config) else (0.0, 0.0)
-    kept, shards = passes.kept + logits, 5 if _keeps_a_direction(config) else 4  # weights, gradients, moments
+    updating = state.weights + (4 if _keeps_a_direction(config) else 3) * state.gradients  # and two moments
     awake = OVERHEAD + reference + (0.0 if rollout.free_cache_engine else vllm)
-    waiting = weights * (not fsdp.param_offload) + moments
+    present, waiting = state.weights + state.moments, state.weights * (not fsdp.param_offload) + state.moments
     needed = {
         "generation": OVERHEAD + reference + critic + vllm + waiting,
-        "log-probs": awake + critic + weights + moments + passes.gathered + scored * (passes.saved + logits),
-        "update": awake + critic + shards * weights + passes.gathered + passes.reduced + updated * kept,
+        "log-probs": awake + critic + present + passes.gathered + scored * (passes.saved + logits),
+        "update": awake + critic + updating + passes.gathered + passes.reduced + updated * (passes.kept + logits),
     }
     if _saves_best(config):  # after a validation, when vLLM is awake; a part of the model is gathered in float32
-        largest = 4 * max(embedding, (parameters - embedding) / model.num_hidden_layers)
-        needed["best checkpoint"] = OVERHEAD + reference + critic + vllm + weights + moments + largest
+        largest = 4 * max(embedding, (size.parameters - embedding) / model.num_hidden_layers)
+        needed["best checkpoint"] = OVERHEAD + reference + critic + vllm + present + largest
     return needed | ({"critic's update": awake + waiting + critic_update} if critic_update else {})
 
 
@@ -172,7 +203,7 @@ def vllm_bytes(parameters: int, config: DictConfig, memory: float) -> float:
 
 
 def _keeps_a_direction(config: DictConfig) -> bool:
-    """Whether a direction of the parameters' size, for the influence, lasts until the update."""
+    """Whether a direction of the trained parameters' size, for the influence, lasts until the update."""
     options, audit = config.actor_rollout_ref.actor.policy_loss, config.trainer.get("entropy_audit") or {}
     controlled = weighs_mini_batches(options) and options.entropy_change_estimator == INFLUENCE
     return (controlled and options.influence_way == "parameters") or bool(audit.get("freq") and audit.get("influence"))
@@ -185,20 +216,20 @@ def _saves_best(config: DictConfig) -> bool:
 def critic_memory(config: DictConfig) -> tuple[float, float]:
     """Bytes of the critic on a device, in the actor's phases and in its own update."""
     critic, fsdp = config.critic, config.critic.fsdp
-    parameters, model = critic_of(config)
-    weights, moments = trained_state(parameters, fsdp, critic.strategy, config)
-    embedding, checkpointing = model.vocab_size * model.hidden_size, critic.model.enable_gradient_checkpointing
-    passes = passes_of(parameters, model, embedding, compute_bytes(fsdp), checkpointing)
+    found = critic_of(config)
+    state = trained_state(found, fsdp, critic.strategy, config)
+    embedding = found.model.vocab_size * found.model.hidden_size
+    passes = passes_of(found, embedding, compute_bytes(fsdp), critic.model.enable_gradient_checkpointing)
     size, most = critic.ppo_micro_batch_size_per_gpu, critic.ppo_max_token_len_per_gpu
     updated = tokens_of(size, critic.use_dynamic_bsz, most, fsdp.ulysses_sequence_parallel_size, config)
-    update = 4 * weights + passes.gathered + passes.reduced + updated * passes.kept
-    return weights * (not fsdp.param_offload) + moments, update
+    update = state.weights + 3 * state.gradients + passes.gathered + passes.reduced + updated * passes.kept
+    return state.weights * (not fsdp.param_offload) + state.moments, update
 
 
 def check_memory(config: DictConfig) -> str:
     """Whether every phase fits into a device, by the estimate."""
     memory = device_memory(config)
-    needed = phases(*model_of(config), config, memory)
+    needed = phases(model_of(config), config, memory)
     found = ", ".join(f"{phase} {amount / GIB:.1f}" for phase, amount in needed.items())
     found = f"{found} of {memory / GIB:.1f} GiB for each rank, estimated"
     if remedies := [REMEDIES[phase] for phase, amount in needed.items() if amount > memory]:

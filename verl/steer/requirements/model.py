@@ -23,13 +23,9 @@ def check_model(config: DictConfig) -> None:
     path = str(config.actor_rollout_ref.model.path)
     if "://" in path or os.environ.get("VERL_USE_MODELSCOPE", "").lower() == "true":
         return  # verl fetches it
-    file = _configuration_file(path)
-    try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: expected JSON, the configuration of a model: {error}") from error
+    found = _dimensions(_configuration_file(path))
     _check_positions(config, found)
-    _check_heads(config, found | found.get("text_config", {}))
+    _check_heads(config, found)
     _check_chat_template(config)
 
 
@@ -49,6 +45,15 @@ def _configuration_file(path: str) -> Path:
         raise ValueError(f"{MODEL}={path}: expected a folder, or a name on the Hugging Face Hub: {reason}") from error
 
 
+def _dimensions(file: Path) -> dict[str, Any]:
+    """The model's configuration; of a model for more than text, with the part for text in place of the whole."""
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: expected JSON, the configuration of a model: {error}") from error
+    return found | found.get("text_config", {})
+
+
 def _check_positions(config: DictConfig, found: dict[str, Any]) -> None:
     """vLLM cuts responses at the model's last position, and verl refuses a greater limit after Ray's start.
 
@@ -56,7 +61,7 @@ def _check_positions(config: DictConfig, found: dict[str, Any]) -> None:
     """
     model, key = config.actor_rollout_ref.model, "max_position_embeddings"
     overrides = model.override_config.get("model_config", model.override_config)
-    positions = overrides.get(key, found.get(key, found.get("text_config", {}).get(key)))
+    positions = overrides.get(key, found.get(key))
     name, length = "rollout.max_model_len", config.actor_rollout_ref.rollout.max_model_len
     if length is None:
         name = "data.max_prompt_length + data.max_response_length"

@@ -111,10 +111,9 @@ def _check_adapter(model: DictConfig) -> None:
     for key in ("lora.rank", "lora_adapter_path"):
         if (value := OmegaConf.select(model, key)) and not model.lora_rank:
             raise ValueError(f"model.{key}={value}: expected model.lora_rank above 0 with it, which FSDP reads")
-    if model.lora_adapter_path and not Path(model.lora_adapter_path, "adapter_config.json").is_file():
-        raise ValueError(
-            f"model.lora_adapter_path={model.lora_adapter_path}: expected a folder with adapter_config.json"
-        )
+    path = str(model.lora_adapter_path or "")
+    if path and "://" not in path and not Path(path, "adapter_config.json").is_file():
+        raise ValueError(f"model.lora_adapter_path={path}: expected a folder with adapter_config.json")
 
 
 def _check_optimizer(optim: DictConfig) -> None:
