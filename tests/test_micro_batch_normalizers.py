@@ -86,6 +86,17 @@ def test_one_very_large_estimate_moves_no_other_weight_with_winsorising():
     assert weights(outlier)[0][batch.response_mask & others].min() > 0.99
 
 
+def test_the_only_estimate_above_zero_has_the_smallest_weight_with_winsorising():
+    """Where most advantages are 0, the range up to the quantile has no extent."""
+    batch = inputs()
+    batch.advantages = torch.zeros(4, 12)
+    batch.advantages[0, 0], batch.response_mask[0, 0] = 1.0, True
+    found = steer_policy_loss(batch, actor_config(linear=True, token_weight_normalizer="winsorised")).token_weights
+    others = batch.response_mask.clone()
+    others[0, 0] = False
+    assert found[0, 0] == pytest.approx(0.8) and (found[others] == 1.0).all()
+
+
 @pytest.mark.parametrize("normalizer", ["rank", "winsorised"])
 def test_a_micro_batch_without_valid_tokens_has_weights_of_zero(normalizer):
     batch = inputs()

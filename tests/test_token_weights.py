@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from verl.trainer.ppo.core_algos import (
     ENTROPY_CHANGE_ESTIMATORS,
+    ENTROPY_CONTROL_MODES,
     TOKEN_WEIGHT_MAPS,
     ClipRatios,
     EntropyChangeRange,
@@ -19,13 +20,16 @@ from verl.trainer.ppo.core_algos import (
     exact_entropy_change,
     map_to_token_weights,
     ppo_clipped,
+    weighted_change,
 )
 
 CLIP = ClipRatios(0.2, 0.28, 10.0)
 
 
 def reference_change(advantage, entropy, old_log_prob, log_prob, squares, squares_log, estimator):
-    """The table of estimators, one token at a time, in Python's float64."""
+    """The table of estimators, one token at a time, in Python's float64; signed."""
+    if estimator != "exact" and log_prob == -math.inf:
+        log_prob = -1e3  # a probability of 0
     values = (advantage, entropy, old_log_prob, log_prob)
     if not all(math.isfinite(value) for value in values):
         return 0.0
@@ -33,15 +37,15 @@ def reference_change(advantage, entropy, old_log_prob, log_prob, squares, square
         ratio = math.exp(log_prob - old_log_prob)
         sampled = math.exp(log_prob) * (log_prob + entropy)
         change = ratio * advantage * (sampled - squares_log - squares * entropy)
-        return 0.0 if clipped_by_hand(advantage, ratio) else abs(change)
+        return 0.0 if clipped_by_hand(advantage, ratio) else -change
     prob = min(max(math.exp(log_prob), 1e-8), 1 - 1e-8)
     old_prob = min(max(math.exp(old_log_prob), 1e-8), 1.0)
-    change = advantage / old_prob * prob * (1 - prob) * (log_prob + entropy)
+    change = advantage / old_prob * prob * (1 - prob) * (math.log(max(math.exp(log_prob), 1e-8)) + entropy)
     if estimator == "squared":
         change *= 1 - prob
     if estimator == "clip_aware":
-        return 0.0 if clipped_by_hand(advantage, math.exp(log_prob - old_log_prob)) else abs(change)
-    return abs(change)
+        return 0.0 if clipped_by_hand(advantage, math.exp(log_prob - old_log_prob)) else -change
+    return -change
 
 
 def clipped_by_hand(advantage, ratio):
@@ -60,7 +64,8 @@ def reference_weights(changes, mask, low, high, linear):
         if not m:
             weights.append(0.0)
         elif not linear:
-            weights.append(min(high, max(low, math.exp(math.log(low) / max(largest, 0.02) * change))))
+            decay = -math.log(low) / max(largest, -smallest, 0.02)
+            weights.append(min(high, max(low, math.exp(-decay * change))))
         elif largest == smallest:
             weights.append((low + high) / 2)
         else:
@@ -91,15 +96,18 @@ def squares(like):
     return {"sum_pi_squared": total, "sum_pi_squared_log_pi": -total * torch.rand(like.shape, generator=generator)}
 
 
-def against_reference(advantages, entropys, old_log_prob, log_prob, mask, estimator, low, high, linear):
+def against_reference(
+    advantages, entropys, old_log_prob, log_prob, mask, estimator, low, high, linear, mode="symmetric"
+):
     weights = compute_token_weights(
-        advantages, entropys, old_log_prob, log_prob, mask, low, high, linear,
+        advantages, entropys, old_log_prob, log_prob, mask, low, high, linear, mode,
         estimator=estimator, clip=CLIP, current_entropys=entropys, **squares(advantages),
     )  # fmt: skip
     columns = (advantages, entropys, old_log_prob, log_prob, *squares(advantages).values())
     changes = [
-        reference_change(*token, estimator)
+        abs(change) if mode == "symmetric" else -change
         for token in zip(*(column.double().flatten().tolist() for column in columns), strict=True)
+        for change in [reference_change(*token, estimator)]
     ]
     expected = reference_weights(changes, mask.flatten().tolist(), low, high, linear)
     assert weights.dtype == torch.float32 and weights.shape == advantages.shape
@@ -112,10 +120,37 @@ def against_reference(advantages, entropys, old_log_prob, log_prob, mask, estima
 @pytest.mark.parametrize(
     "linear, low, high", [(True, 0.8, 1.2), (False, 0.8, 1.0), (False, 0.1, 0.9), (True, 0.5, 0.5)]
 )
+@pytest.mark.parametrize("mode", ENTROPY_CONTROL_MODES)
 @pytest.mark.parametrize("estimator", ENTROPY_CHANGE_ESTIMATORS)
-def test_weights_match_reference(estimator, linear, low, high):
+def test_weights_match_reference(estimator, linear, low, high, mode):
     for seed in range(5):
-        against_reference(*random_batch(seed=seed), estimator, low, high, linear)
+        against_reference(*random_batch(seed=seed), estimator, low, high, linear, mode)
+
+
+@pytest.mark.parametrize("estimator", ENTROPY_CHANGE_ESTIMATORS[:3])
+@pytest.mark.parametrize("linear", [True, False])
+def test_probabilities_below_the_margin_count_as_the_margin(estimator, linear):
+    """ln prob too, which would make the rarest tokens the largest changes of their micro-batch."""
+    batch = random_batch()
+    *_, old_log_prob, log_prob, mask = batch
+    log_prob[:, 0], old_log_prob[:, 0], mask[:, 0] = (
+        torch.tensor([-18.0, -19.0, -25.0, -40.0, -80.0, -200.0]),
+        -19,
+        True,
+    )
+    against_reference(*batch, estimator, 0.8, 1.2 if linear else 1.0, linear)
+
+
+def test_asymmetric_weights_by_hand():
+    """Changes 0.2, -0.1, 0 and -0.2 of the entropy: the one that lowers it most gets the smallest weight."""
+    change, mask = torch.tensor([[0.2, -0.1, 0.0, -0.2, 9.0]]), torch.tensor([[1, 1, 1, 1, 0]])
+    measured = weighted_change(change.clone(), "asymmetric")
+    linear = map_to_token_weights(measured, mask, 0.9, 1.0)
+    torch.testing.assert_close(linear, torch.tensor([[1.0, 0.925, 0.95, 0.9, 0.0]]))
+    exponential = map_to_token_weights(measured, mask, 0.64, 1.5, linear=False)
+    torch.testing.assert_close(exponential, torch.tensor([[1.5, 0.8, 1.0, 0.64, 0.0]]))  # 1 / 0.64 exceeds 1.5
+    with pytest.raises(ValueError, match="mode='both': expected one of symmetric, asymmetric"):
+        weighted_change(change, "both")
 
 
 @pytest.mark.parametrize("linear", [True, False])
@@ -137,7 +172,7 @@ def test_infinite_and_nan_inputs_count_as_no_change(estimator, linear):
         old_log_prob[row, 3] = torch.nan
     mask[:3, :4] = True
     weights = against_reference(advantages, entropys, old_log_prob, log_prob, mask, estimator, 0.8, 1.0, linear)
-    assert weights.isfinite().all() and (weights[:3, :4] == 1.0).all()
+    assert weights.isfinite().all() and (weights[:2, :4] == 1.0).all() and (weights[2, [0, 1, 3]] == 1.0).all()
 
 
 def test_garbage_in_masked_tokens_changes_nothing():
@@ -235,7 +270,8 @@ def test_range_by_hand():
     assert entropy_change_range(change, mask, 0.7) == (1.0, 5.0, 3.0)
     assert entropy_change_range(change, mask) == (1.0, 5.0, None)
     smallest, largest, at_quantile = entropy_change_range(change, torch.zeros_like(mask), 0.7)
-    assert smallest == torch.inf and largest == 0 and at_quantile.isnan()
+    assert smallest == torch.inf and largest == -torch.inf and at_quantile.isnan()
+    assert entropy_change_range(-change, mask) == (-5.0, -1.0, None)
 
 
 def test_threshold_map_by_hand():
@@ -295,6 +331,16 @@ def test_linear_map_of_changes_that_hardly_differ():
     weights = map_to_token_weights(torch.tensor([[0.0, 1e-40]]), torch.ones(1, 2), 0.8, 1.2, True)
     spread = torch.finfo(torch.float32).tiny
     torch.testing.assert_close(weights, torch.tensor([[1.2, 1.2 - 0.4 * 1e-40 / spread]]))
+    far_apart = map_to_token_weights(torch.tensor([[0.0, 1e-40]]), torch.ones(1, 2), 0.8, 1e3, True)
+    assert far_apart[0, 0] == 1e3 and far_apart.isfinite().all()
+
+
+def test_changes_outside_a_range_without_extent_have_the_weight_of_its_nearer_end():
+    change_range = EntropyChangeRange(torch.tensor(2.0), torch.tensor(2.0))
+    weights = map_to_token_weights(torch.tensor([[1.0, 2.0, 3.0]]), torch.ones(1, 3), change_range=change_range)
+    torch.testing.assert_close(weights, torch.tensor([[1.2, 1.0, 0.8]]))
+    equal = map_to_token_weights(torch.tensor([[1.0, 3.0]]), torch.ones(1, 2), 0.9, 0.9, change_range=change_range)
+    torch.testing.assert_close(equal, torch.tensor([[0.9, 0.9]]))
 
 
 def test_exponential_map_by_hand():

@@ -59,6 +59,8 @@ class SteerOptions:
             a running range over mini-batches.
         token_weight_ema_decay: weight of the past in the running range.
         entropy_change_estimator: one of core_algos.ENTROPY_CHANGE_ESTIMATORS, or `influence`.
+        entropy_control_mode: one of core_algos.ENTROPY_CONTROL_MODES: weights fall with the magnitude of the change, or
+            with the fall of the entropy, so that updates that raise it have the largest weights.
         base_loss: the loss that STEER weights, one of core_algos.BASE_LOSSES; the estimators in
             core_algos.PPO_CLIPPED_ESTIMATORS work with `vanilla` only.
     """
@@ -73,6 +75,7 @@ class SteerOptions:
     entropy_change_estimator: str = option(
         "released", choices=(*core_algos.ENTROPY_CHANGE_ESTIMATORS, core_algos.INFLUENCE)
     )
+    entropy_control_mode: str = option("symmetric", choices=core_algos.ENTROPY_CONTROL_MODES)
     base_loss: str = option("vanilla", choices=core_algos.BASE_LOSSES)
 
 
@@ -142,7 +145,7 @@ class PolicyLossConfig(
             raise ValueError(
                 f"policy_loss.token_weight_min={low}: expected a finite number above 0 in the {mapping} map"
             )
-        if mapping != "linear" and high > 1:
+        if mapping != "linear" and high > 1 and (mapping, self.entropy_control_mode) != ("exponential", "asymmetric"):
             raise ValueError(f"policy_loss.token_weight_max={high}: expected at most 1 in the {mapping} map")
         if mapping == "threshold" and self.token_weight_normalizer == "winsorised":
             raise ValueError(

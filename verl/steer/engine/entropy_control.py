@@ -27,6 +27,7 @@ from verl.trainer.ppo.core_algos import (
     map_to_token_weights,
     signed_entropy_change,
     weighs_mini_batches,
+    weighted_change,
 )
 from verl.trainer.ppo.entropy_influence import ProportionalIntegral, bounded_weights, solve_multiplier
 from verl.utils import tensordict_utils as tu
@@ -76,7 +77,7 @@ class EntropyControl(HeadInfluenceEngine, TokenWeightNormalizer):
                 target = float(tu.get_non_tensor_data(data, "target_entropy", options.target_entropy))
             weights, metrics = self._control(measured, gathered, target, options)
         else:
-            weights = _map_magnitudes(measured, gathered, options)
+            weights = _map(measured, gathered, options)
         data["token_weights"] = response_to_nested(weights * measured.valid, mask)
         output = super().train_batch(data, loss_function)
         metrics["entropy"] = measured.entropy
@@ -147,14 +148,13 @@ class EntropyControl(HeadInfluenceEngine, TokenWeightNormalizer):
         super().load_checkpoint(local_path, *args, **kwargs)
 
 
-def _map_magnitudes(measured: Influence, gathered: Tensor, options: Any) -> PerToken:
-    """STEER's maps on the magnitudes of the contributions, in units of their mean over the mini-batch."""
-    sizes = gathered.abs()
-    unit = sizes.mean().clamp_min(torch.finfo(sizes.dtype).tiny)
+def _map(measured: Influence, gathered: Tensor, options: Any) -> PerToken:
+    """STEER's maps on the contributions, in units of their mean magnitude over the mini-batch."""
+    unit, mode = gathered.abs().mean().clamp_min(torch.finfo(gathered.dtype).tiny), options.entropy_control_mode
     quantile = options.token_weight_quantile if options.token_weight_map == "threshold" else None
-    change_range = entropy_change_range(sizes / unit, torch.ones_like(sizes), quantile)
+    change_range = entropy_change_range(weighted_change(gathered / unit, mode), torch.ones_like(gathered), quantile)
     return map_to_token_weights(
-        measured.contributions.abs() / unit.cpu(),
+        weighted_change(measured.contributions / unit.cpu(), mode),
         measured.valid,
         options.token_weight_min,
         options.token_weight_max,

@@ -27,7 +27,8 @@ from verl.trainer.ppo.core_algos import (
     EntropyChangeRange,
     LossInputs,
     entropy_change_range,
-    estimate_entropy_change,
+    signed_entropy_change,
+    weighted_change,
 )
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
@@ -110,7 +111,8 @@ def old_policy_range(data: TensorDict, options: Any, group: Any) -> EntropyChang
     batch = data.select("advantages", "old_log_probs", "entropy", "response_mask").to_padded_tensor()
     old_log_prob, valid = batch["old_log_probs"], batch["response_mask"].bool()
     inputs = LossInputs(old_log_prob, old_log_prob, batch["advantages"], valid, batch["entropy"])
-    change = estimate_entropy_change(inputs, options.entropy_change_estimator)
+    signed = signed_entropy_change(inputs, options.entropy_change_estimator)
+    change = weighted_change(signed, options.entropy_control_mode)
     changes = gather(change[valid], group)
     if not len(changes):
         return NOTHING_VALID

@@ -16,7 +16,7 @@ from verl.steer.audit.scores import AuditOptions
 from verl.steer.config import ADVANTAGE_OPTIONS, PolicyLossConfig, SteerOptions
 from verl.steer.entropy_control import EntropyControlOptions
 from verl.steer.methods.registry import POLICY_LOSSES, module_of
-from verl.trainer.ppo.core_algos import INFLUENCE
+from verl.trainer.ppo.core_algos import CONTROL_MAPS, INFLUENCE
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,7 @@ def _unread_by_steer(key: str, options: Any) -> str | None:
         "linear": (options.linear == (mapping == "linear"), by_map),
         "token_weight_quantile": (mapping == "threshold" or normalizer == "winsorised", f"{by_map}, {by_normalizer}"),
         "token_weight_ema_decay": (normalizer == "ema", by_normalizer),
+        "entropy_control_mode": (mapping not in CONTROL_MAPS, by_map),
         "entropy_band": (mapping == "band", by_map),
         "influence_way": (estimator == INFLUENCE, by_estimator),
         "influence_refresh": (estimator == INFLUENCE, by_estimator),

@@ -6,8 +6,8 @@ change from four factors (PPO's clipping, the advantage, the token's probability
 the token's loss by a weight that falls as the estimate grows. No single update then collapses or inflates the entropy.
 
     signed_entropy_change               how much does the update raise or lower the entropy at each token?
-    estimate_entropy_change             its magnitude, which the weights follow
-    entropy_change_range                the smallest and the largest of these estimates
+    weighted_change                     its magnitude, or minus the change: what the weights fall with
+    entropy_change_range                the smallest and the largest of these values
     map_to_token_weights                from estimate to weight
     compute_token_weights               these steps together
     compute_policy_loss_with_entropy    the policy loss `entropy_control`: one of verl's losses, each token weighted
@@ -51,6 +51,9 @@ MICRO_BATCH_NORMALIZERS = ("micro_batch", "rank", "winsorised")
 RANGE_NORMALIZERS = ("global", "ema")
 TOKEN_WEIGHT_NORMALIZERS = (*MICRO_BATCH_NORMALIZERS, *RANGE_NORMALIZERS)
 
+#: What the weights fall with: the magnitude of the change, or how far the entropy falls.
+ENTROPY_CONTROL_MODES = ("symmetric", "asymmetric")
+
 #: Estimator and maps of `entropy_influence`: the engine finds their weights for a whole mini-batch.
 INFLUENCE = "influence"
 CONTROL_MAPS = ("target", "band")
@@ -64,6 +67,7 @@ PPO_CLIPPED_ESTIMATORS = ("clip_aware", "exact", INFLUENCE)
 
 #: Probabilities stay this far from 0 and 1, as in the authors' release.
 PROBABILITY_MARGIN = 1e-8
+LOG_PROBABILITY_MARGIN = math.log(PROBABILITY_MARGIN)
 
 #: Lower bound of the largest change in the exponential map: where all changes are small, all weights stay near 1.
 ENTROPY_CHANGE_FLOOR = 0.02
@@ -94,11 +98,11 @@ def clip_ratios(config: Any) -> ClipRatios:
 
 
 class EntropyChangeRange(NamedTuple):
-    """Smallest and largest estimate among some set of tokens: numbers or scalar tensors."""
+    """Smallest and largest `weighted_change` among some set of tokens: numbers or scalar tensors."""
 
     smallest: Scalar | float
     largest: Scalar | float
-    #: The estimate at a given quantile; None unless the mapping reads it.
+    #: The one at a given quantile; None unless the mapping reads it.
     at_quantile: Scalar | float | None = None
 
 
@@ -210,7 +214,8 @@ def signed_entropy_change(inputs: LossInputs, estimator: str = "released", clip:
     # Compute 1 - prob by expm1: float32 has no number between 1 - 6e-8 and 1.
     minus_other_prob = torch.expm1(log_prob).clamp_(PROBABILITY_MARGIN - 1, -PROBABILITY_MARGIN)
     old_prob = inputs.old_log_prob.float().exp().clamp_(PROBABILITY_MARGIN, 1.0)
-    change = (inputs.advantages.float() / old_prob).mul_(prob).mul_(minus_other_prob).mul_(log_prob + entropys.float())
+    log_ratio_to_mean = log_prob.clamp_min(LOG_PROBABILITY_MARGIN).add_(entropys)  # H is the mean of -ln prob
+    change = (inputs.advantages.float() / old_prob).mul_(prob).mul_(minus_other_prob).mul_(log_ratio_to_mean)
     if estimator == "squared":
         change.mul_(minus_other_prob.neg_())
     if estimator == "clip_aware":
@@ -224,6 +229,21 @@ def estimate_entropy_change(
 ) -> PerToken:
     """|omega|, the magnitude of `signed_entropy_change`."""
     return signed_entropy_change(inputs, estimator, clip).abs_()
+
+
+@torch.no_grad()
+def weighted_change(change: PerToken, mode: str = "symmetric") -> PerToken:
+    """What the weights fall with, in place of a signed change, which is overwritten.
+
+    `symmetric`: the magnitude. `asymmetric`: minus the change, so that the token that lowers the entropy most has the
+    smallest weight and the one that raises it most the largest; the authors' release has both.
+
+    Raises:
+        ValueError: if the mode is unknown.
+    """
+    if mode not in ENTROPY_CONTROL_MODES:
+        raise ValueError(f"mode={mode!r}: expected one of {', '.join(ENTROPY_CONTROL_MODES)}")
+    return change.abs_() if mode == "symmetric" else change.neg_()
 
 
 @torch.no_grad()
@@ -264,15 +284,15 @@ def _zero_where(condition: TokenMask, values: PerToken) -> PerToken:
 def entropy_change_range(
     entropy_change: Tensor, response_mask: Tensor, quantile: float | None = None
 ) -> EntropyChangeRange:
-    """Smallest and largest estimate among the valid tokens and, if a quantile is given, the estimate there.
+    """Smallest and largest value among the valid tokens and, if a quantile is given, the value there.
 
     Args:
-        entropy_change: at least 0 and finite, of any shape.
+        entropy_change: finite, of any shape.
         response_mask: 1 or True on valid tokens, of the same shape.
-        quantile: between 0 and 1; of n sorted estimates it selects the one with index (n - 1) * quantile, rounded down.
+        quantile: between 0 and 1; of n sorted values it selects the one with index (n - 1) * quantile, rounded down.
 
     Returns:
-        Scalar tensors. Without a valid token they are infinite, 0 and NaN.
+        Scalar tensors. Without a valid token they are infinite, minus infinite and NaN.
     """
     mask = response_mask.to(entropy_change.dtype)
     at_quantile = None
@@ -282,7 +302,8 @@ def entropy_change_range(
         # Not `nanquantile`, which waits for a GPU.
         found = _sorted_valid(entropy_change, response_mask).index_select(0, index.view(1)).view(())
         at_quantile = found.where(count > 0, torch.nan)
-    return EntropyChangeRange(_smallest(entropy_change, mask), (entropy_change * mask).amax(), at_quantile)
+    beyond = _beyond(mask)
+    return EntropyChangeRange((entropy_change + beyond).amin(), (entropy_change - beyond).amax(), at_quantile)
 
 
 def _sorted_valid(values: Tensor, response_mask: Tensor) -> Tensor:
@@ -302,10 +323,9 @@ def percentile_rank(values: Tensor, response_mask: Tensor) -> Tensor:
     return smaller / (response_mask.sum() - 1).clamp_min(1)
 
 
-def _smallest(values: Tensor, mask: Tensor) -> Scalar:
-    """Smallest of the finite `values` where the numeric mask is 1; infinite if it is 0 everywhere."""
-    beyond = mask.reciprocal().sub_(1.0)  # 0 on valid tokens, infinite on others
-    return beyond.add_(values).amin()
+def _beyond(mask: Tensor) -> Tensor:
+    """0 where a numeric mask is 1, infinite where it is 0."""
+    return mask.reciprocal().sub_(1.0)
 
 
 @torch.no_grad()
@@ -322,16 +342,16 @@ def map_to_token_weights(
 ) -> PerToken:
     """Weights that fall as the estimated entropy change grows.
 
-    Linear: from `token_weight_max` at the smallest change to `token_weight_min` at the largest; their mean if all
-    changes are equal. Exponential: exp(-k change) with k such that the largest change, but at least
-    `ENTROPY_CHANGE_FLOOR`, gets `token_weight_min`. Threshold: `token_weight_min` above the change at the quantile,
-    `token_weight_max` up to it.
+    Linear: from `token_weight_max` at the smallest change to `token_weight_min` at the largest; if these are equal,
+    their mean at this change. Exponential: exp(-k change) with k such that a change of the largest magnitude, but at
+    least of `ENTROPY_CHANGE_FLOOR`, gets `token_weight_min`. Threshold: `token_weight_min` above the change at the
+    quantile, `token_weight_max` up to it.
 
     Args:
-        entropy_change: at least 0 and finite.
+        entropy_change: `weighted_change`, finite.
         response_mask: 1 or True on valid tokens.
         token_weight_min: weight at the largest change.
-        token_weight_max: largest weight.
+        token_weight_max: largest weight; the exponential map has 1 at a change of 0.
         linear: the linear map, else the exponential one, where `token_weight_map` is None.
         token_weight_map: one of `TOKEN_WEIGHT_MAPS`.
         quantile: as in `entropy_change_range`; only the threshold map reads it.
@@ -351,17 +371,17 @@ def map_to_token_weights(
     def scalar(bound: Any) -> Scalar:
         return entropy_change.new_full((), bound) if isinstance(bound, float) else bound
 
-    largest = scalar(change_range.largest)
+    smallest, largest = scalar(change_range.smallest), scalar(change_range.largest)
     if token_weight_map == "linear":
-        smallest = scalar(change_range.smallest)
         spread = largest - smallest
-        slope = (token_weight_min - token_weight_max) / spread.clamp_min(torch.finfo(spread.dtype).tiny)
-        # If all changes are equal, all weights are halfway. Without a valid token the smallest change is infinite.
-        smallest, slope = smallest.where(spread > 0, 0.0), slope.where(spread > 0, 0.0)
+        # Of a range without extent so steep that changes outside it get the weight of its nearer end; never infinite.
+        limits = torch.finfo(spread.dtype)
+        slope = ((token_weight_min - token_weight_max) / spread.clamp_min(limits.tiny)).clamp_min(limits.min)
+        smallest = smallest.where(spread >= 0, 0.0)  # without a valid token it is infinite
         start = torch.where(spread > 0, token_weight_max, (token_weight_min + token_weight_max) / 2)
         weights = (entropy_change - smallest).mul_(slope).add_(start)
     elif token_weight_map == "exponential":
-        decay = -math.log(token_weight_min) / largest.clamp_min(ENTROPY_CHANGE_FLOOR)
+        decay = -math.log(token_weight_min) / torch.maximum(largest, -smallest).clamp_min(ENTROPY_CHANGE_FLOOR)
         weights = (-decay * entropy_change).exp_()
     else:
         weights = torch.where(entropy_change > scalar(change_range.at_quantile), token_weight_min, token_weight_max)
@@ -400,6 +420,7 @@ def compute_token_weights(
     token_weight_min: float = 0.8,
     token_weight_max: float = 1.2,
     linear: bool = True,
+    mode: str = "symmetric",
     *,
     estimator: str = "released",
     clip: ClipRatios = DEFAULT_CLIP,
@@ -413,6 +434,7 @@ def compute_token_weights(
     Args:
         advantages, entropys, old_log_prob, log_prob, response_mask: as in `LossInputs`.
         token_weight_min, token_weight_max, linear: as in `map_to_token_weights`.
+        mode: as in `weighted_change`.
         estimator, clip: as in `signed_entropy_change`.
         current_entropys, sum_pi_squared, sum_pi_squared_log_pi: as in `LossInputs`; the estimator `exact` reads them.
         **mapping: `token_weight_map`, `quantile` and `change_range` of `map_to_token_weights`.
@@ -421,13 +443,13 @@ def compute_token_weights(
         Weights, float32, 0 on tokens that are not valid. They depend on the valid tokens only, not on padding or order.
 
     Raises:
-        ValueError: if the estimator is unknown, or is `exact` and one of its inputs is None.
+        ValueError: if the estimator or the mode is unknown, or an input of the estimator `exact` is None.
     """
     inputs = LossInputs(
         old_log_prob, log_prob, advantages, response_mask, entropys,
         current_entropys, sum_pi_squared, sum_pi_squared_log_pi,
     )  # fmt: skip
-    change = estimate_entropy_change(inputs, estimator, clip)
+    change = weighted_change(signed_entropy_change(inputs, estimator, clip), mode)
     return map_to_token_weights(change, response_mask, token_weight_min, token_weight_max, linear, **mapping)
 
 
@@ -502,7 +524,7 @@ def token_weight_metrics(token_weights: PerToken, entropy_change: PerToken | Non
     metrics = {
         "actor/token_weights_mean": mean,
         "actor/token_weights_std": ((token_weights - mean).square_().mul_(mask).sum() / count).sqrt_(),
-        "actor/token_weights_min": _smallest(token_weights, mask),
+        "actor/token_weights_min": (token_weights + _beyond(mask)).amin(),
         "actor/token_weights_max": token_weights.amax(),
     }
     if entropy_change is None:
@@ -548,7 +570,8 @@ def _micro_batch_weights(inputs: LossInputs, mask: PerToken, config: Any) -> tup
     normalizer = options.token_weight_normalizer
     if normalizer in RANGE_NORMALIZERS:
         inputs.require("change_range", f"token_weight_normalizer={normalizer} expects a range")
-    measured = change = estimate_entropy_change(inputs, options.entropy_change_estimator, clip_ratios(config))
+    signed = signed_entropy_change(inputs, options.entropy_change_estimator, clip_ratios(config))
+    measured = change = weighted_change(signed, options.entropy_control_mode)
     if normalizer in ("rank", "winsorised"):
         measured, change_range = _micro_batch_scale(change, mask, normalizer, options.token_weight_quantile)
     weights = map_to_token_weights(
@@ -560,7 +583,7 @@ def _micro_batch_weights(inputs: LossInputs, mask: PerToken, config: Any) -> tup
         quantile=options.token_weight_quantile,
         change_range=change_range,
     )
-    return change.mul_(mask), weights
+    return change.mul_(mask).abs_(), weights
 
 
 @_upstream.register_policy_loss("entropy_control")
