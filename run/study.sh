@@ -45,6 +45,7 @@ source "$root/run/help.sh"
 coefficient() {
   local actor=actor_rollout_ref.actor loss=actor_rollout_ref.actor.policy_loss
   case $1 in
+    steer_asymmetric) echo $loss.token_weight_min 0.8 0.95 ;;
     steer_*) echo $loss.token_weight_min 0.6 0.9 ;;
     influence_band) echo $loss.entropy_band 0.0005 0.002 ;;
     influence_* | pi_exact | adaptive | entropic) echo $loss.target_entropy 0.15 0.25 ;;
@@ -84,8 +85,8 @@ swept() {
 members() {
   case $1 in
     collapse) echo countdown_{grpo,bonus_0.003,bonus_0.01,bonus_0.03} ;;
-    field) echo countdown_{grpo,grpo_symmetric,steer_exp,steer_linear,steer_rank,steer_winsorised,steer_exact} \
-      countdown_{steer_rank_exact,influence_0.2,influence_band,pi_exact,adaptive,entropic,entrocraft,aepo,siren} \
+    field) echo countdown_{grpo,grpo_symmetric,steer_exp,steer_linear,steer_asymmetric,steer_rank,steer_winsorised} \
+      countdown_{steer_exact,steer_rank_exact,influence_0.2,influence_band,pi_exact,adaptive,entropic,entrocraft,aepo,siren} \
       countdown_{bonus_0.01,clip_cov,kl_cov,clip_b,clip_v,opefo,ce_gppo,bapo,archer,dynamic_clip,high_entropy_tokens} \
       countdown_{quadrant,entropy_shaped_advantage,positive_advantage,psr,nsr,w_reinforce,unlikeliness,gtpo,grpo_s} ;;
     sweep) swept ;;

@@ -113,7 +113,7 @@ def configuration_of(launcher):
 def test_launchers_differ_in_their_configuration_only():
     """So that one of them, started for real, stands for all."""
     lines = {name: re.sub("^#.*\n", "", path.read_text(), flags=re.MULTILINE) for name, path in LAUNCHERS.items()}
-    assert len(lines) == 5 and len({configuration_of(name) for name in lines}) == 5
+    assert len(lines) == 6 and len({configuration_of(name) for name in lines}) == 6
     assert len({text.replace(f'" {configuration_of(name)} "', '" CONFIG "') for name, text in lines.items()}) == 1
 
 
@@ -250,6 +250,14 @@ TARGET = INFLUENCE | {"token_weight_map": "target"}
         (
             {"token_weight_map": "threshold", "token_weight_max": 1.1},
             "policy_loss.token_weight_max=1.1: expected at most 1 in the threshold map",
+        ),
+        (
+            {"token_weight_map": "exponential", "token_weight_max": 1.1},
+            "policy_loss.token_weight_max=1.1: expected at most 1 in the exponential map",
+        ),
+        (
+            {"entropy_control_mode": "signed"},
+            "policy_loss.entropy_control_mode='signed': expected one of symmetric, asymmetric",
         ),
         (
             {"token_weight_map": "cubic"},

@@ -20,6 +20,7 @@ from verl.steer.engine import head_influence, influence
 from verl.steer.engine.entropy_control import STATE_FILE
 from verl.steer.loss import ppo_loss
 from verl.trainer.ppo.core_algos import (
+    ENTROPY_CONTROL_MODES,
     TOKEN_WEIGHT_MAPS,
     ClipRatios,
     EntropyChangeRange,
@@ -222,17 +223,20 @@ def test_a_band_changes_no_weight_inside_and_ends_at_its_edge_outside(model_fold
     assert found["actor/token_weights_min"] < 1
 
 
+@pytest.mark.parametrize("mode", ENTROPY_CONTROL_MODES)
 @pytest.mark.parametrize("name", TOKEN_WEIGHT_MAPS)
-def test_steers_maps_on_the_magnitudes(model_folder, name):
-    """In units of their mean over the mini-batch."""
+def test_steers_maps_on_the_contributions(model_folder, name, mode):
+    """In units of their mean magnitude over the mini-batch."""
     engine, (batch, _) = make_engine(model_folder), mini_batches()
-    config = actor_config(entropy_change_estimator="influence", token_weight_map=name, token_weight_quantile=0.6)
+    options = {"token_weight_map": name, "token_weight_quantile": 0.6, "entropy_control_mode": mode}
+    config = actor_config(entropy_change_estimator="influence", **options)
     with engine.train_mode():
         engine.train_batch(batch, partial(ppo_loss, config=config))
-    sizes, valid = engine.measured.contributions.abs(), engine.measured.valid
-    sizes /= sizes[valid].mean()
+    contributions, valid = engine.measured.contributions, engine.measured.valid
+    changes = contributions.abs() if mode == "symmetric" else -contributions
+    changes /= contributions[valid].abs().mean()
     bounds = config.policy_loss.token_weight_min, config.policy_loss.token_weight_max
-    expected = map_to_token_weights(sizes, valid, *bounds, token_weight_map=name, quantile=0.6)
+    expected = map_to_token_weights(changes, valid, *bounds, token_weight_map=name, quantile=0.6)
     assert expected[valid].std() > 0.01
     torch.testing.assert_close(batch["token_weights"].to_padded_tensor(0), expected)
 

@@ -13,6 +13,7 @@ from verl.steer.token_metrics import QUADRANTS
 from verl.trainer.ppo.core_algos import (
     BASE_LOSSES,
     ENTROPY_CHANGE_ESTIMATORS,
+    ENTROPY_CONTROL_MODES,
     TOKEN_WEIGHT_MAPS,
     TOKEN_WEIGHT_NORMALIZERS,
 )
@@ -52,7 +53,15 @@ def test_every_method_is_on_the_page_and_every_name_is_a_configuration(root):
 
 
 @pytest.mark.parametrize(
-    "choices", [BASE_LOSSES, ENTROPY_CHANGE_ESTIMATORS, TOKEN_WEIGHT_MAPS, TOKEN_WEIGHT_NORMALIZERS, QUADRANTS]
+    "choices",
+    [
+        BASE_LOSSES,
+        ENTROPY_CHANGE_ESTIMATORS,
+        ENTROPY_CONTROL_MODES,
+        TOKEN_WEIGHT_MAPS,
+        TOKEN_WEIGHT_NORMALIZERS,
+        QUADRANTS,
+    ],
 )
 def test_every_choice_is_named(root, choices):
     page = (root / "docs/interventions.md").read_text()

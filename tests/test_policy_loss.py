@@ -283,6 +283,7 @@ FORMS = [
     {"entropy_change_estimator": "clip_aware"},
     {"entropy_change_estimator": "exact"},
     {"token_weight_map": "threshold"},
+    {"entropy_control_mode": "asymmetric"},
     {"token_weight_normalizer": "global"},
     {"token_weight_normalizer": "rank"},
     {"token_weight_normalizer": "winsorised"},

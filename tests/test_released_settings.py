@@ -126,6 +126,17 @@ def test_keys_that_differ_between_the_launchers():
         assert [effective(name, key) for name in TRAINING.values()] == values
 
 
+def test_the_later_launcher():
+    assert configuration_of("run_asymmetric") == "steer_asymmetric"
+    values = {"entropy_control_mode": "asymmetric", "linear": True, "token_weight_min": 0.9, "token_weight_max": 1.0}
+    assert {key: effective("steer_asymmetric", f"A.actor.policy_loss.{key}") for key in values} == values
+    same = [
+        key for key, *_ in TRAINED if effective("steer_asymmetric", cell(key)) == effective("steer_linear", cell(key))
+    ]
+    assert len(same) == len(TRAINED)
+    assert effective("steer_linear", "A.actor.policy_loss.entropy_control_mode") == "symmetric"
+
+
 def test_evaluation():
     check(EVALUATED, flat(EVALUATION), ["eval"])
 

@@ -644,7 +644,7 @@ def test_every_run_of_the_study_passes_the_checks(command, root, tmp_path, monke
     listed = command("bash", root / "run/study.sh", "--list", PARTS=" ".join(parts))
     assert listed.returncode == 0 and listed.stderr == ""
     runs = dict(line.split(": ") for line in listed.stdout.splitlines())
-    assert len(runs) == len(listed.stdout.splitlines()) == 257
+    assert len(runs) == len(listed.stdout.splitlines()) == 262
     (tmp_path / "reward_model").mkdir()
     (tmp_path / "reward_model/config.json").touch()
     monkeypatch.setenv("TASK_DIR", str(tmp_path))
@@ -658,7 +658,7 @@ def test_every_run_of_the_study_passes_the_checks(command, root, tmp_path, monke
         config, *overrides = words.split()
         configs[name] = validated(config, f"task={task}", "hardware=cpu", *overrides)
     coefficients = [name for name in configs if "_coefficient" in name]
-    assert len(rates) == 2 * 36 and len(coefficients) == 2 * 31
+    assert len(rates) == 2 * 37 and len(coefficients) == 2 * 32
     assert all(configs[name] != configs[name.partition("_coefficient")[0]] for name in coefficients)
     assert configs["countdown_pi_exact_coefficient0.15"][1].target_entropy == 0.15
     assert configs["countdown_gtpo_together"][0].algorithm.entropy_reward_by_class is False

@@ -122,6 +122,7 @@ MAPS = {
     "exponential": {"linear": False},
     "threshold": {"token_weight_map": "threshold"},
     "clip_aware": {"entropy_change_estimator": "clip_aware"},
+    "asymmetric": {"entropy_control_mode": "asymmetric"},
 }
 
 

@@ -42,6 +42,11 @@ def test_methods_set_nothing_that_they_do_not_read(told, method):
         ("steer_exp", ["target_entropy=0.3"], ["policy_loss.target_entropy=0.3 with token_weight_map=exponential"]),
         ("steer_exp", ["target_controller=pi"], ["policy_loss.target_controller=pi with token_weight_map=exponential"]),
         ("steer_linear", ["entropy_band=0.1"], ["policy_loss.entropy_band=0.1 with token_weight_map=linear"]),
+        (
+            "influence_target",
+            ["entropy_control_mode=asymmetric"],
+            ["policy_loss.entropy_control_mode=asymmetric with token_weight_map=target"],
+        ),
         ("influence_target", ["entropy_band=0.1"], ["policy_loss.entropy_band=0.1 with token_weight_map=target"]),
         (
             "steer_exp",

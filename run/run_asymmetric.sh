@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# STEER with weights that fall where an update lowers the entropy, on 8 GPUs by default. Further arguments are Hydra
+# overrides:
+#   MODEL_PATH=Qwen/Qwen2.5-Math-7B bash run/run_asymmetric.sh actor_rollout_ref.actor.policy_loss.token_weight_min=0.8
+# launch.sh lists the environment variables.
+set -euo pipefail
+exec bash "$(dirname "${BASH_SOURCE[0]}")/launch.sh" steer_asymmetric "$@"
