@@ -94,6 +94,11 @@ def test_outputs_agree(printed, expected, same):
     assert code.same_output(printed, expected) is same
 
 
+def test_an_output_of_digits_is_read_once():
+    """Were it read anew from each digit, this would take hours."""
+    assert not code.same_output("1" * 1_000_000 + "x", "5")
+
+
 @needs_bwrap
 @pytest.mark.parametrize(
     "program, correct",

@@ -210,6 +210,46 @@ TABLE = [
     (r"\{1,2,3\}", "(1,2,3)", False, False),
     (r"\{(1,2)\}", r"\{\{1,2\}\}", False, False),
     ("(1,2),(3,4)", r"\{1,2\},\{3,4\}", False, False),
+    # Capital and small letters
+    (r"\frac{r}{R}", "1", False, False),
+    (r"\frac{r}{R}", r"\frac{R}{r}", False, False),
+    (r"\frac{r}{R}", "r/R", False, True),
+    (r"\frac{R-r}{R+r}", "0", False, False),
+    ("R-r", "-r+R", False, True),
+    ("N", "n", False, False),
+    (r"\pi", r"\Pi", False, False),
+    (r"2\pi\Pi", r"2\Pi\pi", False, True),
+    ("2RC+R+C", "R+C+2CR", False, True),
+    # Small decimals
+    (".0000672", ".0000673", False, False),
+    (".0000672", "0.000067", False, False),
+    (".0000672", r"6.72\times10^{-5}", False, True),
+    (r"\frac{1}{1000000}", "0.0000014", False, False),
+    (r"\frac{1}{3000}", "0.000333333", False, True),
+    ("0.0000003", r"\frac{1}{3000000}", False, False),
+    ("0", "0.0000003", False, False),
+    ("0.0000003", "0", False, False),
+    # Ratios and times
+    ("3:2:1", "3:2", False, False),
+    ("1:2:3", "1:3:2", False, False),
+    ("1:2:3", "1 : 2 : 3", True, True),
+    ("1:1:1", "1", False, False),
+    ("3:2", r"\frac{3}{2}", False, True),
+    ("10:30", r"\frac13", False, False),
+    # Text that is no unit
+    ("5", r"5\text{ thousandths}", False, False),
+    ("5", r"5 \text{ bn}", False, False),
+    ("5", r"5\text{ hours } 30\text{ minutes}", False, False),
+    ("5", r"5 \text{ if } n \text{ even, }6\text{ otherwise}", False, False),
+    ("25", r"25\text{ cm}^{2}", True, True),
+    ("1,2", r"1\text{ and }2", True, True),
+    # Spaces of TeX, at the ends and between the rows of a matrix
+    ("42", r"42\,", True, True),
+    ("42", "42\\ ", True, True),
+    ("42", r"$42\,.$", True, True),
+    (r"\frac{3}{56}", r"\;\dfrac{3}{56}\;", True, True),
+    ("5!", r"5!\!", True, True),
+    (r"\begin{pmatrix} 1/2 \\ 3 \end{pmatrix}", r"\begin{pmatrix} \frac12 \\[4pt] 3 \end{pmatrix}", True, True),
     # Boxes in truths and in answers, and nothing at all
     (r"\[\boxed{5}\]", "5", True, True),
     (r"\[\boxed{5}\]", r"\[\boxed{5}\]", True, True),
@@ -292,6 +332,11 @@ def test_last_answer(response, expected):
     assert score.last_answer(response) == expected
 
 
+def test_a_line_of_digits_is_read_once():
+    """Were it read anew from each digit, this would take hours."""
+    assert score.last_answer("#### " + "1" * 1_000_000 + "a", prose=True) is None
+
+
 def test_training_reads_only_the_last_300_characters():
     box = r"\boxed{7}"
     assert grade(box + " " * (300 - len(box)), "7")["acc"]
@@ -321,6 +366,7 @@ WITHOUT_BOX = [
     ("#### 8\nSo the answer is 7", False, True),
     ("So the answer is 7.\n#### 2. The end", False, True),
     ("Answer: 8\n#### 7", False, False),
+    ("The answer is 7.\n#### ", False, True),
     (r"\boxed{8}" + "\n#### 7", False, False),
     # A heading
     ("### Answer\n\n**7**\nThat is all.", False, True),

@@ -34,7 +34,7 @@ TRAINING_SOURCES = ("codecontests", "apps", "codeforces", "taco")  # the sources
 PARTIAL_TESTS = 10  # tests that count for partial credit, as in verl
 MAX_PROGRAM = 100_000  # characters; a longer program is wrong
 
-_DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_DECIMAL = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
 _FENCE = re.compile(r"```py(?:thon)?3?(?![a-z])[^`\n]*\n")  # what follows on a fence's line has no backtick
 _slots = threading.BoundedSemaphore(os.cpu_count() or 1)

@@ -31,7 +31,7 @@ _UNIT_WORDS = (
     r"|oz|lit(?:er|re)s?|milliliters?|ml|gallons?|dollars?|cents?|euros?|percent|people|students?|points?|ways?|times"
 )
 # These multiply the quantity before them.
-MAGNITUDES = r"(?i:\b(?:hundred|thousand|million|billion|trillion|dozen)s?\b)"
+MAGNITUDES = r"(?i:\b(?:(?:hundred|thousand|million|billion|trillion|dozen)(?:ths?|s)?|tenths?|mn|bn)\b)"
 _TOKEN = r"(\\[a-zA-Z]+|[^{}\\])"
 
 # A space has no meaning beside anything but a digit, nor after a digit that is the whole argument of a command.
@@ -85,6 +85,7 @@ _NORMALIZING: list[Rule] = [
 ]
 
 _CLEANING: list[Rule] = [
+    (r"\\\\\[ *-?[\d.]+ *(?:pt|ex|em|mm|cm)\]", r"\\\\"),  # space between the rows of a matrix
     (r"(?<!\\)\$|(?<!\\)\\[()\[\]]", ""),  # math delimiters
     (r"\\(?:mathrm|operatorname|text|rm)\{ *([ie]) *\}", r"\1"),
     (r"(?<!\\)\\!", ""),
@@ -102,6 +103,7 @@ _SCIENTIFIC = re.compile(
     r"^((?:[a-zA-Z] ?= ?)?[-+]?(?:\d+(?:\.\d*)?|\.\d+))[eE]([-+]?\d{1,3})(?=$| ?\\(?:[ ,]|text|mathrm)| [a-zA-Z]{2})"
 )
 
+TEX_SPACES = {r"\,", r"\;", r"\:", r"\>", r"\!", "\\ "}
 _BRACES = re.compile(r"(?P<box>\\{1,2}(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 _WORDS_AROUND_BOX = re.compile(r"(?:[a-zA-Z\s{}.:$]|\\(?:text(?:bf|it|rm)?(?![a-zA-Z])|[\[\]()]))*")
 
@@ -145,6 +147,18 @@ def _apply(rules: list[Rule], text: str) -> str:
     return text
 
 
+def _without_end(text: str) -> str:
+    """The text without final punctuation and spaces, those of TeX included."""
+    while text:
+        if text[-2:] in TEX_SPACES:
+            text = text[:-2]
+        elif text[-1] in " .,;:" or text.endswith("\\") and not text.endswith("\\\\"):  # `\ ` whose space is gone
+            text = text[:-1]
+        else:
+            break
+    return text
+
+
 def clean(answer: str) -> str:
     r"""Remove what has no meaning: boxes, invisible characters, `$` and `\(` delimiters, stars, final punctuation.
 
@@ -153,7 +167,7 @@ def clean(answer: str) -> str:
     """
     unboxed = _without_boxes(answer).translate(_UNICODE_TO_LATEX)
     visible = "".join(char if char.isprintable() else " " * char.isspace() for char in unboxed)
-    return _apply(_CLEANING, " ".join(visible.split())).strip(" *`").rstrip(".,;: ").strip()
+    return _without_end(_apply(_CLEANING, " ".join(visible.split())).strip(" *`")).strip()
 
 
 def expand_scientific(answer: str) -> str:

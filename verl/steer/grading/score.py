@@ -37,7 +37,7 @@ _ANSWER_IS = re.compile(r"\banswer is:?[ \t*]+([^\n]+?)(?=\.\s|\.?$|\n)", re.IGN
 _ANSWER_HEADING = re.compile(
     r"^#+[ \t*]*(?:final )?answer[ \t*]*\n[\s*]*(?![\s*])([^\n]+)", re.IGNORECASE | re.MULTILINE
 )
-_GSM8K_LINE = re.compile(r"####([^\na-zA-Z]*\d[^\na-zA-Z]*)")
+_GSM8K_LINE = re.compile(r"####([^\na-zA-Z]*)")
 _MATH_THEN_WORDS = re.compile(rf"(?:\$([^$]+)\$|\\\((.+?)\\\))(?![a-zA-Z .*]*{MAGNITUDES})[a-zA-Z .*]*")
 _DISPLAYS = {r"\[": r"\]", "$$": "$$"}
 
@@ -69,7 +69,7 @@ def _lines_without_label(text: str) -> list[re.Match]:
     """The lines of `text` that may hold an answer, of the likeliest form only."""
     text = text.rstrip()
     last_line = _GSM8K_LINE.fullmatch(text, text.rfind("\n") + 1)
-    if last_line:
+    if last_line and re.search(r"\d", last_line[1]):
         return [last_line]
     return list(_ANSWER_IS.finditer(text)) or list(_ANSWER_HEADING.finditer(text))
 

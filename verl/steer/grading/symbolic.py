@@ -19,6 +19,7 @@ import threading
 from itertools import accumulate
 from multiprocessing.connection import Connection
 from pathlib import Path
+from string import ascii_uppercase
 from typing import NamedTuple
 
 from verl.steer.grading.normalize import MAGNITUDES
@@ -33,6 +34,10 @@ _SERVER = Path(__file__).with_name("symbolic_server.py")
 _INTEGER = re.compile(r"-?\d+")
 _PERCENTAGE = re.compile(r"\A([^,%]+?) *\\?%\Z")
 # Text that math-verify misreads, or that takes it too long.
+_SYMBOL = re.compile(r"\\[a-zA-Z]+|[a-zA-Z]")
+_GREEK = "Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega".split()
+_CAPITALS = {*ascii_uppercase, *(f"\\{name}" for name in _GREEK)}
+_NAMES = "abcfghjklmnopqrstuvwxyz"  # not d, e and i, which may be more than names
 _UNFIT = re.compile(
     rf"""
     \A\Z
@@ -41,6 +46,10 @@ _UNFIT = re.compile(
     | (?<![\^_])(?<!frac)(?<!frac\ )(?<!binom)(?<!binom\ )\d\ +\d  # `1 2`: read as 1 + 2, except in `\frac 1 2`
     | \d{{101}}  # a number of more than 100 digits
     | {MAGNITUDES}  # `5 \text{{ million}}`: read as 5
+    # `5 \text{{ h }} 30 \text{{ min}}` and `5 \text{{ if }} n>2` are read as 5, which `5 \text{{ m}}^2` is
+    | \d[\ )}}]*\\(?:text|mbox|hbox|textrm|mathrm)\{{(?!\ *(?:and|or)\ *\}})[^{{}}]*\}}
+      (?!\ *\^\ *\{{?[23]\}}?\D*\Z).*\d
+    | :.*: | \d:\d\d(?!\d)  # ratios of three terms, and times: read as divisions
     | boxed | fbox | \\\Z  # a box without braces, or a backslash at the end: only a part of the text is read
     | __  # not mathematics, but common in Python code
     """,
@@ -55,6 +64,16 @@ def _may_be_equal(truth: str, answer: str) -> bool:
     return not any(
         len(text) > MAX_LENGTH or _depth(text) > MAX_DEPTH or _UNFIT.search(text) for text in (truth, answer)
     )
+
+
+def _with_cases_apart(*texts: str) -> list[str]:
+    """The texts with other names for capitals whose small letter occurs too: math-verify reads both as one symbol."""
+    symbols = {symbol for text in texts for symbol in _SYMBOL.findall(text)}
+    capitals = sorted(symbol for symbol in symbols & _CAPITALS if symbol.lower() in symbols)
+    free = (name for name in _NAMES if not {name, name.upper()} & symbols)
+    names = dict(zip(capitals, free, strict=False))
+    # A space ends a command before the name.
+    return [_SYMBOL.sub(lambda found: f" {names[found[0]]}" if found[0] in names else found[0], text) for text in texts]
 
 
 def _depth(text: str) -> int:
@@ -89,7 +108,8 @@ class SymbolicComparer:
         """
         if not _may_be_equal(truth, answer):
             return False
-        request = (*(_PERCENTAGE.sub(r"\\frac{\1}{100}", text) for text in (truth, answer)), timeout)
+        sides = (_PERCENTAGE.sub(r"\\frac{\1}{100}", text) for text in (truth, answer))
+        request = (*_with_cases_apart(*sides), timeout)
         with self._lock:
             for _ in range(ATTEMPTS):
                 child = self._child

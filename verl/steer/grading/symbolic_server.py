@@ -25,7 +25,7 @@ if __name__ == "__main__":
     sys.path[:] = sys.argv[1:]
 
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Eq, Expr, FiniteSet, Integer, Interval, Tuple
+from sympy import Eq, Expr, FiniteSet, Float, Integer, Interval, Tuple
 
 WARM_UP = [("(x+1)^2", "x^2+2x+1"), (r"[0,1)\cup\{2\}", r"\{2\}\cup[0,1)"), ("y=2x", "2x=y"), (r"\sin 2", "0.5")]
 
@@ -36,7 +36,9 @@ _CONSTANT = re.compile(
     r"|\\(?:[dt]?frac|sqrt|cdot|times|div|binom|log|ln|pi|infty|left|right)(?![a-zA-Z]))+"
 )
 _NUMBER = re.compile(r"-?\d*(?:\.(\d+))?(?: *\\(?:times|cdot) *10\^\{?(-?\d+)\}?)?")
-_SMALL = 1e-9  # far above the numbers that math-verify takes for zero in a difference
+_SMALL = 1e-2  # math-verify takes decimals for equal that differ by less than half a millionth
+_ZERO = 1e-60  # beyond the exponents that an answer has
+_CLOSE = 2e-6  # how far the ratio of equal decimals may be from 1
 
 _HARMLESS_OS_EVENTS = {"os.listdir", "os.scandir", "os.walk"}
 _REFUSED_PREFIXES = ("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pty.", "fcntl.", "signal.pthread_kill")
@@ -116,14 +118,28 @@ def _contradicts_itself(answer: str) -> bool:
 
 
 def _differ_though_small(left: Any, right: Any) -> bool:
-    """Whether two small numbers differ: math-verify looks at their difference, and takes one below 1e-17 for zero."""
+    """Whether two small numbers differ, which math-verify finds by their difference, and this function by their ratio.
+
+    math-verify rounds decimals to six places, and takes an exact difference below 1e-17 for zero.
+    """
     if not all(isinstance(value, Expr) and value.is_comparable for value in (left, right)):
         return False
-    return bool(0 < abs(left) < _SMALL and right != 0) and not verify(left / right, Integer(1), timeout_seconds=None)
+    if abs(left) >= _SMALL:
+        return False
+    zeros = [abs(value.evalf()) < _ZERO for value in (left, right)]
+    if any(zeros):
+        return not all(zeros)
+    ratio = left / right
+    if ratio.has(Float):
+        return bool(abs(ratio.evalf() - 1) > _CLOSE)
+    return not verify(ratio, Integer(1), timeout_seconds=None)
 
 
 def equivalent(truth: str, answer: str) -> bool:
-    """Whether math-verify finds the LaTeX strings `truth` and `answer` equal, and rightly so. Unbounded in time."""
+    """Whether math-verify finds the LaTeX strings `truth` and `answer` equal, and rightly so. Unbounded in time.
+
+    An inequality such as `x>2` equals the interval `(2,\\infty)` as truth only.
+    """
     parsed_truth, parsed_answer = _parse(truth), _parse(answer)
     return (
         verify(parsed_truth, parsed_answer, timeout_seconds=None)
