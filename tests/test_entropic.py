@@ -7,8 +7,10 @@ import pytest
 import torch
 from loss_properties import check_loss, loss_of, random_fields, row, token_gradients
 from verl.steer.config import PolicyLossConfig
+from verl.steer.methods.adaptive_entropy import AdaptiveEntropyCoefficient
 from verl.steer.methods.entropic import EntroPICCoefficient
 from verl.steer.methods.registry import POLICY_LOSSES
+from verl.steer.methods.step_state import COEFFICIENT_FILE
 from verl.trainer.ppo.core_algos import LossInputs
 
 #: Likely tokens are the first three: ln 0.97, 0.96, 0.99 and 0.95, 0.5.
@@ -62,6 +64,24 @@ def test_controller_by_hand(tmp_path):
     resumed.load(tmp_path)
     assert controller.step(0.9) == resumed.step(0.9) == pytest.approx(2 * 0.4 + 0.5 * 0.3)
     assert controller.step(5.0) == 1.0 and controller.step(-5.0) == -1.0
+
+
+def test_the_number_of_another_loss_is_left(tmp_path, caplog):
+    """A coefficient is no sum of errors."""
+    AdaptiveEntropyCoefficient(0.2, 1.0, 3.0, value=2.0).save(tmp_path)
+    controller = EntroPICCoefficient(0.5, 1.0, 0.01)
+    controller.load(tmp_path)
+    assert controller.value == 0.0
+    assert f"{tmp_path / COEFFICIENT_FILE} is of loss_mode=adaptive_entropy: with entropic it starts" in caplog.text
+    (tmp_path / COEFFICIENT_FILE).write_text("0.3")  # as an earlier version wrote it
+    controller.load(tmp_path)
+    assert controller.value == 0.3
+
+
+def test_an_entropy_that_is_not_finite_stays_without_effect():
+    controller = EntroPICCoefficient(0.5, 1.0, 0.01)
+    assert controller.step(math.nan) == controller.step(math.inf) == 0.0
+    assert controller.step(0.6) == pytest.approx(0.1 + 0.01 * 0.1)
 
 
 def test_the_controller_is_there_only_with_its_loss():

@@ -132,6 +132,7 @@ def test_the_controller_by_hand():
     c = torch.tensor([3.0, -4.0, 0.0, 5.0])
     assert float(controller.multiplier(c, 0.1)) == pytest.approx(-(0.1 + 0.5 * 0.3) / (50 / 4) ** 0.5)
     assert controller.total == pytest.approx(0.3)
+    assert float(controller.multiplier(c, math.nan)) == 0 and controller.total == pytest.approx(0.3)
     assert float(controller.multiplier(torch.zeros(3), 1.0)) == 0
 
 

@@ -235,6 +235,9 @@ def test_the_adaptive_coefficient_by_hand(tmp_path):
     resumed = AdaptiveEntropyCoefficient(target=0.2, increment=1.0, maximum=3.0)
     resumed.load(tmp_path)
     assert resumed.value == controller.value == 3.0
+    lower = AdaptiveEntropyCoefficient(target=0.2, increment=1.0, maximum=1.5)
+    lower.load(tmp_path)
+    assert lower.step(0.1) == 1.5
     assert [controller.step(0.5) for _ in range(9)] == [0.0] * 9 and controller.value == 0.0
 
 
@@ -658,6 +661,15 @@ def test_the_trainer_gives_an_estimator_the_old_policys_entropies(trainer):
     trainer.seen["fetched"], trainer.config.algorithm.adv_estimator = None, "grpo"
     trainer._compute_advantage(batch, {})
     assert trainer.seen["fetched"] is None
+
+
+def test_several_outputs_of_a_rollout_are_refused_by_estimators_that_would_count_each(trainer):
+    batch = SimpleNamespace(keys=["a_0_0", "a_0_1", "a_1_0"], partition_id="train", extra_info={})
+    with pytest.raises(ValueError, match=r"adv_estimator=gtpo: expected grpo or another .* for a rollout \(a_0_1\)"):
+        trainer._compute_advantage(batch, {})
+    trainer._compute_advantage(SimpleNamespace(keys=["a_0_0"], partition_id="train"), {})
+    trainer.config.algorithm.adv_estimator = "grpo"
+    assert trainer._compute_advantage(batch, {}) is batch
 
 
 def test_the_trainer_gives_an_estimator_the_scores_before_a_kl_penalty(trainer):

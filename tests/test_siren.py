@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`loss_mode=siren`: peak tokens, regulariser and anchor by hand."""
 
+import math
 from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
@@ -135,6 +136,8 @@ def test_micro_batches_without_a_response_have_no_part_in_the_anchor():
     """One of four has none: the mean of 0.3 over four is one of 0.4 over three."""
     anchor = EntropyAnchor(0.8)
     anchor.observe({"actor/peak_entropy": 0.0, "actor/peak_share": 0.0})
+    assert anchor.value is None
+    anchor.observe({"actor/peak_entropy": math.nan, "actor/peak_share": 0.75})
     assert anchor.value is None
     anchor.observe({"actor/peak_entropy": 0.3, "actor/peak_share": 0.75})
     assert anchor.value == pytest.approx(0.4)

@@ -101,6 +101,19 @@ def metrics_of_files(by_file: Mapping[str, Mapping[str, float]]) -> dict[str, fl
     return together
 
 
+def _check_single_outputs(keys: list[str], estimator: str) -> None:
+    """Refuse rollouts of several outputs, whose keys end with their number: of these verl's GRPO reads the last alone.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    if further := [key for key in keys if not key.endswith("_0")]:
+        raise ValueError(
+            f"algorithm.adv_estimator={estimator}: expected grpo or another of verl's where an agent loop gives "
+            f"several outputs for a rollout ({further[0]}), each of which this one would take for a rollout"
+        )
+
+
 @register_trainer("steer")
 class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
     """verl's synchronous trainer, with best checkpoints, safe resuming and whole batches of rollouts."""
@@ -283,6 +296,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         """Bind the fields of the batch that an estimator of this fork reads, then compute the advantages."""
         name, fields = self.config.algorithm.adv_estimator, estimator_fields(self.config.algorithm)
         if name in ESTIMATOR_FIELDS:
+            _check_single_outputs(batch.keys, name)
             bound: dict[str, Any] = {"progress": self.global_steps / self.total_training_steps}
             if fields:
                 data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=list(fields))

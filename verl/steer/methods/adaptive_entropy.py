@@ -55,15 +55,18 @@ class AdaptiveEntropyCoefficient(StepState):
     maximum: float
     value: float = 0.0
 
+    loss_mode = "adaptive_entropy"
+
     @classmethod
     def from_options(cls, options: Any) -> AdaptiveEntropyCoefficient | None:
         """From `actor.policy_loss` as a dataclass; None with another loss."""
-        if options.loss_mode != "adaptive_entropy":
+        if options.loss_mode != cls.loss_mode:
             return None
         return cls(options.target_entropy, options.entropy_coeff_step, options.entropy_coeff_max)
 
     def step(self, entropy: float) -> float:
         """The coefficient for a policy of this entropy, 0 above the target; then set the next step's."""
+        self.value = min(self.value, self.maximum)  # a resumed run may have a lower one
         coefficient = self.value if entropy <= self.target else 0.0
         change = self.increment if entropy < self.target else -self.increment
         self.value = min(max(self.value + change, 0.0), self.maximum)

@@ -58,10 +58,12 @@ class EntroPICCoefficient(StepState):
     integral: float
     value: float = 0.0
 
+    loss_mode = "entropic"
+
     @classmethod
     def from_options(cls, options: Any) -> EntroPICCoefficient | None:
         """From `actor.policy_loss` as a dataclass; None with another loss."""
-        if options.loss_mode != "entropic":
+        if options.loss_mode != cls.loss_mode:
             return None
         return cls(options.target_entropy, options.target_kp, options.target_ki)
 

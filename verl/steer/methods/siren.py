@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,13 +69,14 @@ class EntropyAnchor(StepState):
     top_p: float
     value: float | None = None
 
+    loss_mode = "siren"
     field = "entropy_anchor"
     reads_target = False
 
     @classmethod
     def from_options(cls, options: Any) -> EntropyAnchor | None:
         """From `actor.policy_loss` as a dataclass; None with another loss."""
-        return cls(options.siren_top_p) if options.loss_mode == "siren" else None
+        return cls(options.siren_top_p) if options.loss_mode == cls.loss_mode else None
 
     @property
     def flags(self) -> dict[str, Any]:
@@ -86,6 +88,6 @@ class EntropyAnchor(StepState):
         return self.value
 
     def observe(self, metrics: dict[str, Any]) -> None:
-        """Set the anchor after the first step: the mean over the micro-batches with such a response."""
-        if self.value is None and metrics[PEAK_SHARE]:
+        """Set the anchor after the first step with a finite one: the mean over micro-batches with such a response."""
+        if self.value is None and metrics[PEAK_SHARE] and math.isfinite(metrics[PEAK_ENTROPY]):
             self.value = float(metrics[PEAK_ENTROPY] / metrics[PEAK_SHARE])

@@ -4,18 +4,23 @@
 from __future__ import annotations
 
 import json
+import logging
 from abc import ABC, abstractmethod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-#: File of the number in a checkpoint.
+logger = logging.getLogger(__name__)
+
+#: File of the number in a checkpoint, with the loss whose number it is.
 COEFFICIENT_FILE = "entropy_coeff.json"
 
 
 class StepState(ABC):
     """Base of the states; `value` is the number that a checkpoint contains."""
 
+    #: The loss that reads the number.
+    loss_mode: str
     #: Field of `LossInputs` that the trainer sends, and name of its metric.
     field = "entropy_coeff"
     #: Flags for the workers that the trainer sends with each update.
@@ -39,10 +44,17 @@ class StepState(ABC):
 
     def save(self, folder: Path) -> None:
         """Write the number into a checkpoint's folder."""
-        (folder / COEFFICIENT_FILE).write_text(json.dumps(self.value))
+        (folder / COEFFICIENT_FILE).write_text(json.dumps({"loss_mode": self.loss_mode, "value": self.value}))
 
     def load(self, folder: Path) -> None:
-        """Read the number from a checkpoint's folder, if its file exists."""
+        """Read the number from a checkpoint's folder, if there is one, and it is of the same loss."""
         file = folder / COEFFICIENT_FILE
-        if file.is_file():
-            self.value = json.loads(file.read_text())
+        if not file.is_file():
+            return
+        saved = json.loads(file.read_text())
+        if not isinstance(saved, dict):  # of an earlier version, which named no loss
+            saved = {"loss_mode": self.loss_mode, "value": saved}
+        if saved["loss_mode"] == self.loss_mode:
+            self.value = saved["value"]
+        else:
+            logger.warning("%s is of loss_mode=%s: with %s it starts anew", file, saved["loss_mode"], self.loss_mode)

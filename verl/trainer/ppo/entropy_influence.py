@@ -29,6 +29,7 @@ theta - e u, yield them. docs/control.md has the shapes, the accuracy and the co
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,7 +181,12 @@ class ProportionalIntegral:
     total: float = 0.0
 
     def strength(self, error: float) -> float:
-        """What the controller asks for after one more error, target minus mean entropy in nats."""
+        """What the controller asks for after one more error, target minus mean entropy in nats; 0 if it is not finite.
+
+        Such an entropy is of an update whose gradients verl drops; in the sum it would stay for ever.
+        """
+        if not math.isfinite(error):
+            return 0.0
         self.total += error
         return self.proportional * error + self.integral * self.total
 
