@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections import Counter
@@ -58,13 +59,22 @@ def read_responses(file: Path) -> pd.DataFrame:
     Columns have the same types with every grader: `acc` is a number, `gts` is text. pandas' own reader would take
     answers such as "1" for numbers.
     """
+    rows = []
     with file.open() as lines:
-        responses = pd.DataFrame([json.loads(line) for line in lines])
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{file}:{number}: expected a response as JSON: {error}") from error
+    responses = pd.DataFrame(rows)
     if missing := [name for name in ("input", "gts", "acc") if name not in responses]:
         raise ValueError(f"{file}: no {', '.join(missing)}; expected a grade `acc` for each response, of 0 to 1")
     preds = responses.get("pred", pd.Series("", responses.index))
     preds = ["" if pred is None or pred != pred else str(pred) for pred in preds]
-    return responses.assign(pred=preds, acc=responses["acc"].astype(float), gts=responses["gts"].map(str))
+    grades = pd.to_numeric(responses["acc"], errors="coerce")
+    if len(bad := grades.index[grades.isna()]):
+        raise ValueError(f"{file}:{bad[0] + 1}: acc={responses['acc'][bad[0]]}: expected a number of 0 to 1")
+    return responses.assign(pred=preds, acc=grades.astype(float), gts=responses["gts"].map(str))
 
 
 def responses_asked(folder: Path, name: str) -> int:
@@ -138,9 +148,11 @@ def write(folder: Path, results: dict[str, dict[str, Any]], responses: pd.DataFr
         results = json.loads(file.read_text())["benchmarks"] | results
         earlier = pd.read_parquet(table_file)
         responses = pd.concat([earlier[~earlier["benchmark"].isin(responses["benchmark"].unique())], responses])
-    average = averages_of(results)
-    file.write_text(json.dumps({"benchmarks": results, "average": average}, indent=2) + "\n")
-    responses.reset_index(drop=True).to_parquet(table_file)
+    parts = [path.with_name(f".{path.name}") for path in (table_file, file)]
+    responses.reset_index(drop=True).to_parquet(parts[0])
+    parts[1].write_text(json.dumps({"benchmarks": results, "average": averages_of(results)}, indent=2) + "\n")
+    for part, path in zip(parts, (table_file, file), strict=True):
+        os.replace(part, path)  # a kill leaves the old file or the new
 
 
 def main() -> None:
@@ -156,9 +168,9 @@ def main() -> None:
         benchmark = re.sub(r"-[0-9a-f]{10}$", "", name)
         try:
             frames[benchmark] = read_responses(file)
-        except ValueError as error:
+            results[benchmark] = results_of(frames[benchmark], responses_asked(args.folder, name))
+        except (ValueError, OSError) as error:
             sys.exit(f"summarize_eval: {error}")
-        results[benchmark] = results_of(frames[benchmark], responses_asked(args.folder, name))
     write(args.folder, results, pd.concat([frame.assign(benchmark=name) for name, frame in frames.items()]))
     console = Console()
     console.print(table(results))

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+from unittest.mock import Mock
 
 import pytest
 from verl.steer import checkpoint_ledger
@@ -55,6 +56,22 @@ def test_best_replaces_best(tmp_path):
     assert (again.latest_step, again.best_step, again.best_value, again.best_key) == (4, 4, 0.5, "acc")
     assert not again.is_best(0.4)
     assert find_latest_ckpt_path(str(tmp_path)) == str(tmp_path / "global_step_4")
+
+
+def test_killed_before_the_old_best_was_deleted(tmp_path, monkeypatch):
+    ledger = CheckpointLedger.open(tmp_path)
+    for step in (1, 2):
+        save(ledger, step)
+    ledger.saved_best(1, 0.2, delete_old=True)
+    with monkeypatch.context() as context:
+        context.setattr(checkpoint_ledger, "_delete", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            ledger.saved_best(2, 0.4, delete_old=True)
+    assert steps(tmp_path) == [1, 2]
+    again = CheckpointLedger.open(tmp_path)
+    assert steps(tmp_path) == again.saved_steps == [2] and again.best_step == 2
+    save(again, 3)
+    assert CheckpointLedger.open(tmp_path).saved_steps == [2, 3]
 
 
 def test_old_best_stays_without_deletion_and_while_it_is_the_latest(tmp_path):

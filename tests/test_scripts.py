@@ -788,6 +788,26 @@ def test_responses_without_a_grade_are_named(program, tmp_path):
         assert result.returncode == 1 and f"summarize_eval: {lines}: no {missing}; expected a grade" in result.stderr
 
 
+def test_responses_that_cannot_be_read_are_named(program, tmp_path):
+    write_responses(tmp_path, "toy", [("p", True, "1"), ("q", False, "\u2028")])
+    lines, settings = tmp_path / "toy/0.jsonl", tmp_path / "settings.json"
+    whole = lines.read_text()
+    one, two = whole.splitlines(keepends=True)
+    for text, message in (
+        (one + two[:20] + "\n", ":2: expected a response as JSON: "),
+        (one + two.replace("false", '"yes"'), ":2: acc=yes: expected a number of 0 to 1"),
+        (one + two.replace('"acc": false, ', ""), ":2: acc=nan: expected a number of 0 to 1"),
+    ):
+        lines.write_text(text)
+        result = program("summarize_eval.py", tmp_path, "--only", "toy")
+        assert result.returncode == 1 and result.stderr.startswith(f"summarize_eval: {lines}{message}"), result.stderr
+    lines.write_text(whole)
+    settings.rename(tmp_path / "other.json")
+    result = program("summarize_eval.py", tmp_path, "--only", "toy")
+    assert result.returncode == 1 and result.stderr.startswith("summarize_eval: ") and str(settings) in result.stderr
+    assert not (tmp_path / "results.json").exists()
+
+
 @pytest.mark.parametrize(
     ("answers", "share"),
     [

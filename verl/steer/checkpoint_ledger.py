@@ -40,6 +40,7 @@ class CheckpointLedger:
         best_step: the step of the best checkpoint.
         best_value: the largest value of the metric so far.
         best_key: the name of the metric.
+        superseded_step: the step of a former best checkpoint that is to be deleted.
     """
 
     folder: Path
@@ -47,6 +48,7 @@ class CheckpointLedger:
     best_step: int | None = None
     best_value: float | None = None
     best_key: str | None = None
+    superseded_step: int | None = None
 
     @classmethod
     def open(cls, folder: Path) -> CheckpointLedger:
@@ -64,6 +66,7 @@ class CheckpointLedger:
             ledger.go_on_from(tracked)
         if ledger.saved_steps or (folder / TRACKER).exists():
             ledger._write()
+        ledger._delete_superseded()
         return ledger
 
     @classmethod
@@ -128,13 +131,19 @@ class CheckpointLedger:
     def saved_best(self, step: int, value: float, delete_old: bool) -> None:
         """Make the whole checkpoint `step` the best; `delete_old` deletes the previous best if it isn't the latest."""
         old, self.best_step, self.best_value = self.best_step, step, value
-        self._write()
         if delete_old and old in self.saved_steps[:-1]:
-            self._delete_steps([old])
+            self.superseded_step = old
+        self._write()
+        self._delete_superseded()
 
     def keep_latest(self, number: int) -> None:
         """Delete all recorded checkpoints but the latest `number` and the best one."""
         self._delete_steps(self.saved_steps[:-number])
+
+    def _delete_superseded(self) -> None:
+        step, self.superseded_step = self.superseded_step, None
+        if step in self.saved_steps[:-1]:
+            self._delete_steps([step])
 
     def _delete_steps(self, steps: list[int]) -> None:
         """Delete recorded checkpoints, never the best one."""
