@@ -27,8 +27,13 @@ if [ "${1:-}" = --only ]; then
   shift 2
 fi
 for word in "$@"; do
-  case $word in --only*) echo "eval.sh: $word: expected --only NAMES before the overrides" >&2; exit 1 ;; esac
+  case $word in
+    --only*) echo "eval.sh: $word: expected --only NAMES before the overrides" >&2; exit 1 ;;
+    -*) echo "eval.sh: $word: expected Hydra overrides, without flags" >&2; exit 1 ;;
+  esac
 done
+mkdir -p "$OUTPUT_DIR" 2>/dev/null && [ -w "$OUTPUT_DIR" ] ||
+  { echo "eval.sh: OUTPUT_DIR=$OUTPUT_DIR: expected a folder to write to" >&2; exit 1; }
 model=${MODEL_PATH:?eval.sh: MODEL_PATH: expected a Hugging Face folder, a hub id or a checkpoint (global_step_N)}
 
 # Of a checkpoint take the Hugging Face export, or merge its shards. Merge again if the shards have changed since, or a
@@ -42,7 +47,8 @@ if [ -d "$model/actor" ]; then
     model=$model/actor/huggingface
   else
     merged=$model/actor/merged
-    shards=$(cd "$model/actor" && stat --format='%n %s %y' model_world_size_*.pt)
+    shards=$(cd "$model/actor" && stat --format='%n %s %y' model_world_size_*.pt 2>/dev/null) ||
+      { echo "eval.sh: MODEL_PATH=$model: expected model_world_size_*.pt or an export in its actor" >&2; exit 1; }
     if [ "$(cat "$merged/shards" 2>/dev/null)" != "$shards" ]; then
       rm -rf "$merged"
       "$PYTHON" -m verl.model_merger merge --backend fsdp --local_dir "$model/actor" --target_dir "$merged"

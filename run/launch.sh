@@ -5,6 +5,7 @@
 #   MODEL_PATH  Hugging Face folder or hub id (Qwen/Qwen2.5-Math-7B)
 #   DATA_DIR    folder of the parquet files (data in the repository)
 #   OUTPUT_DIR  folder of checkpoints, logs and figures (outputs in the repository)
+#   TASK_DIR    folder of a laptop task (outputs/laptop_task or outputs/countdown_task, where the command is run)
 #   PYTHON      interpreter (the repository's .venv, else python3)
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -15,6 +16,8 @@ shift
 # Threads that wait by spinning would take the cores from other processes.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 export DATA_DIR=${DATA_DIR:-$root/data} OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs}
+mkdir -p "$OUTPUT_DIR" 2>/dev/null && [ -w "$OUTPUT_DIR" ] ||
+  { echo "launch.sh: OUTPUT_DIR=$OUTPUT_DIR: expected a folder to write to" >&2; exit 1; }
 if [ -z "${PYTHON:-}" ]; then
   PYTHON=${STEER_VENV:-$root/.venv}/bin/python
   [ -x "$PYTHON" ] || PYTHON=python3

@@ -5,7 +5,9 @@
 #   PYTHON     the interpreter to build on (python3), 3.10 to 3.12
 #   STEER_VENV the environment's folder (.venv in the repository)
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$root/run/help.sh"
+cd "$root"
 
 kind=${1:-cpu}
 case "$kind" in cpu | gpu) ;; *) echo "setup.sh: '$kind': expected cpu or gpu" >&2; exit 2 ;; esac

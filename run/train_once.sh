@@ -6,6 +6,7 @@
 # config.yaml (the resolved configuration), train.log and metrics.jsonl. Variables as in launch.sh.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+source "$root/run/help.sh"
 source "$root/run/quoted.sh"
 
 run=${1:?train_once.sh: expected a folder for the run}

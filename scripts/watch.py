@@ -84,7 +84,7 @@ def main() -> int:
         console.print(
             f"{args.title} failed with exit code {process.returncode}; the end of {args.log}:", style="bold red"
         )
-        console.print("\n".join(error_lines(args.log)), highlight=False)
+        console.print("\n".join(error_lines(args.log)), highlight=False, soft_wrap=True)
     return process.returncode
 
 

@@ -1123,8 +1123,14 @@ def run_main(config):
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_overrides_come_before_flags():
+    words = ["--config-name", "steer", "a.b=1", "--cfg", "job", "~c", "+d=[1,2]", "hardware=cpu", "--resolve"]
+    expected = ["a.b=1", "~c", "+d=[1,2]", "hardware=cpu", "--config-name", "steer", "--cfg", "job", "--resolve"]
+    assert entry_point.overrides_first(words) == expected
+
+
 def test_cfg_prints_the_resolved_configuration(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["main", "--config-name", "steer", "method=steer_exp", "--cfg", "job"])
+    monkeypatch.setattr(sys, "argv", ["main", "--config-name", "steer", "--cfg", "job", "method=steer_exp"])
     runpy.run_module("verl.steer.main", run_name="__main__", alter_sys=True)
     assert "loss_mode: entropy_control" in capsys.readouterr().out
 

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -592,9 +593,27 @@ def test_an_environment_is_not_made_over_one_of_another_kind(command, root, tmp_
     assert [file.name for file in tmp_path.iterdir()] == ["steer-stamp"]
 
 
+def test_a_folder_that_cannot_be_made_is_named(command, root, tmp_path):
+    (tmp_path / "file").touch()
+    folder = f"{tmp_path}/file/outputs"
+    for words in (("launch.sh", "grpo"), ("eval.sh", "--only", "aime24")):
+        found = command("bash", root / "run" / words[0], *words[1:], OUTPUT_DIR=folder, MODEL_PATH="m")
+        assert found.returncode == 1
+        assert found.stderr == f"{words[0]}: OUTPUT_DIR={folder}: expected a folder to write to\n"
+
+
+def test_the_pins_stay_where_new_ones_cannot_be_found(command, root, tmp_path):
+    shutil.copytree(root / "run", tmp_path / "run")
+    found = command("bash", tmp_path / "run/lock.sh", STEER_VENV=tmp_path / "none")
+    assert found.returncode != 0
+    assert (tmp_path / "run/constraints.txt").read_bytes() == (root / "run/constraints.txt").read_bytes()
+
+
 @pytest.mark.parametrize(
-    "launcher", ["compare.sh", "eval.sh", "launch.sh", "preflight.sh", "quickstart.sh", "study.sh", "two_nodes.sh"]
-)
+    "launcher",
+    ["compare.sh", "eval.sh", "launch.sh", "lock.sh", "preflight.sh", "quickstart.sh", "setup.sh", "study.sh",
+     "test.sh", "train_once.sh", "two_nodes.sh"],
+)  # fmt: skip
 def test_launchers_explain_themselves(command, root, launcher):
     result = command("bash", root / "run" / launcher, "--help", cwd="/", PYTHON="false")
     assert result.returncode == 0 and f"bash run/{launcher}" in result.stdout
@@ -927,8 +946,11 @@ def test_models_that_would_be_evaluated_wrongly_are_refused(evaluated, tmp_path)
     write_weights(exported / "actor/huggingface", '{"base_model.model.q_proj.base_layer.weight": {}}')
     merged = write_weights(tmp_path / "merged", "weights")
     (merged / "lora_adapter").mkdir()
+    empty = tmp_path / "empty/global_step_9"
+    (empty / "actor").mkdir(parents=True)
     for model, message in (
         (unfinished, f"eval.sh: MODEL_PATH={unfinished}: expected a whole checkpoint; this one was cut off"),
+        (empty, f"eval.sh: MODEL_PATH={empty}: expected model_world_size_*.pt or an export in its actor"),
         (exported, f"eval.sh: {exported}/actor/huggingface: expected a model without LoRA adapters"),
         (merged, f"eval.sh: {merged}: expected a model without LoRA adapters"),
     ):
@@ -939,6 +961,7 @@ def test_only_stands_before_the_overrides(evaluated, tmp_path):
     model = write_weights(tmp_path / "model", "weights")
     for words in (("--only", "second"), ("--only=second",)):
         assert evaluated(model, *words, fails=True).startswith(f"eval.sh: {words[0]}: expected --only NAMES before")
+    assert evaluated(model, "--cfg", "job", fails=True).startswith("eval.sh: --cfg: expected Hydra overrides, without")
 
 
 def test_an_evaluation_is_done_once_under_each_set_of_options(evaluated, tmp_path):

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import sys
+import warnings
+from collections.abc import Sequence
 
 import hydra
 import ray
@@ -32,6 +34,12 @@ class VerlConfigs(SearchPathPlugin):
 
 
 Plugins.instance().register(VerlConfigs)
+
+
+def overrides_first(words: Sequence[str]) -> list[str]:
+    """The command line with its overrides before its flags: Hydra refuses `--cfg job hardware=cpu`."""
+    overrides = [word for word in words if not word.startswith("-") and ("=" in word or word.startswith("~"))]
+    return overrides + [word for word in words if word not in overrides]
 
 
 @hydra.main(config_path="../trainer/config", config_name="steer", version_base=None)
@@ -69,4 +77,7 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    # verl warns at each of its checks that estimators other than `gae` have no critic.
+    warnings.filterwarnings("ignore", message="Disabled critic as")
+    sys.argv[1:] = overrides_first(sys.argv[1:])
     main()
