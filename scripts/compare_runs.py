@@ -96,12 +96,16 @@ def _compared(methods: dict[str, list[Run]], asked: list[str] | None) -> list[st
     return [name for name in headings if name in wanted]
 
 
+def _p_value(p: float) -> str:
+    return "< 0.001" if p < 0.0005 else _cell("{:.3f}", p)
+
+
 def paired_table(methods: dict[str, list[Run]], baseline: str, wanted: list[str]) -> Table:
     """A row per method and figure: its difference from the baseline's, seed by seed."""
     numbers = ("seeds", "difference", "effect size", "p", "p, Holm")
     result = _empty_table(f"differences from {baseline}, paired by seed", ("figure",), numbers)
     for (name, figure), found in differences(methods, baseline, wanted).items():
-        cells = (_cell("{:+.1f}", found.effect), _cell("{:.3f}", found.p), _cell("{:.3f}", found.p_holm))
+        cells = (_cell("{:+.1f}", found.effect), _p_value(found.p), _p_value(found.p_holm))
         result.add_row(name, figure, str(len(found.values)), mean_and_interval(found.values, 3), *cells)
     return result
 

@@ -229,6 +229,7 @@ TABLE = [
     ("0.0000003", r"\frac{1}{3000000}", False, False),
     ("0", "0.0000003", False, False),
     ("0.0000003", "0", False, False),
+    ("0", r"\sqrt{2}\sqrt{3}-\sqrt{6}", False, True),
     # Ratios and times
     ("3:2:1", "3:2", False, False),
     ("1:2:3", "1:3:2", False, False),

@@ -14,6 +14,7 @@ from verl.steer.loss import loss_inputs, ppo_loss
 from verl.steer.methods.registry import POLICY_LOSSES, clips_as_ppo
 from verl.trainer.ppo.core_algos import (
     BASE_LOSSES,
+    ENTROPY_CONTROL_MODES,
     POLICY_LOSS_REGISTRY,
     ClipRatios,
     EntropyChangeRange,
@@ -174,12 +175,13 @@ def test_metrics_by_hand():
     assert metrics["actor/token_weights_mean"] == pytest.approx(weights.sum().item() / 4)
 
 
-def test_estimates_of_tokens_that_are_not_valid_are_not_logged():
-    """A * 0.5 * (ln 0.5 + ln 2 + 1) of the valid tokens is 0.05 and 0.1, of the other one 5."""
+@pytest.mark.parametrize("mode", ENTROPY_CONTROL_MODES)
+def test_estimates_of_tokens_that_are_not_valid_are_not_logged(mode):
+    """A * 0.5 * (ln 0.5 + ln 2 + 1) of the valid tokens is 0.05 and 0.1, of the other one 5; signs are not logged."""
     log_prob = torch.tensor([[0.5, 0.5, 0.5]]).log()
     advantages, entropys = torch.tensor([[0.1, 0.2, 10.0]]), torch.full((1, 3), math.log(2) + 1)
     batch = (advantages, entropys, log_prob, log_prob, torch.tensor([[1, 1, 0]]))
-    _, metrics = steer_loss(batch, actor_config())
+    _, metrics = steer_loss(batch, actor_config(entropy_control_mode=mode))
     assert float(metrics["actor/entropy_change_mean"]) == pytest.approx(0.075)
     assert float(metrics["actor/entropy_change_max"]) == pytest.approx(0.1)
 

@@ -37,7 +37,7 @@ _CONSTANT = re.compile(
 )
 _NUMBER = re.compile(r"-?\d*(?:\.(\d+))?(?: *\\(?:times|cdot) *10\^\{?(-?\d+)\}?)?")
 _SMALL = 1e-2  # math-verify takes decimals for equal that differ by less than half a millionth
-_ZERO = 1e-60  # beyond the exponents that an answer has
+_ZERO = 1e-60  # math-verify tells zero from other numbers
 _CLOSE = 2e-6  # how far the ratio of equal decimals may be from 1
 
 _HARMLESS_OS_EVENTS = {"os.listdir", "os.scandir", "os.walk"}
@@ -124,11 +124,8 @@ def _differ_though_small(left: Any, right: Any) -> bool:
     """
     if not all(isinstance(value, Expr) and value.is_comparable for value in (left, right)):
         return False
-    if abs(left) >= _SMALL:
+    if abs(left) >= _SMALL or any(abs(value.evalf()) < _ZERO for value in (left, right)):
         return False
-    zeros = [abs(value.evalf()) < _ZERO for value in (left, right)]
-    if any(zeros):
-        return not all(zeros)
     ratio = left / right
     if ratio.has(Float):
         return bool(abs(ratio.evalf() - 1) > _CLOSE)
