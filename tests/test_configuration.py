@@ -610,6 +610,7 @@ def test_runs_that_cannot_work_are_refused(overrides, message):
         [f"{ACTOR}.clip_ratio_c=0.5", f"{POLICY_LOSS}.loss_mode=cispo"],
         [f"{ACTOR}.clip_ratio_c=1", f"{POLICY_LOSS}.base_loss=dppo_kl"],
         [f"{ACTOR}.clip_ratio_c=inf", f"{ACTOR}.clip_ratio_high=inf", f"{ACTOR}.clip_ratio_low=null"],
+        [f"{POLICY_LOSS}.entropy_control_mode=asymmetric", f"{POLICY_LOSS}.token_weight_max=1.5"],
         [f"{MODEL}.lora_adapter_path=hdfs://cluster/adapter", f"{MODEL}.lora_rank=8"],  # verl fetches it
     ],
 )

@@ -25,7 +25,7 @@ from verl.steer.engine.normalizer import (
     old_policy_range,
 )
 from verl.steer.loss import ppo_loss
-from verl.trainer.ppo.core_algos import EntropyChangeRange, estimate_entropy_change
+from verl.trainer.ppo.core_algos import EntropyChangeRange, estimate_entropy_change, signed_entropy_change
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
@@ -169,6 +169,9 @@ def test_the_range_is_that_of_the_estimate_at_the_old_policy(one_rank):
     change = change[flat["response_mask"] == 1].sort().values
     expected = (change[0], change[-1], change[int(0.8 * (len(change) - 1))])
     assert old_policy_range(data, options, None) == pytest.approx(tuple(map(float, expected)))
+    signed = signed_entropy_change(loss_inputs(*(flat[name] for name in columns)))[flat["response_mask"] == 1]
+    found = old_policy_range(data, actor_config(entropy_control_mode="asymmetric").policy_loss, None)
+    assert found[:2] == pytest.approx((float(-signed.max()), float(-signed.min()))) and found[0] < 0 < found[1]
 
 
 def test_a_mini_batch_without_valid_tokens_has_no_range_of_its_own(one_rank):

@@ -103,7 +103,6 @@ _SCIENTIFIC = re.compile(
     r"^((?:[a-zA-Z] ?= ?)?[-+]?(?:\d+(?:\.\d*)?|\.\d+))[eE]([-+]?\d{1,3})(?=$| ?\\(?:[ ,]|text|mathrm)| [a-zA-Z]{2})"
 )
 
-TEX_SPACES = {r"\,", r"\;", r"\:", r"\>", r"\!", "\\ "}
 _BRACES = re.compile(r"(?P<box>\\{1,2}(?:boxed|fbox)\s*\{)|\\.|[{}]", re.DOTALL)
 _WORDS_AROUND_BOX = re.compile(r"(?:[a-zA-Z\s{}.:$]|\\(?:text(?:bf|it|rm)?(?![a-zA-Z])|[\[\]()]))*")
 
@@ -150,12 +149,10 @@ def _apply(rules: list[Rule], text: str) -> str:
 def _without_end(text: str) -> str:
     """The text without final punctuation and spaces, those of TeX included."""
     while text:
-        if text[-2:] in TEX_SPACES:
-            text = text[:-2]
-        elif text[-1] in " .,;:" or text.endswith("\\") and not text.endswith("\\\\"):  # `\ ` whose space is gone
-            text = text[:-1]
-        else:
+        # The backslash of a space such as `\,` whose second character is gone, but not a line's end.
+        if text[-1] not in " .,;:" and (not text.endswith("\\") or text.endswith("\\\\")):
             break
+        text = text[:-1]
     return text
 
 

@@ -72,8 +72,7 @@ def _with_cases_apart(*texts: str) -> list[str]:
     capitals = sorted(symbol for symbol in symbols & _CAPITALS if symbol.lower() in symbols)
     free = (name for name in _NAMES if not {name, name.upper()} & symbols)
     names = dict(zip(capitals, free, strict=False))
-    # A space ends a command before the name.
-    return [_SYMBOL.sub(lambda found: f" {names[found[0]]}" if found[0] in names else found[0], text) for text in texts]
+    return [_SYMBOL.sub(lambda found: names.get(found[0], found[0]), text) for text in texts]
 
 
 def _depth(text: str) -> int:
