@@ -177,9 +177,9 @@ def test_metrics_by_hand():
 
 @pytest.mark.parametrize("mode", ENTROPY_CONTROL_MODES)
 def test_estimates_of_tokens_that_are_not_valid_are_not_logged(mode):
-    """A * 0.5 * (ln 0.5 + ln 2 + 1) of the valid tokens is 0.05 and 0.1, of the other one 5; signs are not logged."""
+    """A * 0.5 * (ln 0.5 + ln 2 + 1) of the valid tokens is 0.05 and -0.1, of the other one 5; sizes are logged."""
     log_prob = torch.tensor([[0.5, 0.5, 0.5]]).log()
-    advantages, entropys = torch.tensor([[0.1, 0.2, 10.0]]), torch.full((1, 3), math.log(2) + 1)
+    advantages, entropys = torch.tensor([[0.1, -0.2, 10.0]]), torch.full((1, 3), math.log(2) + 1)
     batch = (advantages, entropys, log_prob, log_prob, torch.tensor([[1, 1, 0]]))
     _, metrics = steer_loss(batch, actor_config(entropy_control_mode=mode))
     assert float(metrics["actor/entropy_change_mean"]) == pytest.approx(0.075)
