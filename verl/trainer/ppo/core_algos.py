@@ -214,8 +214,8 @@ def signed_entropy_change(inputs: LossInputs, estimator: str = "released", clip:
     # Compute 1 - prob by expm1: float32 has no number between 1 - 6e-8 and 1.
     minus_other_prob = torch.expm1(log_prob).clamp_(PROBABILITY_MARGIN - 1, -PROBABILITY_MARGIN)
     old_prob = inputs.old_log_prob.float().exp().clamp_(PROBABILITY_MARGIN, 1.0)
-    log_ratio_to_mean = log_prob.clamp_min(LOG_PROBABILITY_MARGIN).add_(entropys)  # H is the mean of -ln prob
-    change = (inputs.advantages.float() / old_prob).mul_(prob).mul_(minus_other_prob).mul_(log_ratio_to_mean)
+    log_prob_above_mean = log_prob.clamp_min(LOG_PROBABILITY_MARGIN).add_(entropys)  # the mean of ln prob is -H
+    change = (inputs.advantages.float() / old_prob).mul_(prob).mul_(minus_other_prob).mul_(log_prob_above_mean)
     if estimator == "squared":
         change.mul_(minus_other_prob.neg_())
     if estimator == "clip_aware":
