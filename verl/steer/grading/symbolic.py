@@ -37,6 +37,7 @@ _PERCENTAGE = re.compile(r"\A([^,%]+?) *\\?%\Z")
 _SYMBOL = re.compile(r"\\[a-zA-Z]+|[a-zA-Z]")
 _GREEK = "Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega".split()
 _CAPITALS = {*ascii_uppercase, *(f"\\{name}" for name in _GREEK)}
+_CHOICE = re.compile(r"(?:\\(?:text|textbf|mathrm)\{)?\(?[a-zA-Z]\)?\}?")
 _NAMES = "abcfghjklmnopqrstuvwxyz"  # not d, e and i, which may be more than names
 _UNFIT = re.compile(
     rf"""
@@ -67,7 +68,12 @@ def _may_be_equal(truth: str, answer: str) -> bool:
 
 
 def _with_cases_apart(*texts: str) -> list[str]:
-    """The texts with other names for capitals whose small letter occurs too: math-verify reads both as one symbol."""
+    """The texts with other names for capitals whose small letter occurs too: math-verify reads both as one symbol.
+
+    So they stay where each text is a single letter, as the answer to a question with choices is.
+    """
+    if all(_CHOICE.fullmatch(text) for text in texts):
+        return list(texts)
     symbols = {symbol for text in texts for symbol in _SYMBOL.findall(text)}
     capitals = sorted(symbol for symbol in symbols & _CAPITALS if symbol.lower() in symbols)
     free = (name for name in _NAMES if not {name, name.upper()} & symbols)
