@@ -256,6 +256,10 @@ TARGET = INFLUENCE | {"token_weight_map": "target"}
             "policy_loss.token_weight_max=1.1: expected at most 1 in the exponential map",
         ),
         (
+            {"entropy_control_mode": "asymmetric", "token_weight_normalizer": "winsorised"},
+            "policy_loss.token_weight_normalizer='winsorised': expected another with entropy_control_mode=asymmetric",
+        ),
+        (
             {"entropy_control_mode": "signed"},
             "policy_loss.entropy_control_mode='signed': expected one of symmetric, asymmetric",
         ),
@@ -1128,6 +1132,8 @@ def test_overrides_come_before_flags():
     words = ["--config-name", "steer", "a.b=1", "--cfg", "job", "~c", "+d=[1,2]", "hardware=cpu", "--resolve"]
     expected = ["a.b=1", "~c", "+d=[1,2]", "hardware=cpu", "--config-name", "steer", "--cfg", "job", "--resolve"]
     assert entry_point.overrides_first(words) == expected
+    words = ["--config-dir", "/d/lr=1", "a=1"]
+    assert entry_point.overrides_first(words) == ["a=1", "--config-dir", "/d/lr=1"]
 
 
 def test_cfg_prints_the_resolved_configuration(monkeypatch, capsys):

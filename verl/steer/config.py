@@ -49,7 +49,7 @@ class SteerOptions:
         token_weight_min: weight of the token with the largest estimated entropy change; by default 0.8, and 0 in the
             maps `target` and `band`.
         token_weight_max: largest weight: by default 1.2 in the linear map, 2 in `target` and `band`, and 1.0, which is
-            its maximum, in the others.
+            its maximum, in the others (but the exponential one with `asymmetric`).
         linear: the linear map from estimate to weight, else the exponential one.
         token_weight_map: one of core_algos.TOKEN_WEIGHT_MAPS or CONTROL_MAPS; by default as `linear` says.
         token_weight_quantile: the threshold map reduces the weight of tokens whose estimate exceeds this quantile, by
@@ -153,6 +153,11 @@ class PolicyLossConfig(
                 "reads no more than the order of the estimates"
             )
         quantile, normalizer = self.token_weight_quantile, self.token_weight_normalizer
+        if normalizer == "winsorised" and self.entropy_control_mode == "asymmetric":
+            raise ValueError(
+                "policy_loss.token_weight_normalizer='winsorised': expected another with "
+                "entropy_control_mode=asymmetric, whose range has large estimates at both ends"
+            )
         if mapping == "threshold" and quantile == 1 and normalizer in core_algos.MICRO_BATCH_NORMALIZERS:
             raise ValueError(
                 f"policy_loss.token_weight_quantile={quantile}: expected a number of at least 0 and below 1 in the "

@@ -36,10 +36,17 @@ class VerlConfigs(SearchPathPlugin):
 Plugins.instance().register(VerlConfigs)
 
 
+#: Hydra's flags whose value is a word of its own.
+VALUED = frozenset("--config-dir -cd --config-path -cp --config-name -cn --package -p --cfg -c".split())
+
+
 def overrides_first(words: Sequence[str]) -> list[str]:
     """The command line with its overrides before its flags: Hydra refuses `--cfg job hardware=cpu`."""
-    overrides = [word for word in words if not word.startswith("-") and ("=" in word or word.startswith("~"))]
-    return overrides + [word for word in words if word not in overrides]
+    parts: tuple[list[str], list[str]] = [], []
+    for before, word in zip(["", *words], words, strict=False):
+        is_flag = before in VALUED or word.startswith("-") or not ("=" in word or word.startswith("~"))
+        parts[is_flag].append(word)
+    return parts[0] + parts[1]
 
 
 @hydra.main(config_path="../trainer/config", config_name="steer", version_base=None)

@@ -30,8 +30,8 @@ _UNIT_WORDS = (
     r"|minutes?|mins?|hours?|hrs?|days?|weeks?|months?|years?|milligrams?|kilograms?|grams?|mg|kg|pounds?|lbs?|ounces?"
     r"|oz|lit(?:er|re)s?|milliliters?|ml|gallons?|dollars?|cents?|euros?|percent|people|students?|points?|ways?|times"
 )
-# These multiply the quantity before them.
-MAGNITUDES = r"(?i:\b(?:(?:hundred|thousand|million|billion|trillion|dozen)(?:ths?|s)?|tenths?|mn|bn)\b)"
+# These multiply the quantity before them, but not in `5.4 to the nearest tenth`.
+MAGNITUDES = r"(?i:\b(?<!nearest )(?:(?:hundred|thousand|million|billion|trillion|dozen)(?:ths?|s)?|tenths?)\b)"
 _TOKEN = r"(\\[a-zA-Z]+|[^{}\\])"
 
 # A space has no meaning beside anything but a digit, nor after a digit that is the whole argument of a command.

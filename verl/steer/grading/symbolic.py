@@ -34,7 +34,8 @@ _SERVER = Path(__file__).with_name("symbolic_server.py")
 _INTEGER = re.compile(r"-?\d+")
 _PERCENTAGE = re.compile(r"\A([^,%]+?) *\\?%\Z")
 # Text that math-verify misreads, or that takes it too long.
-_SYMBOL = re.compile(r"\\[a-zA-Z]+|[a-zA-Z]")
+# A symbol, or what contains no symbols.
+_SYMBOL = re.compile(r"\\(?:mathbb|begin|end|text|mbox|hbox|textrm|operatorname)\{[^{}]*\}|\\[a-zA-Z]+|[a-zA-Z]")
 _GREEK = "Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega".split()
 _CAPITALS = {*ascii_uppercase, *(f"\\{name}" for name in _GREEK)}
 _CHOICE = re.compile(r"(?:\\(?:text|textbf|mathrm)\{)?\(?[a-zA-Z]\)?\}?")
@@ -47,10 +48,10 @@ _UNFIT = re.compile(
     | (?<![\^_])(?<!frac)(?<!frac\ )(?<!binom)(?<!binom\ )\d\ +\d  # `1 2`: read as 1 + 2, except in `\frac 1 2`
     | \d{{101}}  # a number of more than 100 digits
     | {MAGNITUDES}  # `5 \text{{ million}}`: read as 5
-    # `5 \text{{ h }} 30 \text{{ min}}` and `5 \text{{ if }} n>2` are read as 5, which `5 \text{{ m}}^2` is
-    | \d[\ )}}]*\\(?:text|mbox|hbox|textrm|mathrm)\{{(?!\ *(?:and|or)\ *\}})[^{{}}]*\}}
-      (?!\ *\^\ *\{{?[23]\}}?\D*\Z).*\d
-    | :.*: | \d:\d\d(?!\d)  # ratios of three terms, and times: read as divisions
+    # `5 \text{{ h }} 30 \text{{ min}}` and `5 \text{{ if }} n>2` are read as 5
+    | \d[\ )}}]*\\(?:text|mbox|hbox|textrm|mathrm)\{{(?!\ *(?:and|or)\ *\}})[^{{}}]*\}}(?:[\ ,~]|\\[,;:\ ])*\d
+    | \\text\{{[^{{}}]*\b(?:if|otherwise)\b
+    | :.*:  # ratios of three terms: read as divisions
     | boxed | fbox | \\\Z  # a box without braces, or a backslash at the end: only a part of the text is read
     | __  # not mathematics, but common in Python code
     """,

@@ -38,7 +38,7 @@ _CONSTANT = re.compile(
 _NUMBER = re.compile(r"-?\d*(?:\.(\d+))?(?: *\\(?:times|cdot) *10\^\{?(-?\d+)\}?)?")
 _SMALL = 1e-2  # math-verify takes decimals for equal that differ by less than half a millionth
 _ZERO = 1e-60  # math-verify tells zero from other numbers
-_CLOSE = 2e-6  # how far the ratio of equal decimals may be from 1
+_CLOSE = 2e-4  # how far the ratio of equal decimals may be from 1: at least four digits agree
 
 _HARMLESS_OS_EVENTS = {"os.listdir", "os.scandir", "os.walk"}
 _REFUSED_PREFIXES = ("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "pty.", "fcntl.", "signal.pthread_kill")
