@@ -239,6 +239,8 @@ TABLE = [
     ("3:2:1", "3:2", False, False),
     ("1:2:3", "1:3:2", False, False),
     ("1:2:3", "1 : 2 : 3", True, True),
+    ("1:2:3", "a:b:c = 1:2:3", True, True),
+    ("5:12", "x:y=5:12", True, True),
     ("1:1:1", "1", False, False),
     ("3:2", r"\frac{3}{2}", False, True),
     (r"\frac{16}{27}", "16:27", False, True),

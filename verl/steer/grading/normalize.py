@@ -85,6 +85,7 @@ _NORMALIZING: list[Rule] = [
 ]
 
 _CLEANING: list[Rule] = [
+    (r"^[a-zA-Z](?: ?: ?[a-zA-Z])+ ?= ?", ""),  # the names of a ratio
     (r"\\\\\[ *-?[\d.]+ *(?:pt|ex|em|mm|cm)\]", r"\\\\"),  # space between the rows of a matrix
     (r"(?<!\\)\$|(?<!\\)\\[()\[\]]", ""),  # math delimiters
     (r"\\(?:mathrm|operatorname|text|rm)\{ *([ie]) *\}", r"\1"),
