@@ -12,14 +12,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/run/help.sh"
 source "$root/run/quoted.sh"
-export DATA_DIR=${DATA_DIR:-$root/data} OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs}
-if [ -z "${PYTHON:-}" ]; then
-  PYTHON=${STEER_VENV:-$root/.venv}/bin/python
-  [ -x "$PYTHON" ] || PYTHON=python3
-fi
-export PYTHON
-"$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("verl_steer") is None)' ||
-  { echo "eval.sh: $PYTHON has no verl_steer: run \`bash run/setup.sh\` or set PYTHON" >&2; exit 1; }
+source "$root/run/environment.sh"
 
 benchmarks=aime24,aime25,amc23,math500,minerva_math,olympiadbench,gsm8k_test,omni
 if [ "${1:-}" = --only ]; then
@@ -32,8 +25,6 @@ for word in "$@"; do
     -*) echo "eval.sh: $word: expected Hydra overrides, without flags" >&2; exit 1 ;;
   esac
 done
-mkdir -p "$OUTPUT_DIR" 2>/dev/null && [ -w "$OUTPUT_DIR" ] ||
-  { echo "eval.sh: OUTPUT_DIR=$OUTPUT_DIR: expected a folder to write to" >&2; exit 1; }
 model=${MODEL_PATH:?eval.sh: MODEL_PATH: expected a Hugging Face folder, a hub id or a checkpoint (global_step_N)}
 
 # Of a checkpoint take the Hugging Face export, or merge its shards. Merge again if the shards have changed since, or a

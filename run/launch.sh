@@ -15,16 +15,7 @@ name=${1:?launch.sh: expected the name of a method or configuration, such as ste
 shift
 # Threads that wait by spinning would take the cores from other processes.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
-export DATA_DIR=${DATA_DIR:-$root/data} OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs}
-mkdir -p "$OUTPUT_DIR" 2>/dev/null && [ -w "$OUTPUT_DIR" ] ||
-  { echo "launch.sh: OUTPUT_DIR=$OUTPUT_DIR: expected a folder to write to" >&2; exit 1; }
-if [ -z "${PYTHON:-}" ]; then
-  PYTHON=${STEER_VENV:-$root/.venv}/bin/python
-  [ -x "$PYTHON" ] || PYTHON=python3
-fi
-
-"$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("verl_steer") is None)' ||
-  { echo "launch.sh: $PYTHON has no verl_steer: run \`bash run/setup.sh\` or set PYTHON" >&2; exit 1; }
+source "$root/run/environment.sh"
 "$PYTHON" -m verl_steer --check
 if [ -f "$root/verl/trainer/config/method/$name.yaml" ]; then
   exec "$PYTHON" -m verl.steer.main --config-name steer method="$name" "$@"

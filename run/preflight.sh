@@ -13,13 +13,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/run/help.sh"
 source "$root/run/quoted.sh"
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # as launch.sh explains
-export DATA_DIR=${DATA_DIR:-$root/data} OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs}
-if [ -z "${PYTHON:-}" ]; then
-  PYTHON=${STEER_VENV:-$root/.venv}/bin/python
-  [ -x "$PYTHON" ] || PYTHON=python3
-fi
-"$PYTHON" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("verl_steer") is None)' ||
-  { echo "preflight.sh: $PYTHON has no verl_steer: run \`bash run/setup.sh\` or set PYTHON" >&2; exit 1; }
+source "$root/run/environment.sh"
 "$PYTHON" -m verl_steer --check
 
 overrides=()

@@ -14,12 +14,8 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/run/help.sh"
-export OUTPUT_DIR=$(realpath -m "${OUTPUT_DIR:-$root/outputs/two_nodes}")
-if [ -z "${PYTHON:-}" ]; then
-  PYTHON=${STEER_VENV:-$root/.venv}/bin/python
-  [ -x "$PYTHON" ] || PYTHON=python3
-fi
-export PYTHON
+OUTPUT_DIR=$(realpath -m "${OUTPUT_DIR:-$root/outputs/two_nodes}")
+source "$root/run/environment.sh"
 if [ -z "${TWO_NODES_INSIDE:-}" ]; then
   for program in unshare nsenter ip pgrep; do
     command -v "$program" >/dev/null || { echo "two_nodes.sh: expected the program $program" >&2; exit 1; }

@@ -596,10 +596,17 @@ def test_an_environment_is_not_made_over_one_of_another_kind(command, root, tmp_
 def test_a_folder_that_cannot_be_made_is_named(command, root, tmp_path):
     (tmp_path / "file").touch()
     folder = f"{tmp_path}/file/outputs"
-    for words in (("launch.sh", "grpo"), ("eval.sh", "--only", "aime24")):
+    for words in (("launch.sh", "grpo"), ("eval.sh", "--only", "aime24"), ("preflight.sh",)):
         found = command("bash", root / "run" / words[0], *words[1:], OUTPUT_DIR=folder, MODEL_PATH="m")
         assert found.returncode == 1
         assert found.stderr == f"{words[0]}: OUTPUT_DIR={folder}: expected a folder to write to\n"
+
+
+@pytest.mark.parametrize("words", [("launch.sh", "grpo"), ("eval.sh",), ("preflight.sh",), ("two_nodes.sh",)])
+def test_an_interpreter_without_this_package_is_named(command, root, tmp_path, words):
+    found = command("bash", root / "run" / words[0], *words[1:], OUTPUT_DIR=tmp_path, PYTHON="false")
+    assert found.returncode == 1
+    assert found.stderr == f"{words[0]}: false has no verl_steer: run `bash run/setup.sh` or set PYTHON\n"
 
 
 def test_the_pins_stay_where_new_ones_cannot_be_found(command, root, tmp_path):
