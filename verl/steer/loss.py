@@ -92,28 +92,23 @@ def ppo_loss(
         The loss, a scalar with gradient, and metrics. Those whose names end in `_min` and `_max` are reduced over
         micro-batches and ranks by minimum and maximum.
     """
-    with_token_metrics = tu.get_non_tensor_data(data, "token_metrics", False)
     if tu.get_non_tensor_data(data, "skip_old_log_prob", False):
         log_prob = no_padding_2_padding(model_output["log_probs"].detach(), data)
         data["old_log_probs"] = response_to_nested(log_prob, data["response_mask"])
-    if config.policy_loss.loss_mode not in POLICY_LOSSES:
-        outputs = LossOutputs(*verl_ppo_loss(config, model_output, data, dp_group))
-        if not with_token_metrics:
-            return outputs.loss, outputs.metrics
-        inputs = loss_inputs(model_output, data)
-    else:
-        inputs = loss_inputs(model_output, data)
-        outputs = _policy_loss(config, inputs, data)
+    if config.policy_loss.loss_mode in POLICY_LOSSES:
+        outputs = _policy_loss(config, loss_inputs(model_output, data), data)
         if outputs.token_weights is not None and tu.get_non_tensor_data(data, "return_model_output", False):
             model_output["token_weights"] = response_to_nested(outputs.token_weights, data["response_mask"])
-    if outputs.entropy_change is not None or with_token_metrics:
-        found = on_host(_token_metrics(config, inputs, outputs), outputs.loss.device)
+        return outputs.loss, outputs.metrics
+    outputs = LossOutputs(*verl_ppo_loss(config, model_output, data, dp_group))
+    if tu.get_non_tensor_data(data, "token_metrics", False):
+        found = on_host(_token_metrics(config, loss_inputs(model_output, data), outputs), outputs.loss.device)
         outputs.metrics |= Metric.from_dict(found, AggregationType.MEAN)
     return outputs.loss, outputs.metrics
 
 
 def _policy_loss(config: ActorConfig, inputs: LossInputs, data: TensorDict) -> LossOutputs:
-    """A policy loss of this fork with verl's entropy bonus and KL loss; all metrics become `Metric`."""
+    """A policy loss of this fork with verl's entropy bonus and KL loss, and the tokens' metrics; all become `Metric`."""
     sizes = {name: data[name] for name in ("batch_num_tokens", "global_batch_size")}
     sizes["loss_scale_factor"] = config.loss_scale_factor
     config.global_batch_info.update(sizes, dp_size=data["dp_size"])
@@ -134,6 +129,8 @@ def _policy_loss(config: ActorConfig, inputs: LossInputs, data: TensorDict) -> L
         kl = kl_penalty(inputs.log_prob.float(), reference.float(), config.kl_loss_type)
         kl_loss = losses["kl_loss"] = aggregate(kl if outputs.kl_weights is None else kl * outputs.kl_weights)
         outputs.loss = outputs.loss + config.kl_loss_coef * kl_loss
+    if outputs.entropy_change is not None or tu.get_non_tensor_data(data, "token_metrics", False):
+        outputs.metrics |= _token_metrics(config, inputs, outputs)
     kinds = {name: name[-3:] if name.endswith(("_min", "_max")) else "mean" for name in outputs.metrics}
     found = on_host(outputs.metrics | losses, outputs.loss.device)
     outputs.metrics = {name: Metric(kinds.get(name, aggregation), value) for name, value in found.items()}
