@@ -8,7 +8,9 @@
 #   PARTS       collapse     on the countdown task: GRPO and an entropy bonus, the criteria of docs/task_choice.md
 #               field        on the countdown task: the methods of docs/interventions.md, STEER and the control
 #               sweep        field's methods with half and twice the learning rate and, where they have one, with a
-#                            lower and a higher coefficient; for a seed that no table uses, such as SEEDS=1
+#                            lower and a higher coefficient; alone, with a seed of its own, such as SEEDS=47. Writes
+#                            the setting of each method with the greatest pass@8 to OUTPUT_DIR/chosen.txt
+#               chosen       the runs that OUTPUT_DIR/chosen.txt names
 #               sign         weights by the size of the estimate `exact`, by its sign with a strength that stays the
 #                            same, and OPEFO, which adapts it
 #               classes      GTPO and GRPO-S with rewards of right and wrong answers standardised apart, and together
@@ -41,7 +43,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/run/help.sh"
 
 # NAME of field: the key of its coefficient, a lower value and a higher one: half and twice its own, or less far where
-# it has bounds; half and twice its distance from 1 for lambda_min, and 0.05 less and more for entropies to keep.
+# it has bounds; half and twice its distance from 1 for lambda_min, 0.05 less and more for entropies to keep, and the
+# other published values of CE-GPPO.
 coefficient() {
   local actor=actor_rollout_ref.actor loss=actor_rollout_ref.actor.policy_loss
   case $1 in
@@ -57,7 +60,7 @@ coefficient() {
     kl_cov) echo $loss.ppo_kl_coef 0.5 2.0 ;;
     clip_b) echo algorithm.clip_b_mu 1.25 5.0 ;;
     clip_v) echo $loss.clip_v_mu 4.25 17.0 ;;
-    ce_gppo) echo $loss.ce_gppo_beta1 0.375 1.0 ;;
+    ce_gppo) echo $loss.ce_gppo_beta1 0.5 1.0 ;;
     bapo) echo $loss.bapo_share 0.4 0.6 ;;
     archer) echo $loss.archer_clip_reasoning 0.25 0.9 ;;
     dynamic_clip) echo $loss.dynamic_clip_high 0.1 0.4 ;;
@@ -90,6 +93,8 @@ members() {
       countdown_{bonus_0.01,clip_cov,kl_cov,clip_b,clip_v,opefo,ce_gppo,bapo,archer,dynamic_clip,high_entropy_tokens} \
       countdown_{quadrant,entropy_shaped_advantage,positive_advantage,psr,nsr,w_reinforce,unlikeliness,gtpo,grpo_s} ;;
     sweep) swept ;;
+    chosen) cat "$OUTPUT_DIR/chosen.txt" 2>/dev/null ||
+      { echo "study.sh: PARTS=chosen: no $OUTPUT_DIR/chosen.txt; expected that PARTS=sweep has ended" >&2; return 1; } ;;
     sign) echo countdown_{grpo,steer_rank_exact,opefo_0.05,opefo_0.09,opefo} ;;
     classes) echo countdown_{grpo,{gtpo,grpo_s}{,_together}} ;;
     trainability) echo {countdown,second}_{grpo,steer_exp,unlikeliness,opefo,pi_exact,influence_0.2} ;;
@@ -110,7 +115,7 @@ members() {
     prediction) echo prediction_{1e-6,5e-6,2e-5,1e-4,5e-4} single_tokens ;;
     control) echo grpo_1e-4 influence_{0.35,0.27,0.2,steps} {pi_released,pi_exact,adaptive}_0.27 ;;
     control_others) echo {pi_released,pi_exact,adaptive}_{0.35,0.2} ;;
-    *) echo "study.sh: PARTS names $1; expected collapse, field, sweep, sign, classes, trainability, continued," \
+    *) echo "study.sh: PARTS names $1; expected collapse, field, sweep, chosen, sign, classes, trainability, continued," \
       "stable, learned_reward, fidelity, methods, lambda_min, extreme, quadrants, maps, normalizers, lora (these six" \
       "also as countdown_lambda_min and so on), prediction, control or control_others" >&2; return 1 ;;
   esac
@@ -133,6 +138,7 @@ definition() {
     countdown_*_coefficient*)
       read -r key _ <<<"$(coefficient "$(sed -E 's/^countdown_(.*)_coefficient.*/\1/' <<<"$1")")"
       echo "$(definition "${1%_coefficient*}" | sed "s/ $key=[^ ]*//") $key=${1##*_coefficient}" ;;
+    countdown_clip_cov) echo clip_cov ;;
     countdown_bonus_*) echo "entropy_bonus $actor.entropy_coeff=${1##*_}" ;;
     countdown_*_together) echo "$(definition "${1%_together}") algorithm.entropy_reward_by_class=false" ;;
     countdown_influence_band) echo influence_band ;;
@@ -150,6 +156,7 @@ definition() {
     second_* | continued_*) after grpo "${1#*_}" ;;
     stable_*) after "${1#stable_}" grpo ;;
     grpo_symmetric | steer_exp | steer_exp_extreme) echo "$1${audit:+ $audit}" ;;
+    clip_cov) echo "$1 $actor.clip_ratio_low=0.2 $actor.clip_ratio_high=0.28" ;; # those of the part's other methods
     entropy_bonus) echo "$1 $actor.entropy_coeff=0.01" ;;
     grpo_extreme) echo "grpo $actor.clip_ratio_low=0.99 $actor.clip_ratio_high=5.0" ;;
     steer_exp_0.*) echo "steer_exp $loss.token_weight_min=${1#steer_exp_}" ;;
@@ -179,6 +186,10 @@ if [ "${1:-}" = --list ]; then
   exit 0
 fi
 
+if [[ " $parts " = *" sweep "* ]] && { [ "$parts" != sweep ] || [ -z "${SEEDS:-}" ]; }; then
+  echo "study.sh: PARTS=$parts: expected sweep alone, and SEEDS with a seed that no other part uses, such as SEEDS=47" >&2
+  exit 1
+fi
 if [ -z "${PYTHON:-}" ]; then
   bash "$root/run/setup.sh"
   export PYTHON=${STEER_VENV:-$root/.venv}/bin/python
@@ -229,6 +240,7 @@ for part in $parts; do
   case $part in
     collapse | field | sweep | sign | classes) options=(--baseline countdown_grpo) ;;
     trainability) options=(--baseline second_grpo --reach -0.2) ;; # 40 % right
+    chosen) options=(--baseline "$(grep -xE 'countdown_grpo(_lr.*)?' "$OUTPUT_DIR/chosen.txt")") ;;
     continued | stable) options=(--baseline "${part}_grpo") ;;
     countdown_lora) options=(--baseline countdown_steer_exp) ;;
     learned_reward) options=(--baseline learned_grpo) ;;
@@ -237,4 +249,7 @@ for part in $parts; do
   "$PYTHON" "$root/scripts/compare_runs.py" "${runs[@]}" ${options[@]+"${options[@]}"} --out "$OUTPUT_DIR/$part.png" \
     --markdown "$OUTPUT_DIR/$part.md"
   "$PYTHON" "$root/scripts/report.py" "${runs[@]}" --out "$OUTPUT_DIR/$part"
+  if [ "$part" = sweep ]; then
+    "$PYTHON" "$root/scripts/choose_settings.py" "${runs[@]}" --out "$OUTPUT_DIR/chosen.txt"
+  fi
 done

@@ -60,11 +60,14 @@ def test_equal_differences_tell_nothing_about_their_variance(recwarn):
 
 def test_figures_of_validations_with_many_samples():
     metrics = {f"val-aux/countdown/acc/pass@{k}": k / 100 for k in (1, 16, 4, 64, 8)}
-    figures = run_figures(run("grpo", 1, 0.1, **metrics, **{"val-aux/countdown/distinct_right": 2.5}))
-    assert (figures["pass@8"], figures["pass@64"], figures["distinct right"]) == (0.08, 0.64, 2.5)
+    metrics |= {"val-aux/countdown/distinct_right": 2.5, "val-aux/countdown/distinct_share": 0.125}
+    figures = run_figures(run("grpo", 1, 0.1, **metrics))
+    assert (figures["pass@8"], figures["pass@64"]) == (0.08, 0.64)
+    assert (figures["distinct right"], figures["distinct share"]) == (2.5, 0.125)
     assert [name for name in figures if "pass" in name or "distinct" in name] == [
         *(f"pass@{k}" for k in (8, 16, 64)),
         "distinct right",
+        "distinct share",
     ]
     assert "pass@4" not in figures and "pass@1" not in figures
 

@@ -666,8 +666,9 @@ def test_every_run_of_the_study_passes_the_checks(command, root, tmp_path, monke
     """Of all parts that `members` tells apart."""
     cases = (root / "run/study.sh").read_text().partition("members() {")[2].partition("esac")[0]
     parts = [part for names in re.findall(r"^    ([\w |\\\n]+)\)", cases, re.M) for part in re.findall(r"\w+", names)]
-    assert len(parts) == len(set(parts)) == 26 and {"sweep", "countdown_lora", "control_others"} < set(parts)
-    listed = command("bash", root / "run/study.sh", "--list", PARTS=" ".join(parts))
+    assert len(parts) == len(set(parts)) == 27 and {"sweep", "countdown_lora", "control_others"} < set(parts)
+    (tmp_path / "chosen.txt").write_text("countdown_grpo\n")
+    listed = command("bash", root / "run/study.sh", "--list", PARTS=" ".join(parts), OUTPUT_DIR=tmp_path)
     assert listed.returncode == 0 and listed.stderr == ""
     runs = dict(line.split(": ") for line in listed.stdout.splitlines())
     assert len(runs) == len(listed.stdout.splitlines()) == 262
@@ -688,6 +689,8 @@ def test_every_run_of_the_study_passes_the_checks(command, root, tmp_path, monke
     assert all(configs[name] != configs[name.partition("_coefficient")[0]] for name in coefficients)
     assert configs["countdown_pi_exact_coefficient0.15"][1].target_entropy == 0.15
     assert configs["countdown_gtpo_together"][0].algorithm.entropy_reward_by_class is False
+    clips = [configs[name][0].actor_rollout_ref.actor.clip_ratio_high for name in ("clip_cov", "countdown_clip_cov")]
+    assert clips == [0.28, 1.0]
     assert configs["countdown_bonus_0.03"][0].actor_rollout_ref.actor.entropy_coeff == 0.03
     assert configs["steer_exp_0.6"][1].token_weight_min == 0.6
     quadrant = configs["negative_likely_1.5"][1]
@@ -696,6 +699,57 @@ def test_every_run_of_the_study_passes_the_checks(command, root, tmp_path, monke
     assert configs["steer_exp_lora"][0].actor_rollout_ref.model.lora_rank == 8
     assert configs["influence_steps"][1].target_entropy == {1: 0.35, 21: 0.2, 41: 0.3}
     assert configs["learned_bonus_0.01"][0].actor_rollout_ref.actor.entropy_coeff == 0.01
+
+
+def test_study_trains_the_settings_that_a_sweep_has_chosen(launched, tmp_path):
+    """GRPO's settings that were chosen are the baseline."""
+    chosen = ["countdown_grpo_s", "countdown_grpo_lr5e-5", "countdown_clip_b_coefficient1.25"]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/chosen.txt").write_text("\n".join(chosen) + "\n")
+    result, trained = launched("study.sh", PARTS="chosen", SEEDS="7 8")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert trained == [f"{method} {seed} countdown cpu" for seed in (7, 8) for method in ("grpo_s", "grpo", "clip_b")]
+    written = (tmp_path / "out/chosen.md").read_text()
+    assert "differences from countdown_grpo_lr5e-5" in written
+    settings = (tmp_path / f"out/seed8/{chosen[2]}/settings").read_text().splitlines()
+    assert "algorithm.clip_b_mu=1.25" in settings
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [({"PARTS": "chosen"}, "PARTS=chosen: no {out}/chosen.txt; expected that PARTS=sweep has ended"),
+     ({"PARTS": "sweep"}, "PARTS=sweep: expected sweep alone, and SEEDS with a seed that no other part uses"),
+     ({"PARTS": "sweep field", "SEEDS": "7"}, "PARTS=sweep field: expected sweep alone, and SEEDS")],
+)  # fmt: skip
+def test_a_sweep_and_what_it_chooses_have_seeds_of_their_own(launched, tmp_path, choice, message):
+    result, trained = launched("study.sh", **choice)
+    assert result.returncode == 1 and trained == []
+    assert result.stderr.startswith("study.sh: " + message.format(out=tmp_path / "out"))
+    assert result.stderr.count("\n") == 1
+
+
+def test_the_settings_of_a_sweep_that_are_chosen(program, tmp_path):
+    """The greatest pass@8 of each method; of equal ones its own, which the run without a suffix has."""
+    shares = {"grpo_lr5e-5": 0.25, "grpo": 0.5, "grpo_lr2e-4": 0.5, "a_b": 0.25, "a_b_coefficient0.5": 0.75, "x_lr1": 1}
+    runs = [tmp_path / "seed1" / name for name in shares]
+    for run in runs:
+        write_run(run, [0.5, 0.5], [0.1, 0.1], **{"val-aux/a/acc/pass@8": shares[run.name]})
+    result = program("choose_settings.py", *runs, "--out", tmp_path / "new/chosen.txt")
+    assert result.returncode == 0, result.stderr
+    assert printed_rows(result) == [
+        ["grpo", "3", "0.500", "its own", "0.500"],
+        ["a_b", "2", "0.250", "coefficient0.5", "0.750"],
+        ["x", "1", "-", "lr1", "1.000"],
+    ]
+    assert (tmp_path / "new/chosen.txt").read_text().split() == ["grpo", "a_b_coefficient0.5", "x_lr1"]
+    write_run(tmp_path / "seed2/grpo", [0.5, 0.5], [0.1, 0.1], **{"val-aux/a/acc/pass@8": 0.5})
+    for more, message in (
+        ((tmp_path / "seed2/grpo",), "grpo: seeds 1 2 and 1; expected the same of each setting"),
+        (("--figure", "pass@9"), "grpo_lr5e-5: no pass@9 at the end; expected whole runs, and a heading of compare_ru"),
+    ):
+        result = program("choose_settings.py", *runs, *more, "--out", tmp_path / "other")
+        assert result.returncode == 1 and not (tmp_path / "other").exists()
+        assert result.stderr.startswith(f"choose_settings: {message}")
 
 
 def test_study_names_its_parts(command, root):
@@ -1094,6 +1148,7 @@ def test_kept_metrics_of_a_resumed_run_give_the_same_table(program, tmp_path):
     data = {"actor/entropy": 1 / 3, "actor/grad_norm": 1.0, "critic/score/mean": -0.5, "actor/token_weights_mean": 0.9}
     data |= {"perf/total_num_tokens": 100, "perf/time_per_step": 2.0, "actor/token_weights_std": None}
     validation = {"val-core/a/acc/mean@8": 1 / 3, "val-aux/a/acc/pass@8": 0.5, "val-aux/a/distinct_right": 1.25}
+    validation["val-aux/a/distinct_share"] = 0.125
     starts = {"metrics": [(0, validation), (1, data), (2, {"actor/entropy": 9.0})]}
     starts["metrics_from_1_start_2"] = [(2, data | validation)]
     run = tmp_path / "seed7/grpo"

@@ -35,7 +35,8 @@ AUDIT_COLUMNS = (
     "step mini_batch token_id text response position prob entropy advantage ratio weight true_change".split()
 )
 
-_DISTINCT = "/distinct_right"
+#: End of a validation metric's name -> heading (verl.steer.validation_metrics).
+_DISTINCT = {"/distinct_right": "distinct right", "/distinct_share": "distinct share"}
 _PASS_AT_K = re.compile(r"val-aux/.+/acc/pass@(\d+)")
 _SEED = re.compile(r"^seed[-_=]?\d+[-_. ]?|[-_. ]?seed[-_=]?\d+", re.IGNORECASE)
 
@@ -224,7 +225,7 @@ def mean_and_interval(values: Iterable[float], decimals: int) -> str:
 def compared_metrics(names: Sequence[str]) -> list[str]:
     """Those among a run's metrics that `run_figures`, its curves and a held target depend on, without its speed."""
     fixed = {ENTROPY, WEIGHT, WEIGHT_STD, TARGET, SCORE, *accuracy_metrics(names)}
-    return [name for name in names if name in fixed or _PASS_AT_K.fullmatch(name) or name.endswith(_DISTINCT)]
+    return [n for n in names if n in fixed or _PASS_AT_K.fullmatch(n) or n.endswith(tuple(_DISTINCT))]
 
 
 def distances_from(run: Run, target: float | pd.Series) -> pd.Series:
@@ -246,9 +247,9 @@ def run_figures(run: Run) -> dict[str, float]:
     )
     speed = pd.DataFrame({name: run.series(name) for name in (TOKENS, SECONDS)}, dtype=float).dropna().mean()
     sampling = {f"pass@{k}": share for k, share in run.pass_at_k.items() if k >= 8}
-    distinct = [run.at_end(name) for name in run.metrics if name.endswith(_DISTINCT)]
-    if distinct:
-        sampling["distinct right"] = pd.Series([*chain(*distinct)], dtype=float).mean()
+    for end, heading in _DISTINCT.items():
+        if distinct := [run.at_end(name) for name in run.metrics if name.endswith(end)]:
+            sampling[heading] = pd.Series([*chain(*distinct)], dtype=float).mean()
     # Slices instead of single elements: the mean of an empty series is NaN.
     return {
         "accuracy before": accuracy[accuracy.index == 0].mean(),
@@ -291,7 +292,7 @@ def summary(groups: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
 
 def ordered(headings: Iterable[str]) -> list[str]:
     """Headings of the `run_figures` of several runs, each once and in one order, pass@k by k."""
-    first = ("accuracy before", "final", "best", "pass", "distinct right")
+    first = ("accuracy before", "final", "best", "pass", *_DISTINCT.values())
 
     def place(heading: str) -> tuple[int, int]:
         name, _, k = heading.partition("@")
