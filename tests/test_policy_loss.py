@@ -558,9 +558,25 @@ def test_ppo_loss_reads_its_metrics_from_the_device_together(mode):
 
     data, output = micro_batch()
     output |= {name: output["entropy"] * -0.5 for name in ("sum_pi_squared", "sum_pi_squared_log_pi")}
-    with Reads() as alone:
-        loss_inputs(dict(output), data)
     tu.assign_non_tensor(data, token_metrics=True)
+    # The longest response is known to tensors that verl cuts from a longer tensor, as here after a first call.
+    data.select("response_mask", "old_log_probs", "advantages", "entropy").to_padded_tensor()
     with Reads() as reads:
         _, metrics = ppo_loss(actor_config(mode), dict(output), data)
-    assert len(metrics) > 10 and reads.count == alone.count
+    assert len(metrics) > 10 and reads.count == 0
+
+
+def test_responses_are_padded_as_by_verl():
+    """Also a response of no token, at the batch's beginning; values and gradients."""
+    lengths, generator = [0, 4, 1], torch.Generator().manual_seed(0)
+    rows = [torch.rand(1 + n, generator=generator) for n in lengths]
+    output = torch.nested.as_nested_tensor(rows, layout=torch.jagged).requires_grad_()
+    prompts, responses = (
+        torch.nested.as_nested_tensor([torch.ones(n) for n in sizes], layout=torch.jagged) for sizes in ([1] * 3, lengths)
+    )
+    data = TensorDict({"prompts": prompts, "responses": responses}, batch_size=[3])
+    expected, found = no_padding_2_padding(output, data), loss_module.padded_responses({"x": output}, data, 4)["x"]
+    assert torch.equal(found, expected)
+    slopes = torch.rand(3, 4, generator=generator)
+    gradients = [torch.autograd.grad((padded * slopes).sum(), output)[0].values() for padded in (found, expected)]
+    assert torch.equal(*gradients)

@@ -744,7 +744,7 @@ def test_the_settings_of_a_sweep_that_are_chosen(program, tmp_path):
     assert (tmp_path / "new/chosen.txt").read_text().split() == ["grpo", "a_b_coefficient0.5", "x_lr1"]
     write_run(tmp_path / "seed2/grpo", [0.5, 0.5], [0.1, 0.1], **{"val-aux/a/acc/pass@8": 0.5})
     for more, message in (
-        ((tmp_path / "seed2/grpo",), "grpo: seeds 1 2 and 1; expected the same of each setting"),
+        ((tmp_path / "seed2/grpo",), "grpo: seeds 1 and 1 2; expected the same of each setting"),
         (("--figure", "pass@9"), "grpo_lr5e-5: no pass@9 at the end; expected whole runs, and a heading of compare_ru"),
     ):
         result = program("choose_settings.py", *runs, *more, "--out", tmp_path / "other")

@@ -24,7 +24,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.metric import AggregationType, Metric
 from verl.workers.config import ActorConfig
 from verl.workers.utils.losses import ppo_loss as verl_ppo_loss
-from verl.workers.utils.padding import no_padding_2_padding, response_to_nested
+from verl.workers.utils.padding import response_from_nested, response_to_nested
 
 #: Outputs of the update's forward pass that are fields of `LossInputs`: name there -> field.
 MODEL_OUTPUTS = {
@@ -56,23 +56,44 @@ def loss_inputs(model_output: dict[str, Tensor], data: TensorDict) -> LossInputs
             `entropy_anchor` if a loss reads them.
 
     Returns:
-        Padded tensors, each (batch, response_length). Without the old policy's entropies, as in bypass mode, `entropys`
-        are the current policy's.
+        Padded tensors, each (batch, response_length). With the flag `skip_old_log_prob` of `data`, `old_log_prob` is
+        `log_prob`, detached. Without the old policy's entropies, as in bypass mode, `entropys` are the current policy's.
     """
-    fields: dict[str, Any] = {
-        field: no_padding_2_padding(model_output[name], data)
-        for name, field in MODEL_OUTPUTS.items()
-        if model_output.get(name) is not None
-    }
     batch = data.select(*(column for column in COLUMNS if column in data)).to_padded_tensor()
-    fields |= {COLUMNS[column]: values for column, values in batch.items()}
+    fields: dict[str, Any] = {COLUMNS[column]: values for column, values in batch.items()}
     fields["response_mask"] = fields["response_mask"].bool()
+    outputs = {field: model_output[name] for name, field in MODEL_OUTPUTS.items() if model_output.get(name) is not None}
+    fields |= padded_responses(outputs, data, fields["response_mask"].shape[1])
+    if tu.get_non_tensor_data(data, "skip_old_log_prob", False):
+        fields["old_log_prob"] = fields["log_prob"].detach()
     if "entropys" not in fields and "current_entropys" in fields:
         fields["entropys"] = fields["current_entropys"].detach()
     fields["change_range"] = tu.get_non_tensor_data(data, "entropy_change_range", None)
     for name in ("entropy_coeff", "entropy_anchor"):
         fields[name] = tu.get_non_tensor_data(data, name, None)
     return LossInputs(**fields)
+
+
+def padded_responses(outputs: Mapping[str, Tensor], data: TensorDict, response_length: int) -> dict[str, Tensor]:
+    """verl's `no_padding_2_padding` of several outputs, without its waits for the device at each sequence.
+
+    Args:
+        outputs: nested, (batch, tokens of the sequence); the output at a token is of the token after it.
+        data: with the nested columns `prompts` and `responses`.
+        response_length: tokens of the longest response.
+
+    Returns:
+        (batch, response_length) by the same names, 0 beyond a response.
+    """
+    lengths = data["responses"].offsets().diff().unsqueeze(1)
+    ends = (data["prompts"].offsets() + data["responses"].offsets())[1:].unsqueeze(1) - 1
+    position = torch.arange(response_length, device=lengths.device)
+    index = torch.minimum(ends - lengths + position, ends - 1).clamp_min(0).flatten()
+    beyond = position >= lengths
+    return {
+        name: values.values().index_select(0, index).view_as(beyond).masked_fill(beyond, 0)
+        for name, values in outputs.items()
+    }
 
 
 def ppo_loss(
@@ -82,9 +103,9 @@ def ppo_loss(
 
     Args:
         config: the actor's configuration.
-        model_output, data: as in `loss_inputs`. Three flags of `data`: with `skip_old_log_prob` its `old_log_probs`
-            become the log-probs of this forward pass, detached; `token_metrics` requests `verl.steer.token_metrics` of
-            losses other than STEER's, `return_model_output` the loss's weights as `model_output["token_weights"]`,
+        model_output, data: as in `loss_inputs`. Three flags of `data`: with `skip_old_log_prob` the old
+            log-probs are those of this forward pass; `token_metrics` requests `verl.steer.token_metrics` of losses that
+            estimate no entropy change, `return_model_output` the loss's weights as `model_output["token_weights"]`,
             nested (batch, tokens of the response).
         dp_group: the data-parallel process group.
 
@@ -92,14 +113,13 @@ def ppo_loss(
         The loss, a scalar with gradient, and metrics. Those whose names end in `_min` and `_max` are reduced over
         micro-batches and ranks by minimum and maximum.
     """
-    if tu.get_non_tensor_data(data, "skip_old_log_prob", False):
-        log_prob = no_padding_2_padding(model_output["log_probs"].detach(), data)
-        data["old_log_probs"] = response_to_nested(log_prob, data["response_mask"])
     if config.policy_loss.loss_mode in POLICY_LOSSES:
         outputs = _policy_loss(config, loss_inputs(model_output, data), data)
         if outputs.token_weights is not None and tu.get_non_tensor_data(data, "return_model_output", False):
             model_output["token_weights"] = response_to_nested(outputs.token_weights, data["response_mask"])
         return outputs.loss, outputs.metrics
+    if tu.get_non_tensor_data(data, "skip_old_log_prob", False):
+        data["old_log_probs"] = response_from_nested(model_output["log_probs"].detach(), data["response_mask"])
     outputs = LossOutputs(*verl_ppo_loss(config, model_output, data, dp_group))
     if tu.get_non_tensor_data(data, "token_metrics", False):
         found = on_host(_token_metrics(config, loss_inputs(model_output, data), outputs), outputs.loss.device)
@@ -123,7 +143,8 @@ def _policy_loss(config: ActorConfig, inputs: LossInputs, data: TensorDict) -> L
     losses = {"actor/pg_loss": outputs.loss}
     if inputs.current_entropys is not None:
         entropy = losses["actor/entropy_loss"] = aggregate(inputs.current_entropys.float())
-        outputs.loss = outputs.loss - config.entropy_coeff * entropy
+        if config.entropy_coeff:  # else the backward pass over the vocabulary would also take the entropy's gradient, 0
+            outputs.loss = outputs.loss - config.entropy_coeff * entropy
     if config.use_kl_loss:
         reference = data.select("ref_log_prob").to_padded_tensor()["ref_log_prob"]
         kl = kl_penalty(inputs.log_prob.float(), reference.float(), config.kl_loss_type)
@@ -141,13 +162,13 @@ def _policy_loss(config: ActorConfig, inputs: LossInputs, data: TensorDict) -> L
 
 def on_host(scalars: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     """Scalars as numbers. Tensors of one element are read together: the host waits for the device at each read."""
-    tensors = [one.detach().to(device, torch.float64).view(()) for one in scalars.values() if torch.is_tensor(one)]
+    tensors = [one.detach().to(device).view(()) for one in scalars.values() if torch.is_tensor(one)]
     numbers = iter(torch.stack(tensors).tolist() if tensors else ())
     return {name: next(numbers) if torch.is_tensor(value) else value for name, value in scalars.items()}
 
 
 def _token_metrics(config: ActorConfig, inputs: LossInputs, outputs: LossOutputs) -> dict[str, Any]:
-    """Metrics of the tokens; for a loss other than STEER's the entropy change is the `released` estimate."""
+    """Metrics of the tokens; for a loss that estimates no entropy change it is the `released` estimate."""
     change = outputs.entropy_change
     if change is None and inputs.entropys is not None:
         change = estimate_entropy_change(inputs).mul_(inputs.response_mask)
