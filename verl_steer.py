@@ -116,12 +116,14 @@ def check_installed() -> None:
     found = importlib.util.find_spec("verl")
     if found is not None and found.origin is not None:
         file = Path(found.origin).parent / "version/version"
-        told = file.read_text().strip() if file.is_file() else "without a version"
-        if told != VERL_VERSION:
-            sys.exit(f"steer-verl: {found.origin} is verl {told}, expected {VERL_VERSION}: run from another folder")
-    wanted = os.getenv("VERL_USE_EXTERNAL_PLUGINS", "auto").strip().lower()
+        found_version = file.read_text().strip() if file.is_file() else "without a version"
+        if found_version != VERL_VERSION:
+            sys.exit(
+                f"steer-verl: {found.origin} is verl {found_version}, expected {VERL_VERSION}: run from another folder"
+            )
+    wanted = {name.strip() for name in os.getenv("VERL_USE_EXTERNAL_PLUGINS", "auto").lower().split(",")}
     installed = any(plugin.name == PLUGIN for plugin in entry_points(group="verl.plugins"))
-    if not installed or wanted != "auto" and PLUGIN not in wanted.split(","):
+    if not installed or wanted != {"auto"} and PLUGIN not in wanted:
         sys.exit(
             "steer-verl: the fork is not grafted onto verl: run `pip install -e .` in its folder, and let "
             f"VERL_USE_EXTERNAL_PLUGINS be unset, `auto` or hold `{PLUGIN}`"

@@ -39,7 +39,9 @@ def figures_of(runs: Sequence[Run], heading: str) -> pd.DataFrame:
     found = pd.DataFrame(rows, columns=["method", "run", "figure", "seeds"])
     for method, one in found.groupby("method"):
         if one["seeds"].nunique() > 1:
-            raise ValueError(f"{method}: seeds {' and '.join(one['seeds'].unique())}; expected the same of each setting")
+            raise ValueError(
+                f"{method}: seeds {' and '.join(one['seeds'].unique())}; expected the same of each setting"
+            )
     return found.iloc[(found["run"] != found["method"]).argsort(kind="stable")].drop(columns="seeds")
 
 

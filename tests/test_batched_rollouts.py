@@ -500,11 +500,30 @@ def test_a_new_step_begins_a_new_wait(monkeypatch):
         wait.wait_for_next_poll("train", 0.0)
 
 
+def test_a_further_batch_of_a_step_begins_a_new_wait(monkeypatch):
+    """Those of a validation have one step and one partition."""
+    buffer, tags = waiting_buffer(monkeypatch, "val", {"a": "running"})
+    now = 0.0
+    wait = RolloutWait(buffer, 10, clock=lambda: now)
+    buffer._sync_metadata_from_transfer_queue()
+    wait.wait_for_next_poll("val", 0.0)
+    now, tags["b"] = 8.0, tags.pop("a")
+    buffer.prompt_global_steps["val"].clear()
+    buffer._sync_metadata_from_transfer_queue()
+    wait.wait_for_next_poll("val", 0.0)
+    now = 16.0
+    wait.wait_for_next_poll("val", 0.0)
+    now = 19.0
+    with pytest.raises(RolloutsFailed, match="0 of 1 prompts done"):
+        wait.wait_for_next_poll("val", 0.0)
+
+
 @pytest.fixture
 def trainer(monkeypatch):
     """The steer trainer without Ray: one rank, mini-batches of two prompts, GRPO."""
     built = SteerTrainer.__new__(SteerTrainer)
     built.batched, built.use_critic, built.global_steps, built.rollouts_asked = True, False, 7, {}
+    built.ref_in_actor = False
     rollout = {"n": ROLLOUTS, "log_prob_micro_batch_size_per_gpu": 9, "log_prob_use_dynamic_bsz": False}
     built.config = OmegaConf.create(
         {
@@ -584,7 +603,12 @@ def test_a_step_goes_on_without_the_lost(run, trainer, monkeypatch, lost):
         )
         assert "micro_batch_size_per_gpu" not in getattr(trainer, method)(batch, metrics).extra_info
     # 9 divides 18 rows of a rank, and 3 is what it shares with 12.
-    assert asked_of_workers == [{} if len(batch.keys) == 18 else {"micro_batch_size_per_gpu": 3}] * 2
+    fitting = {} if len(batch.keys) == 18 else {"micro_batch_size_per_gpu": 3}
+    assert asked_of_workers == [fitting] * 2
+    # The reference of an adapter is the actor, in micro-batches of the rollout's size.
+    trainer.ref_in_actor, trainer.config.actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu = True, 1
+    trainer._compute_ref_log_prob(batch, metrics)
+    assert asked_of_workers[2:] == [fitting]
 
     trainer._compute_advantage(batch, metrics)
     for key in batch.keys:

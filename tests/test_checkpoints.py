@@ -70,7 +70,7 @@ def trainer_of(folder, run="new", values=(), steps=4, **options):
     trainer.folder, trainer.trainer_mode, trainer.use_critic = Path(folder), "sync", True
     trainer.folder.mkdir(parents=True, exist_ok=True)
     trainer.actor_rollout_wg, trainer.critic_wg = Worker(run), Worker(run)
-    trainer.entropy_coefficient, trainer.last_entropy = AdaptiveEntropyCoefficient(1.0, 0.1, 1.0), None
+    trainer.step_state, trainer.last_entropy = AdaptiveEntropyCoefficient(1.0, 0.1, 1.0), None
     trainer.checkpoint_callback = CheckpointCallback()
     trainer.train_dataloader = SimpleNamespace(
         state_dict=lambda: f"{run} {trainer.global_steps}", load_state_dict=lambda state: None
@@ -340,11 +340,11 @@ def test_a_run_that_goes_back_and_is_killed_before_it_saves_has_lost_nothing(tmp
 
 def test_a_resumed_run_has_the_coefficient_of_its_checkpoint(tmp_path):
     run = trainer_of(tmp_path, values=NEW, steps=1)
-    run.entropy_coefficient.value = 0.7
+    run.step_state.value = 0.7
     train(run)
     resumed = trainer_of(tmp_path, values=NEW)
     resumed._load_checkpoint()
-    assert resumed.entropy_coefficient.value == 0.7
+    assert resumed.step_state.value == 0.7
 
 
 def test_a_resumed_run_has_the_entropy_of_its_checkpoints_step(tmp_path):
@@ -400,7 +400,7 @@ def test_two_files_of_one_data_source_keep_both_results():
 
 def test_an_evaluation_takes_val_max_samples_of_each_file(tmp_path, monkeypatch):
     """Each file's results come to their folder at once, also where a killed evaluation left a half one."""
-    asked = []
+    asked, batches = [], []
 
     def dataset(files, data, tokenizer, processor, is_train, max_samples=-1):
         asked.append((files, max_samples))
@@ -410,6 +410,7 @@ def test_an_evaluation_takes_val_max_samples_of_each_file(tmp_path, monkeypatch)
         folder = Path(self.config.trainer.validation_data_dir)
         folder.mkdir(parents=True)
         (folder / "0.jsonl").write_text(str(len(self.val_dataloader.dataset)))
+        batches.append(len(self.val_dataloader))
         return {METRIC: 0.5}
 
     monkeypatch.setattr(trainer_steer, "create_rl_dataset", dataset)
@@ -425,3 +426,8 @@ def test_an_evaluation_takes_val_max_samples_of_each_file(tmp_path, monkeypatch)
     assert asked == [(["/data/x.parquet"], 7), (["/data/y.parquet"], 7)]
     assert [path.name for path in (tmp_path / "y").iterdir()] == ["0.jsonl"]
     assert (tmp_path / "x" / "0.jsonl").read_text() == (tmp_path / "y" / "0.jsonl").read_text() == "7"
+    shutil.rmtree(tmp_path / "x")
+    shutil.rmtree(tmp_path / "y")
+    trainer.config.data.val_batch_size = 3
+    trainer._validate()
+    assert batches == [1, 1, 3, 3]

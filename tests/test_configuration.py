@@ -950,8 +950,15 @@ DYNAMIC = [f"{ACTOR}.use_dynamic_bsz=true", f"{ROLLOUT}.log_prob_use_dynamic_bsz
         ([f"{ROLLOUT}.tensor_model_parallel_size=0"], "rollout.tensor_model_parallel_size=0: expected an integer of"),
         (
             [f"{ROLLOUT}.tensor_model_parallel_size=2"],
-            "rollout.tensor_model_parallel_size=2, rollout.data_parallel_size=1: expected sizes whose product divides",
+            "rollout.tensor_model_parallel_size=2, rollout.data_parallel_size=1, "
+            "rollout.pipeline_model_parallel_size=1: expected sizes whose product divides the 1 devices",
         ),
+        (
+            [f"{ROLLOUT}.pipeline_model_parallel_size=2"],
+            "rollout.tensor_model_parallel_size=1, rollout.data_parallel_size=1, "
+            "rollout.pipeline_model_parallel_size=2: expected sizes whose product divides the 1 devices",
+        ),
+        ([f"{ROLLOUT}.pipeline_model_parallel_size=0"], "rollout.pipeline_model_parallel_size=0: expected an integer"),
         (
             ["reward.custom_reward_function.path=/no/mine.py"],
             "reward.custom_reward_function.path=/no/mine.py: expected a file, or pkg:// and a module",

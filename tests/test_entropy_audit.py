@@ -512,7 +512,8 @@ def trainer(monkeypatch, tmp_path):
             "trainer": {"skip_old_log_prob": False},
         }
     )
-    built.entropy_coefficient, built.last_entropy, built.target_entropy = None, None, None
+    built.step_state, built.last_entropy, built.target_entropy = None, None, None
+    built.ref_in_actor = False
     built.entropy_audit, built.folder, built.actor_rollout_wg = AuditOptions(2, 77, True, 5), tmp_path, "workers"
     built.sent, entropies = [], iter([0.5, 0.3, 0.4])
 

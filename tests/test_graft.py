@@ -111,6 +111,12 @@ def test_missing_graft_stops_the_launchers_with_one_line(command, root):
     assert result.stderr.startswith("steer-verl: the fork is not grafted onto verl") and result.stderr.count("\n") == 1
 
 
+def test_the_graft_is_found_among_other_plugins(command):
+    """verl takes spaces around their names."""
+    result = command(sys.executable, "-m", "verl_steer", "--check", VERL_USE_EXTERNAL_PLUGINS="Other, Steer ")
+    assert result.returncode == 0, result.stderr
+
+
 def test_broken_graft_stops_the_entry_point_with_one_line(monkeypatch):
     """verl swallows an exception of a plugin; the entry point exits with it, before it reads the configuration."""
     monkeypatch.setattr(verl_steer, "failure", ImportError("no such name"))

@@ -504,7 +504,8 @@ def test_the_heads_influence_is_autograds_with_the_hidden_states_fixed(
         engine.train_batch(first.copy(), VANILLA)
         measured = engine.measure_head_influence(second.copy(), VANILLA)
         found = engine.token_statistics(second, with_hidden=True)
-        inputs, shares = engine.loss_inputs_of(second, VANILLA.keywords["config"], found["log_probs"])
+        inputs = engine.loss_inputs_of(second, found["log_probs"])
+        shares = engine.loss_shares(second, VANILLA.keywords["config"], inputs)
     head, valid = engine.module.get_output_embeddings().weight, inputs.response_mask
     moments = engine.optimizer.state[head]
     state = {name: value.full_tensor().cpu().double() for name, value in moments.items() if value.dim()}

@@ -625,7 +625,7 @@ def trainer(monkeypatch):
     monkeypatch.setattr(trainer_steer.tq, "kv_batch_get", fetch)
     built = trainer_steer.SteerTrainer.__new__(trainer_steer.SteerTrainer)
     built.batched = False
-    built.entropy_coefficient, built.target_entropy = None, None
+    built.step_state, built.target_entropy = None, None
     built.config = OmegaConf.create(
         {
             "algorithm": {"adv_estimator": "gtpo"},
@@ -696,14 +696,14 @@ def test_the_trainer_sends_the_flag_of_the_sums_and_the_coefficient(trainer):
     trainer._update_actor(batch, metrics)
     assert batch.extra_info == {"calculate_sum_pi_squared": True, "token_metrics": True}
     assert "actor/entropy_coeff" not in metrics
-    trainer.entropy_coefficient = AdaptiveEntropyCoefficient(target=0.2, increment=1.0, maximum=3.0, value=2.0)
+    trainer.step_state = AdaptiveEntropyCoefficient(target=0.2, increment=1.0, maximum=3.0, value=2.0)
     trainer._update_actor(batch, metrics)
     assert batch.extra_info["entropy_coeff"] == metrics["actor/entropy_coeff"] == 2.0
-    assert trainer.entropy_coefficient.value == 3.0
+    assert trainer.step_state.value == 3.0
     trainer.target_entropy, trainer.global_steps = {1: 0.05, 3: 0.4}, 2
     trainer._update_actor(batch, metrics)
     assert batch.extra_info["target_entropy"] == metrics["actor/target_entropy"] == 0.05
-    assert metrics["actor/entropy_coeff"] == 0.0 and trainer.entropy_coefficient.value == 2.0
+    assert metrics["actor/entropy_coeff"] == 0.0 and trainer.step_state.value == 2.0
 
 
 def test_the_coefficient_is_there_only_with_its_loss():

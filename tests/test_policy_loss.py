@@ -10,7 +10,7 @@ from test_token_weights import random_batch, squares
 from torch.utils._python_dispatch import TorchDispatchMode
 from verl.steer import loss as loss_module
 from verl.steer.config import PolicyLossConfig
-from verl.steer.loss import loss_inputs, ppo_loss
+from verl.steer.loss import ppo_loss
 from verl.steer.methods.registry import POLICY_LOSSES, clips_as_ppo
 from verl.trainer.ppo.core_algos import (
     BASE_LOSSES,
@@ -572,7 +572,8 @@ def test_responses_are_padded_as_by_verl():
     rows = [torch.rand(1 + n, generator=generator) for n in lengths]
     output = torch.nested.as_nested_tensor(rows, layout=torch.jagged).requires_grad_()
     prompts, responses = (
-        torch.nested.as_nested_tensor([torch.ones(n) for n in sizes], layout=torch.jagged) for sizes in ([1] * 3, lengths)
+        torch.nested.as_nested_tensor([torch.ones(n) for n in sizes], layout=torch.jagged)
+        for sizes in ([1] * 3, lengths)
     )
     data = TensorDict({"prompts": prompts, "responses": responses}, batch_size=[3])
     expected, found = no_padding_2_padding(output, data), loss_module.padded_responses({"x": output}, data, 4)["x"]

@@ -87,11 +87,11 @@ def test_anchor_of_the_first_step(trainer, tmp_path, monkeypatch):  # noqa: F811
         assert metrics.get("actor/entropy_anchor") == batch.extra_info.get("entropy_anchor")
         return batch.extra_info.get("entropy_anchor")
 
-    trainer.entropy_coefficient = EntropyAnchor.from_options(options)
+    trainer.step_state = EntropyAnchor.from_options(options)
     assert [sent(step) for step in (1, 2, 3)] == [None, 0.1, 0.1]
-    trainer.entropy_coefficient.save(tmp_path)
-    trainer.entropy_coefficient = EntropyAnchor.from_options(options)
-    trainer.entropy_coefficient.load(tmp_path)
+    trainer.step_state.save(tmp_path)
+    trainer.step_state = EntropyAnchor.from_options(options)
+    trainer.step_state.load(tmp_path)
     assert sent(4) == 0.1
 
 

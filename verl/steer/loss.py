@@ -57,7 +57,8 @@ def loss_inputs(model_output: dict[str, Tensor], data: TensorDict) -> LossInputs
 
     Returns:
         Padded tensors, each (batch, response_length). With the flag `skip_old_log_prob` of `data`, `old_log_prob` is
-        `log_prob`, detached. Without the old policy's entropies, as in bypass mode, `entropys` are the current policy's.
+        `log_prob`, detached. Without the old policy's entropies, as in bypass mode, `entropys` are the current
+        policy's.
     """
     batch = data.select(*(column for column in COLUMNS if column in data)).to_padded_tensor()
     fields: dict[str, Any] = {COLUMNS[column]: values for column, values in batch.items()}
@@ -128,7 +129,7 @@ def ppo_loss(
 
 
 def _policy_loss(config: ActorConfig, inputs: LossInputs, data: TensorDict) -> LossOutputs:
-    """A policy loss of this fork with verl's entropy bonus and KL loss, and the tokens' metrics; all become `Metric`."""
+    """A policy loss of this fork with verl's entropy bonus and KL loss; metrics, also the tokens', become `Metric`."""
     sizes = {name: data[name] for name in ("batch_num_tokens", "global_batch_size")}
     sizes["loss_scale_factor"] = config.loss_scale_factor
     config.global_batch_info.update(sizes, dp_size=data["dp_size"])

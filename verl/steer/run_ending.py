@@ -76,8 +76,8 @@ def _run(runner: Any, config: Any) -> ray.ObjectRef:
     """
     result = runner.run.remote(config)
     while not ray.wait([result], timeout=LOOK_EVERY)[0]:
-        if dead_actors() and not ray.wait([result], timeout=GRACE)[0]:
-            raise ActorsDied
+        if (dead := dead_actors()) and not ray.wait([result], timeout=GRACE)[0]:
+            raise ActorsDied("; ".join(dead))
     return result
 
 
@@ -88,11 +88,15 @@ def reason_of(error: Exception, explained_by: tuple[type[Exception], ...]) -> st
         error: raised while waiting for the task runner.
         explained_by: classes of errors whose message is the reason.
     """
+    if isinstance(error, ActorsDied):
+        return str(error)
     # A death comes first because most other errors follow from it. Ray may list it a moment after raising the error.
-    for _ in range(10 if isinstance(error, ActorsDied | ray.exceptions.RayActorError) else 1):
+    looks = 10 if isinstance(error, ray.exceptions.RayActorError) else 1
+    for look in range(looks):
         if dead := dead_actors():
             return "; ".join(dead)
-        time.sleep(0.5)
+        if look + 1 < looks:
+            time.sleep(0.5)
     cause = getattr(error, "cause", None)
     if isinstance(cause, explained_by):
         return str(cause)

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import ray
 import transfer_queue as tq
 from omegaconf import DictConfig
-from verl.steer.rollout.checks import is_batched
+from verl.steer.rollout.checks import devices_of_server, is_batched
 from verl.steer.rollout.server_actor import start_servers
 
 
@@ -28,8 +28,8 @@ class SteerTaskRunner:
             queue = executor.submit(tq.init, config.transfer_queue)
             # On several nodes, used or not, Ray might start a server on another node than its workers'.
             if batched and sum(node["Alive"] for node in ray.nodes()) == 1:
-                tensor_parallel = config.actor_rollout_ref.rollout.tensor_model_parallel_size
-                self.servers = start_servers(config.trainer.n_gpus_per_node // tensor_parallel)
+                devices = devices_of_server(config.actor_rollout_ref.rollout)
+                self.servers = start_servers(config.trainer.n_gpus_per_node // devices)
             # The imports take seconds, in which the queue and the servers start.
             from verl.steer import trainer  # noqa: F401 - registers trainer_mode=steer
             from verl.steer.replacements import replace_in_trainer

@@ -69,7 +69,7 @@ POLL_INTERVAL = 0.05
 #: Columns of tensors that only the critic and the trainer read, not an update of the actor.
 UNREAD_BY_UPDATES = frozenset({"dummy_tensor", "log_probs", "returns", "rm_scores", "rollout_log_probs", "values"})
 
-#: The numbers that some losses read at each step.
+#: Classes of the numbers that some losses read at each step; a run has at most one of them.
 STEP_STATES: tuple[type[StepState], ...] = (AdaptiveEntropyCoefficient, EntroPICCoefficient, EntropyAnchor)
 
 #: Columns of tensors that a pass for log-probs doesn't read either.
@@ -130,10 +130,10 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         self.folder.mkdir(parents=True, exist_ok=True)
         policy_loss = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
         states = (cls.from_options(policy_loss) for cls in STEP_STATES)
-        self.entropy_coefficient = next(filter(None, states), None)
+        self.step_state = next(filter(None, states), None)
         reads_target = policy_loss.token_weight_map == "target"
-        if self.entropy_coefficient:
-            reads_target = self.entropy_coefficient.reads_target
+        if self.step_state:
+            reads_target = self.step_state.reads_target
         self.target_entropy = policy_loss.target_entropy if reads_target else None
         self.entropy_audit = from_config(AuditOptions, config.trainer.get("entropy_audit"), "trainer.entropy_audit")
         self.last_entropy: float | None = None
@@ -223,8 +223,8 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
             return
         automatic = options.resume_mode == "auto"
         resumed = self.folder / f"global_step_{self.global_steps}" if automatic else Path(options.resume_from_path)
-        if self.entropy_coefficient:
-            self.entropy_coefficient.load(resumed)
+        if self.step_state:
+            self.step_state.load(resumed)
         self.read_step_record(resumed, goes_on=automatic and not options.val_only)
         if self.step_record:
             self.last_entropy = self.step_record.metrics.get("actor/entropy")
@@ -275,7 +275,10 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
     def _compute_ref_log_prob(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Send the workers only the columns that they read."""
         self._leave_out(batch, UNREAD_BY_FORWARD_PASSES)
-        with self._fitting_micro_batches(batch, self.config.actor_rollout_ref.ref):
+        # The reference of an adapter is the actor without it, whose passes have the rollout's sizes.
+        with self._fitting_micro_batches(
+            batch, self.config.actor_rollout_ref["rollout" if self.ref_in_actor else "ref"]
+        ):
             return super()._compute_ref_log_prob(batch, metrics)
 
     @contextmanager
@@ -308,7 +311,10 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
                 metrics["training/tempered_prompts"] = len(in_batch)
                 metrics["training/temperature"] = max(bound["tempered"].values(), default=0.0)
             bind_estimator(name, bound)
-        return super()._compute_advantage(batch, metrics)
+        batch = super()._compute_advantage(batch, metrics)
+        if name in ESTIMATOR_FIELDS:
+            bind_estimator(name, {})  # the fields are those of a whole step
+        return batch
 
     def _update_actor(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Send the workers the flags of this fork's losses and metrics, update, and audit the entropy if it is due."""
@@ -321,9 +327,9 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         if self.target_entropy is not None:
             target = at_step(self.target_entropy, self.global_steps)
             batch.extra_info["target_entropy"] = metrics["actor/target_entropy"] = target
-            if self.entropy_coefficient:
-                self.entropy_coefficient.target = target
-        if state := self.entropy_coefficient:
+            if self.step_state:
+                self.step_state.target = target
+        if state := self.step_state:
             batch.extra_info |= state.flags
             if (value := state.step(metrics.get("actor/entropy", math.nan))) is not None:
                 batch.extra_info[state.field] = metrics[f"actor/{state.field}"] = value
@@ -345,8 +351,8 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         if self.config.trainer.skip_old_log_prob and "actor/entropy" not in metrics:
             metrics["actor/entropy"] = metrics["actor/entropy_loss"]
             self._compare_entropy(metrics)
-        if self.entropy_coefficient:
-            self.entropy_coefficient.observe(metrics)
+        if self.step_state:
+            self.step_state.observe(metrics)
         return batch
 
     def _leave_out(self, batch: KVBatchMeta, unread: frozenset[str]) -> None:
@@ -398,8 +404,8 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         self.ledger.begin(self.global_steps)
         super()._save_checkpoint()
         saved = self.folder / f"global_step_{self.global_steps}"
-        if self.entropy_coefficient:
-            self.entropy_coefficient.save(saved)
+        if self.step_state:
+            self.step_state.save(saved)
         self.write_step_record(saved)
         save_settings(self.config, saved)
         self.ledger.saved(self.global_steps)
@@ -466,7 +472,8 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
             dataset = create_rl_dataset(
                 [file], data, self.tokenizer, self.processor, is_train=False, max_samples=samples
             )
-            self.val_dataloader = DataLoader(dataset, batch_size=len(dataset), collate_fn=collate_fn)
+            batch_size = data.get("val_batch_size") or len(dataset)
+            self.val_dataloader = DataLoader(dataset, batch_size=batch_size, collate_fn=collate_fn)
             if folder:
                 shutil.rmtree(f"{folder}/{name}.part", ignore_errors=True)  # left by a killed evaluation
                 with open_dict(self.config):

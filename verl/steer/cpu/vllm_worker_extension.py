@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
-from vllm.model_executor.model_loader.utils import process_weights_after_loading
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
 
 class CPUWorkerExtension(vLLMColocateWorkerExtension):
@@ -35,5 +35,8 @@ class CPUWorkerExtension(vLLMColocateWorkerExtension):
         receiver.receive_weights(on_bucket_received=keep)
         self.model_runner.reload_weights(weights_iterator=iter(weights.items()))
         # An output layer tied to the embedding receives no weights of its own: pack it again from the new embedding.
-        for model, model_config in self._iter_all_models_with_config():
-            process_weights_after_loading(model, model_config, cpu)
+        # No other layer: those have dropped their originals, which fails on a CPU with AMX.
+        for model, _ in self._iter_all_models_with_config():
+            for layer in model.modules():
+                if isinstance(layer, ParallelLMHead):
+                    layer.quant_method.process_weights_after_loading(layer)

@@ -120,7 +120,7 @@ class EntropyControl(HeadInfluenceEngine, TokenWeightNormalizer):
         """STEER's signed estimates in place of contributions; they have no known scale."""
         estimator = config.policy_loss.entropy_change_estimator
         found = self.token_statistics(data, with_squares=estimator == "exact")
-        inputs, _ = self.loss_inputs_of(data, config, found["log_probs"])
+        inputs = self.loss_inputs_of(data, found["log_probs"])
         inputs.current_entropys = found["entropy"]
         # In bypass mode the batch has no entropies of the old policy.
         old = data.select("entropy").cpu().to_padded_tensor() if "entropy" in data else found

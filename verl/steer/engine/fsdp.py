@@ -19,7 +19,8 @@ from verl.steer.gc_heap import freeze_gc_heap
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine.base import EngineRegistry
 
-#: Flags of a micro-batch with which verl does not reduce whole logits, or computes more than the reductions.
+#: Flags of a micro-batch whose outputs verl's own code must compute: it has no whole logits then, or returns more of
+#: them than these reductions.
 VERL_ONLY = ("use_fused_kernels", "distillation_use_topk", "distillation_only")
 
 

@@ -82,7 +82,8 @@ class HeadInfluenceEngine(InfluenceEngine):
         """As `measure_influence`, through the last layer alone."""
         config = loss_function.keywords["config"]  # type: ignore[attr-defined]
         found = self.token_statistics(data, with_hidden=True)
-        inputs, shares = self.loss_inputs_of(data, config, found["log_probs"])
+        inputs = self.loss_inputs_of(data, found["log_probs"])
+        shares = self.loss_shares(data, config, inputs)
         valid, device = inputs.response_mask, get_device_id()
         factors = token_factors(inputs, clip_ratios(config)) * shares
         tokens = _Tokens(

@@ -42,7 +42,8 @@ class Influence:
     """The first-order change of a mini-batch's mean entropy by the next update.
 
     Args:
-        contributions: of this rank's tokens, in nats at a weight of 1, 0 on tokens that are not valid.
+        contributions: of this rank's tokens, (batch, response_length), float32, in nats at a weight of 1; 0 on tokens
+            that are not valid.
         known: part of the change that no weight influences, in nats: Adam's momentum and weight decay.
         entropy: mean over the valid tokens of all ranks, before the update, in nats.
         valid: this rank's valid tokens.
@@ -59,7 +60,7 @@ class Direction:
     """The direction u of `entropy_influence`, of this rank's part of the parameters.
 
     Args:
-        parts: of each trained parameter.
+        parts: u of each trained parameter, in the shape of this rank's part of it.
         distance: of a step along it, as `ENTROPY_STEP` and `LONGEST_STEP` define it.
         clip_factor: factor of gradient clipping, at most 1.
         decay_change: change of the mean entropy by weight decay, in nats.
@@ -91,6 +92,7 @@ class InfluenceEngine(TokenStatistics):
             loss_function: verl's, with the actor's configuration bound to it. Its weights, if it has any, enter the
                 preconditioner only.
             refresh: compute the direction anew at the first mini-batch of a training step and every so many after it.
+                Where it is kept, the present log-probs and the entropy are means of those a step to either side.
         """
         present = None
         if self.direction is None or self.mini_batches_since_scheduler_step % refresh == 0:
@@ -102,8 +104,8 @@ class InfluenceEngine(TokenStatistics):
         above, below = self._statistics_at(data, self.direction)
         if present is None:
             present = {name: (above[name] + below[name]) / 2 for name in above}
-        inputs, shares = self.loss_inputs_of(data, config, present["log_probs"])
-        factors = token_factors(inputs, clip_ratios(config)) * shares
+        inputs = self.loss_inputs_of(data, present["log_probs"])
+        factors = token_factors(inputs, clip_ratios(config)) * self.loss_shares(data, config, inputs)
         contributions = token_contributions(
             above["log_probs"], below["log_probs"], 2 * self.direction.distance, factors,
             steps[0].gradient_scale * self.direction.clip_factor,
@@ -147,7 +149,9 @@ class InfluenceEngine(TokenStatistics):
         """This rank's part of a loss's gradient by each trained parameter, its norm if it is clipped, model outputs."""
         copy, norm = data.copy(), 0.0
         valid_tokens = int(self.sum_over_ranks(data["response_mask"].values().sum()))
-        tu.assign_non_tensor(copy, calculate_entropy=True, return_model_output=clip is None, valid_tokens=valid_tokens)
+        of_entropy = clip is None
+        flags = {"calculate_entropy": of_entropy, "return_model_output": of_entropy, "token_metrics": False}
+        tu.assign_non_tensor(copy, **flags, valid_tokens=valid_tokens)
         self.optimizer_zero_grad()
         outputs: Any = self.forward_backward_batch(copy, loss_function)
         if clip is not None:
@@ -175,27 +179,29 @@ class InfluenceEngine(TokenStatistics):
             parameter.copy_(start)
         return found
 
-    def loss_inputs_of(self, data: TensorDict, config: Any, log_prob: PerToken) -> tuple[LossInputs, PerToken]:
-        """The loss's inputs and the share of each token's loss in the mean over all ranks."""
+    def loss_inputs_of(self, data: TensorDict, log_prob: PerToken) -> LossInputs:
+        """The loss's inputs of this rank's part of a mini-batch, each (batch, response_length), on the CPU."""
         weights = ("rollout_is_weights",) if "rollout_is_weights" in data else ()
         batch = data.select(*COLUMNS, *weights).cpu().to_padded_tensor()
-        valid = batch["response_mask"].bool()
-        inputs = LossInputs(
-            batch["old_log_probs"], log_prob, batch["advantages"], valid,
+        return LossInputs(
+            batch["old_log_probs"], log_prob, batch["advantages"], batch["response_mask"].bool(),
             rollout_is_weights=batch.get("rollout_is_weights"),
         )  # fmt: skip
-        losses = torch.zeros_like(log_prob, dtype=torch.float32, requires_grad=True)
+
+    def loss_shares(self, data: TensorDict, config: Any, inputs: LossInputs) -> PerToken:
+        """The share of each token's loss in the mean over all ranks, (batch, response_length)."""
+        losses = torch.zeros_like(inputs.log_prob, dtype=torch.float32, requires_grad=True)
         with torch.enable_grad():
             mean = agg_loss(
                 losses,
-                valid,
+                inputs.response_mask,
                 config.loss_agg_mode,
                 # verl's count, in which rejected responses still are
                 batch_num_tokens=int(self.sum_over_ranks(data["loss_mask"].values().sum())),
                 global_batch_size=tu.get_non_tensor_data(data, "global_batch_size", None),
                 loss_scale_factor=config.loss_scale_factor,
             )
-        return inputs, torch.autograd.grad(mean, losses)[0]
+        return torch.autograd.grad(mean, losses)[0]
 
     def trained(self) -> list[torch.nn.Parameter]:
         """The trained parameters, in the order of the optimizer's groups."""
@@ -234,7 +240,7 @@ class InfluenceEngine(TokenStatistics):
         return float(total)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """Sum over the data-parallel ranks."""
+        """Sum over the data-parallel ranks; in place if the values are on the engine's device."""
         values = values.to(get_device_id())
         torch.distributed.all_reduce(values, group=self.get_data_parallel_group())
         return values

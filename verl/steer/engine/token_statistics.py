@@ -21,6 +21,9 @@ FLAGS = {"distillation_use_topk": False, "distillation_only": False, "nucleus_p"
 class TokenStatistics(FSDPEngineWithLMHead):
     """verl's engine, which computes the current policy's statistics of a mini-batch's tokens."""
 
+    #: Hidden states that the last layer got in the present pass, if they were requested.
+    hidden: Tensor | None = None
+
     @contextmanager
     def _inference(self) -> Iterator[None]:
         """The engine's evaluation mode inside its training mode, which is restored afterwards."""
@@ -46,9 +49,6 @@ class TokenStatistics(FSDPEngineWithLMHead):
         yield
         handle.remove()
         self.hidden = None
-
-    #: Hidden states that the last layer got in the present pass, if they were requested.
-    hidden: Tensor | None = None
 
     def token_statistics(
         self, data: TensorDict, with_squares: bool = False, with_hidden: bool = False

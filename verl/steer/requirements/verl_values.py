@@ -37,6 +37,7 @@ NUMBERS = {
     "actor_rollout_ref.rollout.data_parallel_size": Option(1, at_least=1, integer=True),
     "actor_rollout_ref.rollout.gpu_memory_utilization": Option(0.5, above=0.0, at_most=1.0),
     "actor_rollout_ref.rollout.n": Option(1, at_least=1, integer=True),
+    "actor_rollout_ref.rollout.pipeline_model_parallel_size": Option(1, at_least=1, integer=True),
     "actor_rollout_ref.rollout.seed": Option(integer=True),
     "actor_rollout_ref.rollout.temperature": Option(1.0, above=0.0),
     "actor_rollout_ref.rollout.tensor_model_parallel_size": Option(1, at_least=1, integer=True),

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 from omegaconf import DictConfig
 from verl.steer.data_files import column_values
 from verl.trainer.distillation import is_distillation_enabled
@@ -14,6 +16,9 @@ TEMPERATURE = "__temperature__"
 
 #: The agent loop that the batched manager serves.
 AGENT_LOOP = "single_turn_agent"
+
+#: Keys below `rollout` whose product is the number of a server's devices.
+PARALLEL_SIZES = ("tensor_model_parallel_size", "data_parallel_size", "pipeline_model_parallel_size")
 
 ONLY_SINGLE_TURN = (
     f"the batched manager serves text-only prompts of {AGENT_LOOP}; expected "
@@ -55,16 +60,19 @@ def check_rollouts(config: DictConfig) -> None:
                 raise ValueError(f"data.{key}: {file} has rows with agent_name={name}: {ONLY_SINGLE_TURN}")
 
 
+def devices_of_server(rollout: DictConfig) -> int:
+    """The number of devices that one server of rollouts takes."""
+    return math.prod(rollout[kind] for kind in PARALLEL_SIZES)
+
+
 def check_servers(config: DictConfig) -> None:
-    """Check the devices of the servers: each takes as many as the product of its parallel sizes.
+    """Check the devices of the servers.
 
     Raises:
-        ValueError: if that does not divide the number of all.
+        ValueError: if those of a server do not divide the number of all.
     """
     trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
-    devices, tensor, data = trainer.nnodes * trainer.n_gpus_per_node, "tensor_model_parallel_size", "data_parallel_size"
-    if trainer.v1.trainer_mode != "separate_async" and devices % (rollout[tensor] * rollout[data]):
-        raise ValueError(
-            f"rollout.{tensor}={rollout[tensor]}, rollout.{data}={rollout[data]}: expected sizes whose product divides "
-            f"the {devices} devices"
-        )
+    devices = trainer.nnodes * trainer.n_gpus_per_node
+    if trainer.v1.trainer_mode != "separate_async" and devices % devices_of_server(rollout):
+        sizes = ", ".join(f"rollout.{kind}={rollout[kind]}" for kind in PARALLEL_SIZES)
+        raise ValueError(f"{sizes}: expected sizes whose product divides the {devices} devices")

@@ -29,10 +29,10 @@ class RolloutWait:
     """Replaces the method by which one replay buffer waits between two polls of the TransferQueue.
 
     Args:
-        replay_buffer: upstream's, or a custom sampler that polls as upstream's does.
+        replay_buffer: upstream's, or a custom sampler that calls `_wait_for_next_poll` as upstream's does.
         timeout: seconds without a finished rollout or prompt after which the wait ends; None: never.
         failure: returns the error that ended the generation, or None.
-        clock: seconds.
+        clock: returns the present time, in seconds.
 
     Attributes:
         pause: called before each poll; returns when a poll may find something new.
@@ -69,7 +69,8 @@ class RolloutWait:
         failure = self.failure()
         if failure is not None:
             raise RolloutsFailed(f"{waiting}: {error_text(failure)}") from failure
-        progress = (partition_id, steps, done, len(buffer.partitions[partition_id]))
+        # The prompts too: batches of a validation have the same step and partition.
+        progress = (partition_id, frozenset(prompts.items()), done, len(buffer.partitions[partition_id]))
         if progress != self.progress:
             self.progress, self.since = progress, self.clock()
         elif self.timeout is not None and self.clock() - self.since > self.timeout:

@@ -44,7 +44,8 @@ Tokens = Float[Tensor, " tokens"]
 #: Contributions smaller than this fraction of the largest one do not decide how far the multiplier is searched.
 NEGLIGIBLE = 1e-9
 
-#: Halvings of the interval that holds the multiplier: to the last digit of float64, with contributions that far apart.
+#: Halvings of the interval that holds the multiplier. As many reach the last digit of float64, also where contributions
+#: differ by a factor of 1 / NEGLIGIBLE.
 HALVINGS = 100
 
 
@@ -108,6 +109,9 @@ class AdamStep:
             entropy_gradient: g, of one parameter.
             loss_gradient: of the loss with all weights at 1, clipped.
             second_moment: v before the step; None before the first.
+
+        Returns:
+            u, a new tensor of the gradients' shape.
         """
         v = (1 - self.beta2) * loss_gradient.square()
         if second_moment is not None:
