@@ -71,6 +71,32 @@ def clip_v_by_loop(log_pi, action, advantages, mask, mu, share):
     return clipped
 
 
+@pytest.mark.parametrize(
+    ("advantages", "mu", "share", "expected"),
+    [
+        ([-1, -1, -1, -1], 1.8, 0.5, [False, True, True, False]),
+        ([-1, -1, -1, -1], 1.8, 0.25, [False, True, False, False]),
+        ([-1, -1, -1, -1], 1.8, 0.1, [False, True, False, False]),
+        ([-1, 1, -1, -1], 1.8, 0.25, [False, False, True, False]),
+        ([-1, -1, -1, -1], 1.9, 0.5, [False] * 4),
+    ],
+)
+def test_clip_v_by_hand(advantages, mu, share, expected):
+    """Four states of two actions, of which the sampled one has a probability of 0.5, 0.1, 0.2 and 0.9.
+
+    The entropies are 0.6931, 0.3251, 0.5004 and 0.3251. S = pi (ln pi + H) is 0, -0.1978, -0.2218 and 0.1978, its mean
+    under the policy 0, 0.1582, 0.1331 and 0.1582. So E[S] - S is 0, 0.3560, 0.3549 and -0.0396, with a standard
+    deviation of 0.1881, of which 1.8 are 0.3386 and 1.9 are 0.3574.
+    """
+    pi = torch.tensor([0.5, 0.1, 0.2, 0.9], dtype=torch.float64)
+    log_pi = torch.stack([pi, 1 - pi], -1).log().unsqueeze(0)
+    action, mask = torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.bool)
+    inputs = inputs_of(log_pi, action, torch.tensor([advantages]), mask)
+    found = discriminant_score(inputs.log_prob, inputs.current_entropys)
+    torch.testing.assert_close(found, torch.tensor([[0.0, -0.1978, -0.2218, 0.1978]]), atol=5e-5, rtol=0)
+    assert clip_v_tokens(inputs, mu, share)[0].tolist() == expected
+
+
 @settings(max_examples=40)
 @given(st.integers(0, 10_000), st.sampled_from([0.5, 1.0, 2.0]), st.sampled_from([0.0001, 0.05, 1.0]))
 def test_clip_v_against_a_loop(seed, mu, share):

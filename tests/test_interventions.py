@@ -164,6 +164,23 @@ def test_high_entropy_tokens_are_those_of_trl_which_averages_over_all(seed):
     assert outputs.loss.item() * kept / len(in_order) == pytest.approx(total / len(in_order), rel=1e-4, abs=1e-6)
 
 
+def test_high_entropy_tokens_are_those_that_trls_own_code_chooses():
+    """Where TRL is installed too, such as by `pip install --no-deps trl==1.16.0`; on one process."""
+    trl = pytest.importorskip("trl", reason="TRL is not in this environment")
+    alone = SimpleNamespace(gather=lambda values: values, pad_across_processes=lambda values, **_: values)
+    for length in range(1, 60):
+        batch = random_batch(seed=length, shape=(2, length))
+        _, entropys, old_log_prob, log_prob, mask = batch
+        expected = trl.GRPOTrainer.get_high_entropy_mask(SimpleNamespace(accelerator=alone), entropys, mask, 0.8)
+        inputs = LossInputs(
+            old_log_prob, old_log_prob.clone().requires_grad_(), torch.ones_like(entropys), mask, entropys
+        )
+        inputs.current_entropys = entropys
+        loss = POLICY_LOSSES["high_entropy_tokens"].compute(inputs, actor_config("high_entropy_tokens")).loss
+        (slope,) = torch.autograd.grad(loss, inputs.log_prob)
+        assert torch.equal(slope != 0, expected)
+
+
 def test_high_entropy_tokens_are_ranked_by_the_policy_being_updated():
     """The old policy's entropies are in the reverse order."""
     log_prob, ones = torch.full((1, 10), -1.0), torch.ones(1, 10)
@@ -248,7 +265,10 @@ def test_the_adaptive_bonus_is_on_at_the_target_itself():
 
 
 def test_the_adaptive_coefficient_is_that_of_trl_which_switches_it_a_step_later():
-    """TRL 1.16 changes it alike, but applies it where the previous step's entropy is at most the target."""
+    """TRL 1.16's rule, one update a step: it changes alike, but applies where the entropy before is at most the target.
+
+    Where an entropy equals the target, which none does here, it rises in TRL.
+    """
     controller = AdaptiveEntropyCoefficient(target=0.2, increment=0.1, maximum=0.3)
     coefficient, previous, differences = 0.0, math.inf, 0
     for entropy in (0.3, 0.15, 0.1, 0.12, 0.05, 0.25, 0.3, 0.19, 0.18):
