@@ -382,6 +382,8 @@ def _reward_batch(rollouts: list[Rollout]) -> DataProto:
 async def _grade_part(worker: ActorHandle, batch: DataProto) -> list[dict[str, Any] | BaseException]:
     """Grades of a reward worker: in one call or, if grading raises, row by row, an error in place of the row's grade.
 
+    After an error of one row the others are graded once more, while the first call still works on those before it.
+
     Raises:
         RayError: if the cause is not the grading but the death of the reward worker or of an actor that it calls.
     """
