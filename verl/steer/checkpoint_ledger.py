@@ -107,7 +107,7 @@ class CheckpointLedger:
         new.rename(path)
 
     def saved(self, step: int) -> None:
-        """Record that checkpoint `step` is whole; a power cut may still shorten files, which upstream does not flush."""
+        """Record that checkpoint `step` is whole. A power cut may still shorten its files: upstream flushes none."""
         path = self._path(step)
         # Upstream doesn't flush the tracker: after a power cut an old one would move the run back.
         replace_file(self.folder / TRACKER, str(step))

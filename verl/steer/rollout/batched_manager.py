@@ -382,7 +382,7 @@ def _reward_batch(rollouts: list[Rollout]) -> DataProto:
 async def _grade_part(worker: ActorHandle, batch: DataProto) -> list[dict[str, Any] | BaseException]:
     """Grades of a reward worker: in one call or, if grading raises, row by row, an error in place of the row's grade.
 
-    After an error of one row the others are graded once more, while the first call still works on those before it.
+    After an error of one row all rows are graded again, while the first call may still be at work.
 
     Raises:
         RayError: if the cause is not the grading but the death of the reward worker or of an actor that it calls.
