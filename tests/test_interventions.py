@@ -683,13 +683,20 @@ def test_the_trainer_gives_an_estimator_the_old_policys_entropies(trainer):
     assert trainer.seen["fetched"] is None
 
 
-def test_several_outputs_of_a_rollout_are_refused_by_estimators_that_would_count_each(trainer):
+def test_several_outputs_of_a_rollout_are_refused_by_estimators_that_would_count_each(trainer, monkeypatch):
     batch = SimpleNamespace(keys=["a_0_0", "a_0_1", "a_1_0"], partition_id="train", extra_info={})
     with pytest.raises(ValueError, match=r"adv_estimator=gtpo: expected grpo or another .* for a rollout \(a_0_1\)"):
         trainer._compute_advantage(batch, {})
     trainer._compute_advantage(SimpleNamespace(keys=["a_0_0"], partition_id="train"), {})
+    monkeypatch.setattr(trainer_steer.PPOTrainerSync, "_compute_advantage", lambda self, batch, metrics: batch)
     trainer.config.algorithm.adv_estimator = "grpo"
     assert trainer._compute_advantage(batch, {}) is batch
+
+
+def test_the_fields_of_a_step_are_let_go(trainer):
+    trainer._compute_advantage(SimpleNamespace(keys=["a_0_0"], partition_id="train"), {})
+    with pytest.raises(ValueError, match="adv_estimator=gtpo: the batch has no entropy"):
+        advantages_without_context("gtpo")
 
 
 def test_the_trainer_gives_an_estimator_the_scores_before_a_kl_penalty(trainer):

@@ -566,6 +566,19 @@ def test_ppo_loss_reads_its_metrics_from_the_device_together(mode):
     assert len(metrics) > 10 and reads.count == 0
 
 
+@pytest.mark.parametrize("coefficient", [0.0, 0.5])
+def test_the_entropy_has_a_gradient_only_with_a_coefficient(coefficient):
+    """The backward pass over the vocabulary takes longer with one, even with one of 0."""
+    data, output = micro_batch()
+    output["entropy"].requires_grad_()
+    output["log_probs"].requires_grad_()
+    config = actor_config()
+    object.__setattr__(config, "entropy_coeff", coefficient)
+    loss, metrics = ppo_loss(config, output, data)
+    (gradient,) = torch.autograd.grad(loss, output["entropy"], allow_unused=True)
+    assert (gradient is None) == (coefficient == 0) and "actor/entropy_loss" in metrics
+
+
 def test_responses_are_padded_as_by_verl():
     """Also a response of no token, at the batch's beginning; values and gradients."""
     lengths, generator = [0, 4, 1], torch.Generator().manual_seed(0)
