@@ -730,7 +730,7 @@ def test_a_sweep_and_what_it_chooses_have_seeds_of_their_own(launched, tmp_path,
 
 def test_the_settings_of_a_sweep_that_are_chosen(program, tmp_path):
     """The greatest pass@8 of each method; of equal ones its own, which the run without a suffix has."""
-    shares = {"grpo_lr5e-5": 0.25, "grpo": 0.5, "grpo_lr2e-4": 0.5, "a_b": 0.25, "a_b_coefficient0.5": 0.75, "x_lr1": 1}
+    shares = {"grpo_lr2e-4": 0.5, "grpo": 0.5, "grpo_lr5e-5": 0.25, "a_b": 0.25, "a_b_coefficient0.5": 0.75, "x_lr1": 1}
     runs = [tmp_path / "seed1" / name for name in shares]
     for run in runs:
         write_run(run, [0.5, 0.5], [0.1, 0.1], **{"val-aux/a/acc/pass@8": shares[run.name]})
@@ -745,7 +745,7 @@ def test_the_settings_of_a_sweep_that_are_chosen(program, tmp_path):
     write_run(tmp_path / "seed2/grpo", [0.5, 0.5], [0.1, 0.1], **{"val-aux/a/acc/pass@8": 0.5})
     for more, message in (
         ((tmp_path / "seed2/grpo",), "grpo: seeds 1 and 1 2; expected the same of each setting"),
-        (("--figure", "pass@9"), "grpo_lr5e-5: no pass@9 at the end; expected whole runs, and a heading of compare_ru"),
+        (("--figure", "pass@9"), "grpo_lr2e-4: no pass@9 at the end; expected whole runs, and a heading of compare_ru"),
     ):
         result = program("choose_settings.py", *runs, *more, "--out", tmp_path / "other")
         assert result.returncode == 1 and not (tmp_path / "other").exists()
