@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pandas as pd
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from verl.steer.report.run_metrics import Run, figures_by_seed, group_seeds, read_runs
 
 _SETTING = re.compile(r"_(?:lr|coefficient)\d.*")
@@ -53,7 +53,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         found = figures_of(read_runs(args.runs), args.figure)
-        table = Table("method", "settings", f"{args.figure}, its own", "chosen", args.figure)
+        table = Table(Column("method", no_wrap=True), "settings", f"{args.figure}, its own", "chosen", args.figure)
         chosen = []
         for method, one in found.groupby("method", sort=False):
             best = one.loc[one["figure"].idxmax()]
@@ -65,7 +65,7 @@ def main() -> None:
         args.out.write_text("".join(f"{name}\n" for name in chosen))
     except (OSError, ValueError) as error:
         sys.exit(f"choose_settings: {error}")
-    Console(markup=False, emoji=False).print(table)
+    Console(markup=False, emoji=False, width=None if sys.stdout.isatty() else 120).print(table)
     print(f"chosen: {args.out}")
 
 
