@@ -10,6 +10,7 @@ from hydra._internal.config_repository import ConfigRepository
 from hydra.core.hydra_config import HydraConfig
 from test_configuration import read_file_once
 from verl.steer.requirements.added_keys import check_added_keys
+from verl.steer.requirements.kinds import check_kinds
 
 import verl_steer
 
@@ -30,6 +31,7 @@ def checked(monkeypatch, tmp_path):
             words = ["method=steer_exp", *overrides, search_path]
             HydraConfig.instance().set_config(compose("steer", words, return_hydra_config=True))
             check_added_keys()
+            check_kinds()
 
         yield check
 
@@ -50,6 +52,13 @@ def checked(monkeypatch, tmp_path):
             "++actor_rollout_ref.rollout.val_kwargs={nn: 2}",
             "actor_rollout_ref.rollout.val_kwargs.nn: unknown; expected ",
         ),
+        # Texts for a boolean and a number.
+        (
+            "actor_rollout_ref.actor.use_kl_loss=flase",
+            "actor_rollout_ref.actor.use_kl_loss=flase: expected true or fal",
+        ),
+        ("trainer.val_only='true'", "trainer.val_only=true: expected true or false"),
+        ("actor_rollout_ref.rollout.top_k=abc", "actor_rollout_ref.rollout.top_k=abc: expected a number"),
         # Like none of the names, and refused by a worker.
         ("+actor_rollout_ref.rollout.xyz=1", "actor_rollout_ref.rollout.xyz: unknown; expected one of name, mode, "),
         (f"+{LOSS}.token_weight_mn=0.7", f"{LOSS}.token_weight_mn: unknown; expected one of token_weight_min, "),

@@ -34,6 +34,13 @@ def test_tokens_above_the_quantile_by_hand():
     assert not above_response_quantile(values, mask, 1.0).any()
 
 
+def test_a_quantile_whose_place_is_rounded_down():
+    """90 * 0.7 is 62.99... in float64: above the value of index 63 are 27 of 91."""
+    assert int(90 * 0.7) == 62
+    values = torch.arange(91.0)[None]
+    assert above_response_quantile(values, torch.ones(1, 91), 0.7).sum() == 27
+
+
 @settings(max_examples=60)
 @given(st.integers(0, 10_000), st.sampled_from([0.0, 0.33, 0.5, 0.8, 0.95, 1.0]))
 def test_the_quantile_is_numpys(seed, quantile):
@@ -61,9 +68,15 @@ def test_archer_by_hand():
         torch.testing.assert_close(token_gradients("archer", batch), expected)
         metrics = loss_of("archer", batch).metrics
         assert metrics["actor/high_entropy_share"].item() == pytest.approx(0.2)
-        # PPO's clipped loss of a knowledge token, 1.2 or 0.8, and that of the reasoning one.
-    loss = loss_of("archer", batch, archer_clip_knowledge=0.7).loss
-    assert loss.item() == pytest.approx(1.6)
+
+
+def test_archers_loss_of_clipped_knowledge_by_hand():
+    """Ratio 0.4, A = -1: 0.8 of four clipped tokens and 0.5 of the fifth; with a clip of 0.7, 0.4 of the four."""
+    old_log_prob = torch.full((1, 5), math.log(0.1))
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    batch = (-torch.ones(1, 5), row(1.0, 1.0, 2.0, 1.0, 1.0), old_log_prob, old_log_prob + math.log(0.4), mask)
+    assert loss_of("archer", batch).loss.item() == pytest.approx((4 * 0.8 + 0.5) / 5)
+    assert loss_of("archer", batch, archer_clip_knowledge=0.7).loss.item() == pytest.approx((4 * 0.4 + 0.5) / 5)
 
 
 @pytest.mark.parametrize("agg", ["token-mean", "seq-mean-token-mean"])

@@ -37,6 +37,17 @@ def test_ce_gppo_by_hand(beta1, beta2):
     torch.testing.assert_close(found, row(*expected))
 
 
+def test_an_infinite_bound_leaves_all_gradients_finite():
+    """No token is clipped from above, so the gradients are those of PPO's loss without an upper bound."""
+    batch = batch_of(RATIOS, ADVANTAGES)
+    found = token_gradients("ce_gppo", batch, clip=(0.2, math.inf, 10.0))
+    expected = [
+        ratio * advantage if advantage > 0 else expected_gradient(ratio, advantage, 0.75, 1.0)
+        for ratio, advantage in zip(RATIOS, ADVANTAGES, strict=True)
+    ]
+    torch.testing.assert_close(found, row(*expected))
+
+
 def test_the_loss_and_its_metrics_by_hand():
     """Each token's loss is -A times 0.6 (0.75 * 0.8), 0.9, 1.2, 1.28, 0.5, 2, 10 and 0.6."""
     outputs = loss_of("ce_gppo", batch_of(RATIOS, ADVANTAGES))

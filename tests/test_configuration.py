@@ -284,6 +284,14 @@ TARGET = INFLUENCE | {"token_weight_map": "target"}
             "policy_loss.token_weight_normalizer='global': expected one of micro_batch, rank, winsorised with entropy",
         ),
         (
+            {"token_weight_map": "threshold", "token_weight_normalizer": "rank"},
+            "policy_loss.token_weight_normalizer='rank': expected another in the threshold map",
+        ),
+        (
+            {"linear": False, "entropy_control_mode": "asymmetric", "token_weight_normalizer": "rank"},
+            "policy_loss.token_weight_normalizer='rank': expected another, or linear=true, with entropy_control",
+        ),
+        (
             {"token_weight_map": "threshold", "token_weight_normalizer": "winsorised"},
             "policy_loss.token_weight_normalizer='winsorised': expected another in the threshold map",
         ),
@@ -299,6 +307,14 @@ TARGET = INFLUENCE | {"token_weight_map": "target"}
         (TARGET | {"token_weight_min": 1.1}, "policy_loss.token_weight_min=1.1: expected bounds on both sides of 1"),
         (TARGET | {"token_weight_max": 0.9}, "policy_loss.token_weight_max=0.9: expected bounds on both sides of 1"),
         (TARGET | {"target_entropy": {2: 0.3}}, "policy_loss.target_entropy={2: 0.3}: expected training steps from 1"),
+        (
+            TARGET | {"target_entropy": {1: 0.3, 1.5: 0.2}},
+            "policy_loss.target_entropy={1: 0.3, 1.5: 0.2}: expected train",
+        ),
+        (
+            TARGET | {"target_entropy": {0: 0.3, 1: 0.2}},
+            "policy_loss.target_entropy={0: 0.3, 1: 0.2}: expected training",
+        ),
         (TARGET | {"target_entropy": {1: -1}}, "policy_loss.target_entropy.1=-1: expected a finite number above 0"),
         (TARGET | {"target_gain": 2}, "policy_loss.target_gain=2: expected a number above 0 and at most 1"),
         (TARGET | {"target_controller": "pid"}, "policy_loss.target_controller='pid': expected one of solve, pi"),
@@ -398,7 +414,7 @@ HEAD = ("entropy_change_estimator=influence", "token_weight_map=target", "influe
         ),
         (
             ["task=arithmetic", "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=0"],
-            "rollout.log_prob_micro_batch_size_per_gpu=0: expected a divisor of the 128 rollouts of a rank",
+            "rollout.log_prob_micro_batch_size_per_gpu=0: expected an integer of at least 1",
         ),
         (
             ["task=arithmetic", "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=24"],
@@ -553,7 +569,7 @@ HEAD = ("entropy_change_estimator=influence", "token_weight_map=target", "influe
                 [f"{ACTOR}.clip_ratio_c=1", f"{POLICY_LOSS}.loss_mode={loss}"],
                 f"actor.clip_ratio_c=1: expected a number above 1 with the loss {loss}",
             )
-            for loss in ("archer", "bapo", "ce_gppo")
+            for loss in ("archer", "bapo", "ce_gppo", "entropic", "opefo")
         ),
         (
             [f"{ACTOR}.clip_ratio_c=0", f"{POLICY_LOSS}.base_loss=dppo_tv"],
@@ -958,6 +974,18 @@ DYNAMIC = [f"{ACTOR}.use_dynamic_bsz=true", f"{ROLLOUT}.log_prob_use_dynamic_bsz
             "rollout.tensor_model_parallel_size=1, rollout.data_parallel_size=1, "
             "rollout.pipeline_model_parallel_size=2: expected sizes whose product divides the 1 devices",
         ),
+        (
+            [f"{ACTOR}.ppo_micro_batch_size_per_gpu=abc"],
+            "actor.ppo_micro_batch_size_per_gpu='abc': expected an integer",
+        ),
+        (
+            [f"{ACTOR}.ulysses_sequence_parallel_size=null"],
+            "actor.ulysses_sequence_parallel_size=None: expected an int",
+        ),
+        ([f"{ROLLOUT}.max_model_len=abc"], "rollout.max_model_len='abc': expected an integer"),
+        (["data.train_max_samples=null"], "data.train_max_samples=None: expected an integer"),
+        (["trainer.critic_warmup=null"], "trainer.critic_warmup=None: expected an integer of at least 0"),
+        ([f"{ACTOR}.strategy=fsdp"], "actor.strategy=fsdp: expected fsdp2 with trainer.device=cpu"),
         ([f"{ROLLOUT}.pipeline_model_parallel_size=0"], "rollout.pipeline_model_parallel_size=0: expected an integer"),
         (
             ["reward.custom_reward_function.path=/no/mine.py"],
@@ -1015,6 +1043,15 @@ DYNAMIC = [f"{ACTOR}.use_dynamic_bsz=true", f"{ROLLOUT}.log_prob_use_dynamic_bsz
             [f"{CORRECTION}.rollout_rs='token_k1,k9'"],
             f"{CORRECTION}.rollout_rs=k9: expected one of seq_max_k2, seq_max",
         ),
+        ([f"{CORRECTION}.rollout_rs=token_k1"], f"{CORRECTION}: rollout_rs_threshold must be "),
+        (
+            [f"{CORRECTION}.rollout_is=token", f"{CORRECTION}.rollout_is_threshold=-1"],
+            f"{CORRECTION}: rollout_is_thresh",
+        ),
+        (
+            [f"{CORRECTION}.rollout_is=token", f"{CORRECTION}.rollout_is_threshold=null"],
+            f"{CORRECTION}.rollout_is_threshold=None: expected a number with rollout_is",
+        ),
     ],
 )
 def test_values_that_verl_takes_as_they_are_are_checked(overrides, message):
@@ -1055,7 +1092,11 @@ def test_values_that_verl_takes_as_they_are_are_checked(overrides, message):
         ),
         *(
             (
-                [f"{CORRECTION}.{key}={value}", f"{ROLLOUT}.calculate_log_probs=false"],
+                [
+                    f"{CORRECTION}.{key}={value}",
+                    f"{CORRECTION}.rollout_rs_threshold=0.1",
+                    f"{ROLLOUT}.calculate_log_probs=false",
+                ],
                 f"{CORRECTION}.{key}={value}: expected rollout.calculate_log_probs=true with it",
             )
             for key, value in (("rollout_is", "token"), ("rollout_rs", "seq_mean_k3"), ("bypass_mode", True))
@@ -1085,7 +1126,11 @@ def test_what_verl_would_ignore_is_refused(overrides, message):
         [f"{ROLLOUT}.n=1", "algorithm.adv_estimator=reinforce_plus_plus", *DYNAMIC],
         [f"{ROLLOUT}.n=1", "algorithm.adv_estimator=psr", *DYNAMIC],
         [f"{ROLLOUT}.n=1", "trainer.val_only=true"],
-        [f"{CORRECTION}.rollout_is=token", f"{CORRECTION}.rollout_rs='token_k1, seq_mean_k3'"],
+        [
+            f"{CORRECTION}.rollout_is=token",
+            f"{CORRECTION}.rollout_rs='token_k1, seq_mean_k3'",
+            f"{CORRECTION}.rollout_rs_threshold='0.5_2.0,0.1'",
+        ],
         [f"{CHECKPOINT}.save_contents=[hf_model]", "trainer.resume_mode=disable"],
         ["+ray_kwargs.ray_init.runtime_env.env_vars.NCCL_IB_DISABLE=on", "trainer.experiment_name=no"],
         ["trainer.logger=console"],
@@ -1130,7 +1175,7 @@ def test_one_rollout_of_a_prompt_is_for_estimators_that_compare_none():
 
 def run_main(config):
     """The entry point with a configuration that Hydra has not composed from a command line."""
-    with mock.patch.object(entry_point, "check_added_keys"):
+    with mock.patch.object(entry_point, "check_added_keys"), mock.patch.object(entry_point, "check_kinds"):
         entry_point.main.__wrapped__(config)
 
 

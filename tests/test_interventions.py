@@ -203,6 +203,14 @@ def test_quadrants_by_hand(quadrant, place):
     assert metrics["actor/quadrant_share"] == pytest.approx(0.2)
 
 
+def test_quadrants_are_those_of_the_policy_being_updated():
+    """A token that the old policy gave 0.4 and the new one gives 0.6."""
+    ones = torch.ones(1, 1)
+    inputs = LossInputs(row(0.4).log(), row(0.6).log(), ones, ones, torch.zeros(1, 1))
+    assert in_quadrant("positive_likely", inputs, 0.5).all()
+    assert not in_quadrant("positive_unlikely", inputs, 0.5).any()
+
+
 def test_a_fixed_probability_bounds_the_quadrants():
     log_prob = row(0.69, 0.7001, 0.9).log()
     inputs = LossInputs(log_prob, log_prob, torch.ones(1, 3), torch.ones(1, 3), torch.zeros(1, 3))
@@ -233,6 +241,11 @@ def test_adaptive_entropy_by_hand():
     loss = loss_of("adaptive_entropy", (advantages, leaf, *batch[2:]), {"entropy_coeff": 0.01}).loss
     (slope,) = torch.autograd.grad(loss, leaf)
     torch.testing.assert_close(slope, -0.01 * mask / mask.sum())
+
+
+def test_an_entropy_that_is_not_finite_leaves_the_coefficient():
+    controller = AdaptiveEntropyCoefficient(target=0.2, increment=0.1, maximum=0.3, value=0.2)
+    assert controller.step(math.nan) == 0.0 and controller.value == 0.2
 
 
 def test_adaptive_entropy_names_what_is_missing():
@@ -366,6 +379,14 @@ def test_unlikeliness_by_hand():
     expected = torch.tensor([0.75, 0.875, 0.625, -1.0])
     expected = (expected - expected.mean())[:, None] * mask
     torch.testing.assert_close(found, expected)
+
+
+def test_a_likely_wrong_answer_keeps_its_reward():
+    """Log-probs -3, -2 and -1 of two right answers and a wrong one, beta 0.3: 1, 1 - 0.3 * 1/3 = 0.9, and -1."""
+    config = {"unlikeliness_beta": 0.3, "norm_adv_by_std_in_grpo": False}
+    log_prob = torch.tensor([[-3.0], [-2.0], [-1.0]])
+    found = advantages_of("unlikeliness", [1.0, 1.0, -1.0], torch.ones(3, 1), ["a"] * 3, config, old_log_probs=log_prob)
+    torch.testing.assert_close(found, torch.tensor([[0.7], [0.6], [-1.3]]))
 
 
 def test_unlikeliness_ranks_within_a_prompt_and_never_twice():

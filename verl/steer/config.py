@@ -147,12 +147,17 @@ class PolicyLossConfig(
             )
         if mapping != "linear" and high > 1 and (mapping, self.entropy_control_mode) != ("exponential", "asymmetric"):
             raise ValueError(f"policy_loss.token_weight_max={high}: expected at most 1 in the {mapping} map")
-        if mapping == "threshold" and self.token_weight_normalizer == "winsorised":
+        quantile, normalizer = self.token_weight_quantile, self.token_weight_normalizer
+        if mapping == "threshold" and normalizer in ("rank", "winsorised"):
             raise ValueError(
-                "policy_loss.token_weight_normalizer='winsorised': expected another in the threshold map, which "
+                f"policy_loss.token_weight_normalizer={normalizer!r}: expected another in the threshold map, which "
                 "reads no more than the order of the estimates"
             )
-        quantile, normalizer = self.token_weight_quantile, self.token_weight_normalizer
+        if normalizer == "rank" and (mapping, self.entropy_control_mode) == ("exponential", "asymmetric"):
+            raise ValueError(
+                "policy_loss.token_weight_normalizer='rank': expected another, or linear=true, with "
+                "entropy_control_mode=asymmetric: ranks do not tell a rise of the entropy from a fall"
+            )
         if normalizer == "winsorised" and self.entropy_control_mode == "asymmetric":
             raise ValueError(
                 "policy_loss.token_weight_normalizer='winsorised': expected another with "

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from verl.steer.requirements import check_and_complete
 from verl.steer.requirements.added_keys import check_added_keys
 from verl.steer.requirements.files import check_data_and_model
+from verl.steer.requirements.kinds import check_kinds
 from verl.steer.requirements.loggers import check_loggers
 from verl.steer.requirements.verl_values import check_by_verl
 from verl.steer.run_ending import ActorsDied, WatchedRunner, reason_of
@@ -55,6 +56,7 @@ def main(config: DictConfig) -> None:
     verl_steer.check()
     try:
         check_added_keys()
+        check_kinds()
         check_and_complete(config)
         check_data_and_model(config)
         check_loggers(config)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,12 @@ class AdaptiveEntropyCoefficient(StepState):
         return cls(options.target_entropy, options.entropy_coeff_step, options.entropy_coeff_max)
 
     def step(self, entropy: float) -> float:
-        """The coefficient for a policy of this entropy, 0 above the target; then set the next step's."""
+        """The coefficient for a policy of this entropy, 0 above the target; then set the next step's.
+
+        An entropy that is not finite leaves the coefficient as it is, and has none itself.
+        """
+        if not math.isfinite(entropy):
+            return 0.0
         self.value = min(self.value, self.maximum)  # a resumed run may have a lower one
         coefficient = self.value if entropy <= self.target else 0.0
         change = self.increment if entropy < self.target else -self.increment

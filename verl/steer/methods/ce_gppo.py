@@ -42,8 +42,10 @@ def compute_policy_loss_ce_gppo(inputs: LossInputs, config: Any) -> LossOutputs:
     above = (advantages > 0) & (ratio > 1 + clip.high)
     beyond = (advantages < 0) & (ratio > clip.c)
     one = torch.exp(log_ratio - log_ratio.detach())
-    ratio = torch.where(below, options.ce_gppo_beta1 * (1 - clip.low) * one, ratio)
-    ratio = torch.where(above, options.ce_gppo_beta2 * (1 + clip.high) * one, ratio)
+    # The bound that applies, before it is multiplied: `actor.clip_ratio_high` may be inf, and 0 * inf is no gradient.
+    bound = torch.where(below, options.ce_gppo_beta1 * (1 - clip.low), 0.0)
+    bound = torch.where(above, options.ce_gppo_beta2 * (1 + clip.high), bound)
+    ratio = torch.where(below | above, bound * one, ratio)
     ratio = torch.where(advantages < 0, ratio.clamp_max(clip.c), ratio)
     losses = -advantages * ratio
     if inputs.rollout_is_weights is not None:

@@ -16,5 +16,6 @@ def above_response_quantile(values: PerToken, response_mask: PerToken | TokenMas
     valid = response_mask.bool()
     # Not `nanquantile`, which waits for a GPU.
     ordered = torch.where(valid, values, torch.inf).sort(-1).values
-    place = (valid.sum(-1, keepdim=True).double() - 1).clamp_min(0) * quantile
+    # A product that is a whole number may be rounded to just below it.
+    place = (valid.sum(-1, keepdim=True).double() - 1).clamp_min(0) * quantile + 1e-9
     return valid & (values > ordered.gather(-1, place.long()))

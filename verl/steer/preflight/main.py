@@ -19,6 +19,7 @@ from verl.steer.preflight.processes import CHECKPOINT, TOKENS, run_group
 from verl.steer.preflight.rows import Row, report, run_check
 from verl.steer.requirements import check_and_complete
 from verl.steer.requirements.added_keys import check_added_keys
+from verl.steer.requirements.kinds import check_kinds
 from verl.steer.requirements.loggers import check_loggers
 from verl.steer.requirements.model import check_model
 from verl.steer.requirements.verl_values import check_by_verl
@@ -30,6 +31,7 @@ SECONDS, LEFT_TO_RANKS = 290, 120
 def check_configuration(config: DictConfig) -> str:
     """The checks with which a run begins."""
     check_added_keys()
+    check_kinds()
     check_and_complete(config)
     check_model(config)
     check_loggers(config)

@@ -7,8 +7,10 @@ from dataclasses import fields
 from difflib import get_close_matches
 
 from hydra import compose
+from hydra.conf import HydraConf
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from verl.steer.options import leaves
@@ -33,16 +35,26 @@ def check_added_keys() -> None:
         ValueError: if a key is unknown.
     """
     hydra = HydraConfig.get()
-    overrides = OverridesParser.create().parse_overrides(list(hydra.overrides.task))
-    groups = [str(one.input_line) for one in overrides if one.key_or_group in hydra.runtime.choices]
-    adding = [one for one in overrides if one.is_add() or one.is_force_add()]
-    values = [(one.key_or_group, one.value()) for one in adding if str(one.input_line) not in groups]
-    keys = [key for name, value in values for key, _ in leaves(value, name)]
+    adding = [one for one in overriding(hydra) if one.is_add() or one.is_force_add()]
+    keys = [key for one in adding for key, _ in leaves(one.value(), one.key_or_group)]
     if keys:
-        places = [one for one in hydra.overrides.hydra if one.startswith("hydra.searchpath=")]
-        declared = compose(hydra.job.config_name, places + groups)
+        declared = declared_configuration(hydra)
         for key in keys:
             _check_key(declared, key)
+
+
+def overriding(hydra: HydraConf) -> list[Override]:
+    """This program's overrides that set keys, without those that choose a group's file."""
+    overrides = OverridesParser.create().parse_overrides(list(hydra.overrides.task))
+    return [one for one in overrides if one.key_or_group not in hydra.runtime.choices and not one.is_delete()]
+
+
+def declared_configuration(hydra: HydraConf) -> DictConfig:
+    """The configuration of the chosen files alone, without the keys that the program sets."""
+    choosing = OverridesParser.create().parse_overrides(list(hydra.overrides.task))
+    groups = [str(one.input_line) for one in choosing if one.key_or_group in hydra.runtime.choices]
+    places = [one for one in hydra.overrides.hydra if one.startswith("hydra.searchpath=")]
+    return compose(hydra.job.config_name, places + groups)
 
 
 def _check_key(declared: DictConfig, key: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checks of keys that verl 0.9.1 reads nowhere, or not in this combination: the run would be another one."""
+"""The checks of keys that verl 0.9.1 reads nowhere, or not in this combination: the run would not be as asked for."""
 
 from __future__ import annotations
 

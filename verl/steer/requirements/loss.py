@@ -12,7 +12,6 @@ from verl.steer.methods.registry import (
     POLICY_LOSSES,
     SCORES,
     base_loss_of,
-    clips_as_ppo,
     estimator_fields,
     fields_needed,
 )
@@ -26,8 +25,8 @@ ENTROPY_STRATEGIES = ("fsdp", "fsdp2", "megatron", "veomni", "torchtitan", "auto
 #: Strategies of this fork's own engine, which has sums over the vocabulary and the range of a whole mini-batch.
 FSDP_STRATEGIES = ("fsdp", "fsdp2")
 
-#: Losses that read `actor.clip_ratio_c` but do not clip as PPO does, and the value that it must exceed.
-CLIP_RATIO_C_ABOVE = {"archer": 1, "bapo": 1, "ce_gppo": 1, "dynamic_clip": 1, "dppo_tv": 0, "dppo_kl": 0}
+#: Losses that read `actor.clip_ratio_c`, and the value that it must exceed: all of this fork, and some of verl's.
+CLIP_RATIO_C_ABOVE = {"vanilla": 1, "bypass_mode": 1, "dppo_tv": 0, "dppo_kl": 0} | dict.fromkeys(POLICY_LOSSES, 1)
 
 #: Averages by which the trainer's `actor/entropy` is a mean over tokens.
 MEANS = ("token-mean", "seq-mean-token-mean")
@@ -173,6 +172,6 @@ def check_clip(config: DictConfig, policy_loss: Any) -> None:
 
     for name in ("clip_ratio_low", "clip_ratio_high"):
         check("clip_ratio" if actor[name] is None else name, lambda value: value >= 0, "of at least 0")
-    if clips_as_ppo(policy_loss) or loss in CLIP_RATIO_C_ABOVE:
-        bound = CLIP_RATIO_C_ABOVE.get(loss, 1)
+    if loss in CLIP_RATIO_C_ABOVE:
+        bound = CLIP_RATIO_C_ABOVE[loss]
         check("clip_ratio_c", lambda value: value > bound, f"above {bound} with the loss {loss}")

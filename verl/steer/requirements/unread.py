@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Warnings of options that a run sets and that its loss and its advantage estimator do not read.
 
-They are no errors: comparisons give the same overrides to runs of several methods.
+They are not errors: comparisons give the same overrides to runs of several methods.
 """
 
 from __future__ import annotations

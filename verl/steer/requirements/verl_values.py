@@ -15,7 +15,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from verl.steer.methods.registry import GROUPED
 from verl.steer.options import Option
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
-from verl.trainer.ppo.rollout_corr_helper import SUPPORTED_ROLLOUT_RS_OPTIONS
+from verl.trainer.ppo.rollout_corr_helper import (
+    SUPPORTED_ROLLOUT_RS_OPTIONS,
+    compute_rollout_correction_and_rejection_mask,
+)
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl.utils.tracking import Tracking
@@ -32,10 +35,14 @@ NUMBERS = {
     "actor_rollout_ref.actor.optim.min_lr_ratio": Option(at_least=0.0, at_most=1.0),
     "actor_rollout_ref.actor.optim.weight_decay": Option(0.01, at_least=0.0),
     "actor_rollout_ref.actor.ppo_epochs": Option(1, at_least=1, integer=True),
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": Option(at_least=1, integer=True),
     "actor_rollout_ref.actor.ppo_mini_batch_size": Option(256, at_least=1, integer=True),
+    "actor_rollout_ref.actor.ulysses_sequence_parallel_size": Option(1, at_least=1, integer=True),
     "actor_rollout_ref.model.lora_rank": Option(0, at_least=0, integer=True),
     "actor_rollout_ref.rollout.data_parallel_size": Option(1, at_least=1, integer=True),
     "actor_rollout_ref.rollout.gpu_memory_utilization": Option(0.5, above=0.0, at_most=1.0),
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": Option(at_least=1, integer=True),
+    "actor_rollout_ref.rollout.max_model_len": Option(at_least=1, integer=True),
     "actor_rollout_ref.rollout.n": Option(1, at_least=1, integer=True),
     "actor_rollout_ref.rollout.pipeline_model_parallel_size": Option(1, at_least=1, integer=True),
     "actor_rollout_ref.rollout.seed": Option(integer=True),
@@ -46,11 +53,14 @@ NUMBERS = {
     "actor_rollout_ref.rollout.val_kwargs.temperature": Option(0.0, at_least=0.0),
     "actor_rollout_ref.rollout.val_kwargs.top_p": Option(1.0, above=0.0, at_most=1.0),
     "algorithm.kl_ctrl.kl_coef": Option(0.001, at_least=0.0),
+    "data.gen_batch_size": Option(at_least=1, integer=True),
     "data.max_prompt_length": Option(512, at_least=1, integer=True),
     "data.max_response_length": Option(512, at_least=1, integer=True),
     "data.seed": Option(integer=True),
     "data.train_batch_size": Option(1024, at_least=1, integer=True),
+    "data.train_max_samples": Option(-1, integer=True),
     "reward.num_workers": Option(8, at_least=1, integer=True),
+    "trainer.critic_warmup": Option(0, at_least=0, integer=True),
     "trainer.n_gpus_per_node": Option(1, at_least=1, integer=True),
     "trainer.nnodes": Option(1, at_least=1, integer=True),
     "trainer.total_epochs": Option(1, at_least=1, integer=True),
@@ -94,6 +104,8 @@ def check_verl_values(config: DictConfig) -> None:
     for key, name, known in names:
         if name not in known:
             raise ValueError(f"{key}={name}: expected one of {', '.join(map(str, known))}")
+    if correction:
+        _check_thresholds(correction)
     if config.actor_rollout_ref.rollout.n == 1 and algorithm.adv_estimator in GROUPED and not config.trainer.val_only:
         raise ValueError(f"rollout.n=1: expected at least 2 with algorithm.adv_estimator={algorithm.adv_estimator}")
     if config.model_engine == "dp":
@@ -105,6 +117,20 @@ def check_verl_values(config: DictConfig) -> None:
             "cuts the beginning of a long prompt, whatever the key says"
         )
     _check_lengths(config)
+
+
+def _check_thresholds(correction: DictConfig) -> None:
+    """verl reads the thresholds of its rollout correction after the first rollouts; without one it takes no weights."""
+    section = "algorithm.rollout_correction"
+    if correction.rollout_is and correction.rollout_is_threshold is None:
+        raise ValueError(f"{section}.rollout_is_threshold=None: expected a number with rollout_is")
+    names = ("rollout_is", "rollout_is_threshold", "rollout_rs", "rollout_rs_threshold")
+    try:
+        compute_rollout_correction_and_rejection_mask(
+            *torch.tensor([[[0.0]], [[0.0]], [[1.0]]]), **{name: correction[name] for name in names}
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{section}: {error}") from error
 
 
 def _check_adapter(model: DictConfig) -> None:
@@ -156,7 +182,7 @@ def as_dataclass(config: DictConfig, key: str) -> Any:
     try:
         return omega_conf_to_dataclass(section)
     except InstantiationException as error:
-        raise ValueError(str(error.__cause__)) from error
+        raise ValueError(_message(error)) from error
 
 
 def check_by_verl(config: DictConfig) -> None:
@@ -168,4 +194,9 @@ def check_by_verl(config: DictConfig) -> None:
     try:
         validate_config(config, need_reference_policy(config), need_critic(config))
     except (AssertionError, InstantiationException) as error:
-        raise ValueError(str(error.__cause__ or error)) from error
+        raise ValueError(_message(error)) from error
+
+
+def _message(error: BaseException) -> str:
+    """The message of an error's cause or, where that has none, of the error, in one line."""
+    return " ".join((str(error.__cause__ or "") or str(error)).split())

@@ -160,7 +160,7 @@ class LossOutputs:
     Args:
         loss: with gradient.
         metrics: scalars on the loss's device.
-        token_weights: without gradient, 0 on tokens that are not valid; None if the loss has no weights.
+        token_weights: without gradient, of no meaning on tokens that are not valid; None if the loss has no weights.
         entropy_change: magnitude of the estimated entropy change, 0 on tokens that are not valid; None without STEER.
         kl_weights: multiply the tokens' KL loss, if there is one; None: all count alike.
     """
