@@ -37,7 +37,7 @@ NUMBERS = {
     "actor_rollout_ref.actor.ppo_epochs": Option(1, at_least=1, integer=True),
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": Option(at_least=1, integer=True),
     "actor_rollout_ref.actor.ppo_mini_batch_size": Option(256, at_least=1, integer=True),
-    "actor_rollout_ref.actor.ulysses_sequence_parallel_size": Option(1, at_least=1, integer=True),
+    "actor_rollout_ref.actor.ulysses_sequence_parallel_size": Option(at_least=1, integer=True),
     "actor_rollout_ref.model.lora_rank": Option(0, at_least=0, integer=True),
     "actor_rollout_ref.rollout.data_parallel_size": Option(1, at_least=1, integer=True),
     "actor_rollout_ref.rollout.gpu_memory_utilization": Option(0.5, above=0.0, at_most=1.0),
