@@ -58,8 +58,6 @@ def check_model_engine(config: DictConfig) -> None:
     if actor.strategy in others - {engine} or engine in others and actor.strategy != engine:
         expected = engine if engine in others else " or ".join(FSDP_STRATEGIES)
         raise ValueError(f"actor.strategy={actor.strategy}: expected {expected} with model_engine={engine}")
-    if engine == "dp" and config.trainer.device == "cpu" and actor.strategy in (None, "fsdp"):
-        raise ValueError(f"actor.strategy={actor.strategy}: expected fsdp2 with trainer.device=cpu")
     if engine == "dp" and (size := OmegaConf.select(actor, "fsdp_config.ulysses_sequence_parallel_size") or 1) > 1:
         if actor.ulysses_sequence_parallel_size not in (1, size):
             raise ValueError(
