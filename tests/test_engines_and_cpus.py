@@ -136,7 +136,6 @@ def test_two_sizes_of_the_ranks_that_share_a_rollout_are_refused():
     "engine, size",
     [
         ("dp", "ulysses_sequence_parallel_size=3"),
-        ("dp", "ulysses_sequence_parallel_size=0"),
         ("veomni", "veomni.ulysses_parallel_size=16"),
     ],
 )
