@@ -75,8 +75,7 @@ def find_bounds(inputs: LossInputs, options: BapoOptions) -> tuple[Scalar, Scala
     Returns:
         Lower bound, upper bound and the positive tokens' share with them, 0 if no token has an advantage.
     """
-    log_ratio = inputs.log_prob.float() - inputs.old_log_prob.float()
-    ratio = log_ratio.clamp(-20.0, 20.0).exp().flatten()
+    ratio = inputs.ratio.flatten()
     advantages = inputs.advantages.float().masked_fill(~inputs.response_mask.bool(), 0.0).flatten()
     lows, highs = bapo_bounds(options, ratio.device)
     # Not a product of matrices, which a GPU or autocast may round.

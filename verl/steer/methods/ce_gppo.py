@@ -35,9 +35,7 @@ def compute_policy_loss_ce_gppo(inputs: LossInputs, config: Any) -> LossOutputs:
     """
     options, clip, mask = config.policy_loss, clip_ratios(config), inputs.response_mask
     advantages = inputs.advantages.float()
-    log_ratio = inputs.log_prob.float() - inputs.old_log_prob.float()
-    bounded = log_ratio.clamp(-20.0, 20.0)
-    ratio = bounded.exp()
+    log_ratio, ratio = inputs.log_ratio, inputs.ratio
     below = (advantages < 0) & (ratio < 1 - clip.low)
     above = (advantages > 0) & (ratio > 1 + clip.high)
     beyond = (advantages < 0) & (ratio > clip.c)
@@ -55,6 +53,6 @@ def compute_policy_loss_ce_gppo(inputs: LossInputs, config: Any) -> LossOutputs:
         metrics = {
             "actor/pg_clipfrac_high": masked_mean((above | beyond).float(), mask),
             "actor/pg_clipfrac_low": masked_mean(below.float(), mask),
-            "actor/ppo_kl": masked_mean(-bounded, mask),
+            "actor/ppo_kl": masked_mean(-log_ratio.clamp(-20.0, 20.0), mask),
         }
     return LossOutputs(loss, metrics)

@@ -51,7 +51,7 @@ def compute_policy_loss_dynamic_clip(inputs: LossInputs, config: Any) -> LossOut
     upper = upper.clamp_max(max(c, LEAST_CEILING))
     outputs = tensor_clip_policy_loss(inputs, config, 1 - lower, upper - 1)
     with torch.no_grad():
-        ratio = (inputs.log_prob.float() - inputs.old_log_prob.float()).exp()
+        ratio = inputs.log_ratio.exp()
         positive, negative = inputs.advantages > 0, inputs.advantages < 0
         above, below = positive & (ratio > upper) | negative & (ratio > c), negative & (ratio < lower)
         outputs.metrics["actor/pg_clipfrac_high"] = masked_mean(above.float(), inputs.response_mask)

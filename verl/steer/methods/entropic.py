@@ -31,10 +31,8 @@ def compute_policy_loss_entropic(inputs: LossInputs, config: Any) -> LossOutputs
     """
     alpha = inputs.require("entropy_coeff", "loss_mode=entropic expects trainer.v1.trainer_mode=steer")
     outputs = reweighted_policy_loss("vanilla", None, inputs, config)
-    log_prob = inputs.log_prob.float()
-    likely = (log_prob.detach() > math.log(config.policy_loss.entropic_probability)).float()
-    ratio = (log_prob - inputs.old_log_prob.float()).clamp(-20.0, 20.0).exp()
-    gains = ratio * inputs.advantages.float().abs() * likely
+    likely = (inputs.log_prob.detach().float() > math.log(config.policy_loss.entropic_probability)).float()
+    gains = inputs.ratio * inputs.advantages.float().abs() * likely
     if inputs.rollout_is_weights is not None:
         gains = gains * inputs.rollout_is_weights
     mean = agg_loss(gains, inputs.response_mask, config.loss_agg_mode, **config.global_batch_info)

@@ -141,6 +141,16 @@ class LossInputs:
     nucleus_entropys: PerToken | None = None
     entropy_anchor: float | None = None
 
+    @property
+    def log_ratio(self) -> PerToken:
+        """ln of prob / old_prob, with gradient, in float32."""
+        return self.log_prob.float() - self.old_log_prob.float()
+
+    @property
+    def ratio(self) -> PerToken:
+        """prob / old_prob, with gradient, in float32, cut where verl cuts it: at exp(-20) and exp(20)."""
+        return self.log_ratio.clamp(-20.0, 20.0).exp()
+
     def require(self, name: str, reason: str) -> Any:
         """The field `name`.
 
@@ -175,7 +185,7 @@ class LossOutputs:
 @torch.no_grad()
 def ppo_clipped(inputs: LossInputs, clip: ClipRatios) -> tuple[TokenMask, TokenMask]:
     """Tokens whose gradient PPO's dual clip removes: clipped from above, and clipped from below."""
-    log_ratio = inputs.log_prob.float() - inputs.old_log_prob.float()
+    log_ratio = inputs.log_ratio
     log_low = math.log1p(-clip.low) if clip.low < 1 else -math.inf
     positive, negative = inputs.advantages > 0, inputs.advantages < 0
     above = (positive & (log_ratio > math.log1p(clip.high))) | (negative & (log_ratio > math.log(clip.c)))
@@ -266,10 +276,9 @@ def exact_entropy_change(inputs: LossInputs, clip: ClipRatios) -> PerToken:
         for name in ("current_entropys", "sum_pi_squared", "sum_pi_squared_log_pi")
     )
     log_prob = inputs.log_prob.float()
-    ratio = (log_prob - inputs.old_log_prob.float()).clamp_(-20.0, 20.0).exp_()
     sampled = log_prob.exp().mul_(log_prob + entropys)
     expected = (entropys * squares).add_(squares_log)
-    change = ratio.mul_(inputs.advantages.float()).mul_(expected - sampled)
+    change = inputs.ratio.mul_(inputs.advantages.float()).mul_(expected - sampled)
     above, below = ppo_clipped(inputs, clip)
     return _zero_where(above | below, change)
 

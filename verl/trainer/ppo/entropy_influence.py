@@ -57,8 +57,7 @@ def token_factors(inputs: LossInputs, clip: ClipRatios) -> PerToken:
         inputs: a mini-batch; `rollout_is_weights` multiply the factors as they multiply the loss.
         clip: PPO's clip.
     """
-    ratio = (inputs.log_prob.float() - inputs.old_log_prob.float()).clamp(-20.0, 20.0).exp()
-    factors = ratio * inputs.advantages.float()
+    factors = inputs.ratio * inputs.advantages.float()
     if inputs.rollout_is_weights is not None:
         factors = factors * inputs.rollout_is_weights
     above, below = ppo_clipped(inputs, clip)
