@@ -31,6 +31,7 @@ from verl.steer.requirements import check_and_complete, hardware, loggers, rewar
 from verl.steer.requirements.files import check_data_and_model
 from verl.steer.requirements.rewards import check_data_sources
 from verl.steer.requirements.verl_values import check_verl_values
+from verl.steer.run_lock import lock_folder
 from verl.trainer.ppo.core_algos import (
     ADV_ESTIMATOR_REGISTRY,
     BASE_LOSSES,
@@ -1193,7 +1194,7 @@ def test_cfg_prints_the_resolved_configuration(monkeypatch, capsys):
     assert "loss_mode: entropy_control" in capsys.readouterr().out
 
 
-def test_an_error_of_the_run_that_explains_itself_ends_it_in_one_line(monkeypatch):
+def test_an_error_of_the_run_that_explains_itself_ends_it_in_one_line(monkeypatch, tmp_path):
     def fail(config, task_runner_class):
         error = UnknownMetric("trainer.best_metric_key=x: expected y")
         raise RayTaskError("run", "a remote traceback", error).as_instanceof_cause()
@@ -1202,21 +1203,29 @@ def test_an_error_of_the_run_that_explains_itself_ends_it_in_one_line(monkeypatc
         monkeypatch.setattr(entry_point, name, lambda config: None)
     monkeypatch.setattr(entry_point.main_ppo, "run_ppo", fail)
     monkeypatch.setattr(run_ending, "dead_actors", list)
+    monkeypatch.setenv("OUTPUT_DIR", str(tmp_path))
     with pytest.raises(SystemExit) as end:
         run_main(resolved("grpo", "hardware=cpu", "task=arithmetic"))
     assert end.value.code == "steer-verl: trainer.best_metric_key=x: expected y"
 
 
-def test_the_launching_process_resolves_its_variables(laptop_files, monkeypatch):
+def test_the_launching_process_resolves_its_variables(laptop_files, monkeypatch, tmp_path):
     """Where Ray runs already, the trainer's process has other ones."""
     started = []
     monkeypatch.setattr(entry_point.main_ppo, "run_ppo", lambda config, task_runner_class: started.append(config))
-    monkeypatch.setenv("OUTPUT_DIR", "/out")
+    monkeypatch.setenv("OUTPUT_DIR", str(tmp_path))
     run_main(resolved("steer_exp", "hardware=cpu", "task=arithmetic"))
     monkeypatch.undo()
     (config,) = started
     assert config.data.train_files == f"{laptop_files}/train.parquet"
-    assert config.trainer.default_local_dir == "/out/steer_exp"
+    assert config.trainer.default_local_dir == f"{tmp_path}/steer_exp"
+
+
+def test_a_second_training_in_a_folder_ends_in_one_line(laptop_files, monkeypatch, tmp_path):
+    monkeypatch.setattr(entry_point.main_ppo, "run_ppo", mock.Mock(side_effect=AssertionError("Ray was started")))
+    monkeypatch.setenv("OUTPUT_DIR", str(tmp_path))
+    with lock_folder(tmp_path / "steer_exp"), pytest.raises(SystemExit, match=f"{tmp_path}/steer_exp: a training runs"):
+        run_main(resolved("steer_exp", "hardware=cpu", "task=arithmetic"))
 
 
 @pytest.mark.parametrize(

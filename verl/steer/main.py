@@ -6,6 +6,8 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
 
 import hydra
 import ray
@@ -20,6 +22,7 @@ from verl.steer.requirements.kinds import check_kinds
 from verl.steer.requirements.loggers import check_loggers
 from verl.steer.requirements.verl_values import check_by_verl
 from verl.steer.run_ending import ActorsDied, WatchedRunner, reason_of
+from verl.steer.run_lock import lock_folder
 from verl.steer.task_runner import SteerTaskRunner
 from verl.trainer import main_ppo
 from verl.utils.device import auto_set_device
@@ -63,8 +66,14 @@ def main(config: DictConfig) -> None:
         if config.trainer.use_v1:
             auto_set_device(config)
             check_by_verl(config)
+        lock = nullcontext() if config.trainer.val_only else lock_folder(Path(config.trainer.default_local_dir))
     except ValueError as error:
         sys.exit(f"steer-verl: {error}")
+    with lock:
+        _run(config)
+
+
+def _run(config: DictConfig) -> None:
     if not config.trainer.use_v1:
         main_ppo.main.__wrapped__(config)
         return
