@@ -185,6 +185,7 @@ def run(monkeypatch):
             response_length=length, val_kwargs=SimpleNamespace(n=2, temperature=0.6, top_p=0.7, top_k=-1),
         )  # fmt: skip
         manager.batches, manager.failure, manager.batch_done = set(), None, threading.Event()
+        manager.submitted = Counter()
         manager.reward_loop_worker_handles = [Grader(grades), Grader(grades)]
         manager.llm_client = Servers(**servers)
 
@@ -222,6 +223,16 @@ def test_chunks_keep_the_batchs_order(run, chunk_size, calls):
 def test_a_rollouts_seed_does_not_depend_on_its_chunk(run):
     one, many = (sorted(run(chunk_size)[1].llm_client.seeds) for chunk_size in (100, 1))
     assert one == many and len({seed for _, seed in one}) == PROMPTS * ROLLOUTS
+
+
+def test_further_batches_of_a_step_have_seeds_of_their_own(run):
+    """Batches of one validation, and of training where a step lacks prompts; another process repeats them."""
+    _, manager = run()
+    first = dict(manager.llm_client.seeds)
+    manager.llm_client = Servers()
+    asyncio.run(to_the_end(manager, prompts()))
+    second, again = dict(manager.llm_client.seeds), dict(run()[1].llm_client.seeds)
+    assert again == first and not set(first.values()) & set(second.values())
 
 
 def test_the_manager_is_made_on_its_event_loop():
@@ -745,7 +756,9 @@ def checked(tmp_path, agent_names=None, rollout=None, **trainer):
     pyarrow.parquet.write_table(pa.table(columns), tmp_path / "test.parquet")
     pyarrow.parquet.write_table(pa.table({"prompt": ["1"]}), tmp_path / "train.parquet")
     agent = {"agent_loop_manager_class": BATCHED_MANAGER, "default_agent_loop": "single_turn_agent"}
-    rollout = {"name": "vllm", "agent": agent, "enable_rollout_routing_replay": False} | (rollout or {})
+    rollout = {"name": "vllm", "agent": agent, "enable_rollout_routing_replay": False, "full_determinism": False} | (
+        rollout or {}
+    )
     files = {
         "train_files": str(tmp_path / "train.parquet"),
         "val_files": [str(tmp_path / "test.parquet"), "no.parquet"],
@@ -775,6 +788,8 @@ def test_what_can_be_served_passes(tmp_path):
             {"rollout": {"agent": {"agent_loop_manager_class": BATCHED_MANAGER, "default_agent_loop": "tool_agent"}}},
             "rollout.agent.default_agent_loop=tool_agent: the batched manager serves",
         ),
+        ({"rollout": {"full_determinism": True, "seed": None}}, "rollout.seed=None: expected an integer of at least 0"),
+        ({"rollout": {"full_determinism": True, "seed": -1}}, "rollout.seed=-1: expected an integer of at least 0"),
         ({"rollout_timeout": 0}, "trainer.rollout_timeout=0: expected seconds, more than 0, or null"),
         ({"rollout_timeout": -1.5}, "trainer.rollout_timeout=-1.5: expected"),
         ({"rollout_timeout": True}, "trainer.rollout_timeout=True: expected"),

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import sys
+from collections import Counter
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -363,6 +364,7 @@ def test_a_resumed_run_has_the_entropy_of_its_checkpoints_step(tmp_path):
         ({"loss_mode": "entropic"}, SCHEDULE),
         (TARGET, SCHEDULE),
         ({"loss_mode": "siren"}, None),
+        (TARGET | {"loss_mode": "vanilla"}, None),
         ({"loss_mode": "entropy_control"}, None),
     ],
     ids=str,
@@ -411,6 +413,8 @@ def test_an_evaluation_takes_val_max_samples_of_each_file(tmp_path, monkeypatch)
         folder.mkdir(parents=True)
         (folder / "0.jsonl").write_text(str(len(self.val_dataloader.dataset)))
         batches.append(len(self.val_dataloader))
+        assert not self.agent_loop_manager.submitted
+        self.agent_loop_manager.submitted[True, 0] += 7
         return {METRIC: 0.5}
 
     monkeypatch.setattr(trainer_steer, "create_rl_dataset", dataset)
@@ -418,6 +422,7 @@ def test_an_evaluation_takes_val_max_samples_of_each_file(tmp_path, monkeypatch)
     trainer = trainer_of(tmp_path, val_only=True, validation_data_dir=str(tmp_path))
     trainer.config.data = {"val_max_samples": 7}
     trainer.tokenizer = trainer.processor = None
+    trainer.batched, trainer.agent_loop_manager = True, SimpleNamespace(submitted=Counter())
     trainer.val_dataset = SimpleNamespace(data_files=["/data/x.parquet", "/data/y.parquet"])
     trainer._init_dump_executor()
     (tmp_path / "y.part").mkdir()

@@ -28,7 +28,9 @@ from verl.steer.config import ADVANTAGE_OPTIONS, PolicyLossConfig
 from verl.steer.methods.registry import POLICY_LOSSES
 from verl.steer.options import from_config
 from verl.steer.requirements import check_and_complete, hardware, loggers, rewards
-from verl.steer.requirements.files import check_data_and_model
+from verl.steer.requirements import run as run_checks
+from verl.steer.requirements.files import check_data
+from verl.steer.requirements.model import check_model
 from verl.steer.requirements.rewards import check_data_sources
 from verl.steer.requirements.verl_values import check_verl_values
 from verl.steer.run_lock import lock_folder
@@ -716,6 +718,14 @@ def test_an_audit_that_cannot_be_made_is_refused(override, message):
             "trainer.delete_old_best_checkpoint=true: expected false with trainer.v1.trainer_mode=sync",
         ),
         (
+            ["task=arithmetic", "trainer.v1.trainer_mode=sync", f"{MANAGER}=null", "trainer.rollout_timeout=5"],
+            "trainer.rollout_timeout=5: expected 3600.0 with trainer.v1.trainer_mode=sync",
+        ),
+        (
+            ["task=arithmetic", "trainer.delete_old_best_checkpoint=true"],
+            "trainer.delete_old_best_checkpoint=true: expected false without trainer.save_best_only=true or a",
+        ),
+        (
             ["task=arithmetic", "trainer.v1.trainer_mode=sync", f"{MANAGER}=null", "trainer.best_metric_key=acc"],
             "trainer.best_metric_key=acc: expected null with trainer.v1.trainer_mode=sync",
         ),
@@ -1175,7 +1185,7 @@ def test_one_rollout_of_a_prompt_is_for_estimators_that_compare_none():
 
 def run_main(config):
     """The entry point with a configuration that Hydra has not composed from a command line."""
-    with mock.patch.object(entry_point, "check_added_keys"), mock.patch.object(entry_point, "check_kinds"):
+    with mock.patch.object(run_checks, "check_added_keys"), mock.patch.object(run_checks, "check_kinds"):
         entry_point.main.__wrapped__(config)
 
 
@@ -1199,8 +1209,8 @@ def test_an_error_of_the_run_that_explains_itself_ends_it_in_one_line(monkeypatc
         error = UnknownMetric("trainer.best_metric_key=x: expected y")
         raise RayTaskError("run", "a remote traceback", error).as_instanceof_cause()
 
-    for name in ("check_and_complete", "check_data_and_model"):
-        monkeypatch.setattr(entry_point, name, lambda config: None)
+    for name in ("check_run", "check_data", "check_model"):
+        monkeypatch.setattr(entry_point, name, mock.Mock())
     monkeypatch.setattr(entry_point.main_ppo, "run_ppo", fail)
     monkeypatch.setattr(run_ending, "dead_actors", list)
     monkeypatch.setenv("OUTPUT_DIR", str(tmp_path))
@@ -1265,6 +1275,13 @@ def laptop_files(tmp_path, monkeypatch):
     (tmp_path / "model/config.json").write_text('{"max_position_embeddings": 96}')
     monkeypatch.setenv("TASK_DIR", str(tmp_path))
     return tmp_path
+
+
+def check_data_and_model(config):
+    """In `main`'s order."""
+    for key in ("train_files", "val_files"):
+        check_data(config, key)
+    check_model(config)
 
 
 @pytest.mark.parametrize(

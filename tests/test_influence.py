@@ -614,13 +614,17 @@ def test_the_controllers_state_is_part_of_the_checkpoint(model_folder, tmp_path)
 # The audit
 
 
-@pytest.mark.parametrize("options", [{"loss_mode": "vanilla"}, {"linear": False}, BAND | {"entropy_band": 1.0}])
+EXACT = {"entropy_change_estimator": "exact"}
+
+
+@pytest.mark.parametrize("options", [{"loss_mode": "vanilla"}, {"linear": False}, EXACT, BAND | {"entropy_band": 1.0}])
 def test_the_audit_records_each_update(model_folder, tmp_path, options):
     engine, config = make_engine(model_folder, lr=1e-5), actor_config(**options)
     one_token = 0 if weighs_mini_batches(config.policy_loss) else 2
     request = AuditRequest(3, str(tmp_path), 1000, MINI_BATCHES, influence=True, one_token=one_token)
     with engine.train_mode():
         for batch in mini_batches(entropy_audit=request):
+            tu.assign_non_tensor(batch, calculate_entropy=options == EXACT, calculate_sum_pi_squared=options == EXACT)
             engine.train_batch(batch, partial(ppo_loss, config=config))
     updates = pd.read_parquet(tmp_path / "step_3_updates.parquet")
     tokens = pd.read_parquet(tmp_path / "step_3_rank_0.parquet")

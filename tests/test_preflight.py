@@ -321,25 +321,24 @@ def test_checkpoints_are_as_large_as_estimated(model_folder, tmp_path, one_rank)
 def test_a_missing_column_is_named(data_of, missing):
     rows = rows_of("1+2")
     del rows[missing]
-    config = data_of(rows)
+    config = data_of(rows, "data.train_batch_size=1")
     row = run_check("training data", dataset.check_files, config, "train_files")
     assert not row.passed and f"no column {missing}:" in row.detail and "train.parquet" in row.detail
 
 
 def test_lengths_of_prompts(data_of):
     """The chat template of the tiny model adds three tokens to a token for each character."""
-    config = data_of(rows_of("1+2", "1+2+3", *["1+2+3+4"] * 5))
+    config = data_of(rows_of("1+2", "1+2+3", *["1+2+3+4"] * 5), "data.train_batch_size=7")
     assert dataset.check_files(config, "train_files") == "train.parquet: 7 rows, prompts of 6 to 10 tokens (limit 32)"
-    for limit, filtered, truncation, passes in (
-        (9, True, "error", True), (9, False, "error", False), (9, False, "left", True),
-        (5, True, "error", False), (10, False, "error", True),
-    ):  # fmt: skip
-        config = data_of(
-            rows_of("1+2", "1+2+3+4"), f"data.max_prompt_length={limit}", f"data.filter_overlong_prompts={filtered}",
-            f"data.truncation={truncation}",
-        )  # fmt: skip
+    for limit, passes in ((9, True), (5, False), (10, True)):
+        config = data_of(rows_of("1+2", "1+2+3+4"), f"data.max_prompt_length={limit}", "data.train_batch_size=2")
         row = run_check("training data", dataset.check_files, config, "train_files")
         assert row.passed == passes and ("raise data.max_prompt_length" in row.detail) != passes
+
+
+def test_fewer_rows_than_a_step_takes_are_no_data(data_of):
+    row = run_check("training data", dataset.check_files, data_of(rows_of("1+2")), "train_files")
+    assert not row.passed and row.detail.startswith("data.train_batch_size=16: expected at most 1, the rows of data.tr")
 
 
 def test_patterns_and_files_of_other_machines(data_of, tmp_path):

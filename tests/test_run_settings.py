@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run goes on by itself from a checkpoint of its own settings only."""
 
+from inspect import signature
+
 import pytest
+import torch
 from omegaconf import OmegaConf
 from test_configuration import resolved
 from verl.steer.checkpoint_ledger import LEDGER, TRACKER, UNFINISHED
@@ -63,6 +66,12 @@ def test_a_checkpoint_has_a_part_for_each_rank(run, tmp_path, mode):
         ("steer_exp", "data.train_batch_size=32", "data.train_batch_size=16 (now 32)"),
         ("steer_exp", "actor_rollout_ref.actor.clip_ratio_high=0.3", "actor.clip_ratio_high=0.28 (now 0.3)"),
         ("steer_exp", "actor_rollout_ref.model.lora_rank=8", "model.lora_rank=0 (now 8)"),
+        ("steer_exp", "trainer.critic_warmup=1", "trainer.critic_warmup=0 (now 1)"),
+        (
+            "steer_exp",
+            "+actor_rollout_ref.actor.optim.override_optimizer_config.amsgrad=true",
+            "actor.optim.override_optimizer_config.amsgrad=None (now True)",
+        ),
         ("steer_exp", "data.train_max_samples=64", "data.train_max_samples=-1 (now 64)"),
         (
             "steer_exp",
@@ -112,6 +121,8 @@ def test_checkpoints_that_the_run_would_not_resume_or_that_have_no_settings_do_n
 
 
 def test_every_key_is_one_of_the_configuration():
-    config = resolved("grpo")
+    """Or an argument of the optimizer, which verl does not declare."""
+    config, arguments = resolved("grpo"), signature(torch.optim.AdamW).parameters
     for section, _, name in (key.rpartition(".") for key in KEYS):
-        assert name in (OmegaConf.select(config, section) if section else config), name
+        place = OmegaConf.select(config, section) if section else config
+        assert name in (arguments if section.endswith("override_optimizer_config") else place), name

@@ -70,11 +70,13 @@ class CheckpointLedger:
         return ledger
 
     @classmethod
-    def step_to_resume(cls, folder: Path) -> int | None:
-        """The step that a start goes on from: the tracked one, else the last recorded one that is whole."""
-        whole = {step for step, path in _checkpoints(folder).items() if not (path / UNFINISHED).exists()}
+    def checkpoint_to_resume(cls, folder: Path) -> Path | None:
+        """The checkpoint that a start goes on from: the tracked one, else the last recorded one that is whole."""
+        whole = {step: path for step, path in _checkpoints(folder).items() if not (path / UNFINISHED).exists()}
         tracked = _tracked(folder)
-        return tracked if tracked in whole else max(whole.intersection(cls._read(folder).saved_steps), default=None)
+        recorded = max(whole.keys() & cls._read(folder).saved_steps, default=None)
+        step = tracked if tracked in whole else recorded
+        return None if step is None else whole[step]
 
     @property
     def latest_step(self) -> int | None:

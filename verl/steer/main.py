@@ -15,17 +15,13 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
-from verl.steer.requirements import check_and_complete
-from verl.steer.requirements.added_keys import check_added_keys
-from verl.steer.requirements.files import check_data_and_model
-from verl.steer.requirements.kinds import check_kinds
-from verl.steer.requirements.loggers import check_loggers
-from verl.steer.requirements.verl_values import check_by_verl
+from verl.steer.requirements.files import check_data
+from verl.steer.requirements.model import check_model
+from verl.steer.requirements.run import check_run
 from verl.steer.run_ending import ActorsDied, WatchedRunner, reason_of
 from verl.steer.run_lock import lock_folder
 from verl.steer.task_runner import SteerTaskRunner
 from verl.trainer import main_ppo
-from verl.utils.device import auto_set_device
 
 import verl_steer
 
@@ -58,14 +54,10 @@ def main(config: DictConfig) -> None:
     """Train or evaluate by a Hydra configuration, such as `--config-name steer method=steer_exp`."""
     verl_steer.check()
     try:
-        check_added_keys()
-        check_kinds()
-        check_and_complete(config)
-        check_data_and_model(config)
-        check_loggers(config)
-        if config.trainer.use_v1:
-            auto_set_device(config)
-            check_by_verl(config)
+        check_run(config)
+        for key in ("train_files", "val_files"):
+            check_data(config, key)
+        check_model(config)
         lock = nullcontext() if config.trainer.val_only else lock_folder(Path(config.trainer.default_local_dir))
     except ValueError as error:
         sys.exit(f"steer-verl: {error}")

@@ -26,6 +26,7 @@ ACTOR = (
 OPTIMIZER = (
     *("optimizer", "lr", "betas", "weight_decay", "clip_grad"),
     *("lr_scheduler_type", "lr_warmup_steps", "lr_warmup_steps_ratio", "min_lr_ratio", "num_cycles"),
+    *("override_optimizer_config.amsgrad", "override_optimizer_config.eps"),  # others are of the hardware
 )
 #: Keys of the configuration; of a section all below it.
 KEYS = (
@@ -35,7 +36,7 @@ KEYS = (
     *(f"actor_rollout_ref.model.{name}" for name in ("lora", "lora_rank", "lora_alpha", "target_modules")),
     *(f"actor_rollout_ref.rollout.{name}" for name in ("n", "temperature", "top_p", "top_k", "seed")),
     *(f"data.{name}" for name in ("train_batch_size", "max_prompt_length", "max_response_length", "seed", "shuffle")),
-    "data.train_max_samples",
+    *("data.train_max_samples", "trainer.critic_warmup"),
     # Not its `reward_kwargs`, which may have paths.
     *("reward.custom_reward_function.name", "reward.reward_manager.name"),
 )
@@ -57,9 +58,8 @@ def check_settings(config: DictConfig) -> None:
     Raises:
         ValueError: if it has others.
     """
-    folder = Path(config.trainer.default_local_dir)
-    checkpoint = folder / f"global_step_{CheckpointLedger.step_to_resume(folder)}"
-    if config.trainer.resume_mode != "auto" or not (checkpoint / SETTINGS).is_file():
+    checkpoint = CheckpointLedger.checkpoint_to_resume(Path(config.trainer.default_local_dir))
+    if config.trainer.resume_mode != "auto" or checkpoint is None or not (checkpoint / SETTINGS).is_file():
         return
     saved: Any = OmegaConf.to_container(OmegaConf.load(checkpoint / SETTINGS))
     # An earlier version may have saved fewer keys.

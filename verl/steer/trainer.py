@@ -44,15 +44,16 @@ from verl.steer.methods.siren import EntropyAnchor
 from verl.steer.methods.step_state import StepState
 from verl.steer.options import at_step, from_config
 from verl.steer.report.metrics_files import next_evaluation_file, next_file
-from verl.steer.rollout.checks import TEMPERATURE, is_batched
+from verl.steer.rollout.checks import ROLLOUT_TIMEOUT, TEMPERATURE, is_batched
 from verl.steer.rollout.lost_rollouts import LOST_IN_TRAINING, lost_rollouts, means_over_stored_samples, stored_samples
-from verl.steer.rollout.wait import ROLLOUT_TIMEOUT, RolloutWait
+from verl.steer.rollout.wait import RolloutWait
 from verl.steer.run_ending import naming_a_full_disk
 from verl.steer.run_settings import save_settings
 from verl.steer.step_record import RecordsSteps
 from verl.steer.validation_metrics import problems_of, sampling_metrics
 from verl.steer.worker import SteerWorkers
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
+from verl.trainer.ppo.core_algos import weighs_mini_batches
 from verl.trainer.ppo.utils import create_rl_dataset
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_base import register_trainer
@@ -131,7 +132,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         policy_loss = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
         states = (cls.from_options(policy_loss) for cls in STEP_STATES)
         self.step_state = next(filter(None, states), None)
-        reads_target = policy_loss.token_weight_map == "target"
+        reads_target = weighs_mini_batches(policy_loss) and policy_loss.token_weight_map == "target"
         if self.step_state:
             reads_target = self.step_state.reads_target
         self.target_entropy = policy_loss.target_entropy if reads_target else None
@@ -478,6 +479,9 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
                 shutil.rmtree(f"{folder}/{name}.part", ignore_errors=True)  # left by a killed evaluation
                 with open_dict(self.config):
                     self.config.trainer.validation_data_dir = f"{folder}/{name}.part"
+            if self.batched:
+                # A file's seeds do not depend on the files before it.
+                self.agent_loop_manager.submitted.clear()  # type: ignore[attr-defined]
             by_file[name] = super()._validate()
             if folder:
                 self._shutdown_dump_executor()

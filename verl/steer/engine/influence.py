@@ -13,12 +13,12 @@ from tensordict import TensorDict
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from verl.steer.engine.token_statistics import TokenStatistics, response_statistics
+from verl.steer.loss import padded_responses
 from verl.trainer.ppo.core_algos import LossInputs, PerToken, agg_loss, clip_ratios
 from verl.trainer.ppo.entropy_influence import AdamStep, token_contributions, token_factors
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id
 from verl.utils.fsdp_utils import fsdp2_clip_grad_norm_
-from verl.workers.utils.padding import no_padding_2_padding
 
 #: Change of the mean entropy, to first order, by the step from the parameters to either side, as a fraction of the mean
 #: entropy. A larger one adds the third order, a smaller one the rounding of float32. The norm of u is no measure of the
@@ -150,7 +150,8 @@ class InfluenceEngine(TokenStatistics):
         copy, norm = data.copy(), 0.0
         valid_tokens = int(self.sum_over_ranks(data["response_mask"].values().sum()))
         of_entropy = clip is None
-        flags = {"calculate_entropy": of_entropy, "return_model_output": of_entropy, "token_metrics": False}
+        calculate_entropy = of_entropy or tu.get_non_tensor_data(data, "calculate_entropy", False)
+        flags = {"calculate_entropy": calculate_entropy, "return_model_output": of_entropy, "token_metrics": False}
         tu.assign_non_tensor(copy, **flags, valid_tokens=valid_tokens)
         self.optimizer_zero_grad()
         outputs: Any = self.forward_backward_batch(copy, loss_function)
@@ -279,7 +280,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def _mean_entropy(model_output: dict[str, Tensor], data: TensorDict, dp_group: Any = None) -> tuple[Tensor, dict]:
     """A loss in verl's sense: the mean entropy of the valid tokens of a mini-batch on all ranks."""
-    entropy = no_padding_2_padding(model_output["entropy"], data)
     mask = data.select("response_mask").to_padded_tensor()["response_mask"]
+    entropy = padded_responses({"entropy": model_output["entropy"]}, data, mask.shape[1])["entropy"]
     sizes = {"dp_size": data["dp_size"], "batch_num_tokens": data["valid_tokens"]}
     return agg_loss(entropy, mask, "token-mean", **sizes), {}

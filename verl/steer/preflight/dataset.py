@@ -9,7 +9,8 @@ from typing import Any
 import pyarrow.parquet as pq
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoTokenizer
-from verl.steer.data_files import check_columns, is_readable, present_files
+from verl.steer.data_files import is_readable, present_files
+from verl.steer.requirements.files import check_data
 
 #: Prompts of a file that are tokenized, evenly over all of them ordered by characters.
 SAMPLE = 1000
@@ -17,7 +18,7 @@ SAMPLE = 1000
 
 def check_files(config: DictConfig, key: str) -> str:
     """Columns, rows and lengths of prompts; a ValueError names the key, the file and what it lacks."""
-    check_columns(config, key)
+    check_data(config, key)
     model = config.actor_rollout_ref.model
     if OmegaConf.select(config, "data.custom_cls.path"):
         return "not read: a data set of its own reads its files"
@@ -46,6 +47,6 @@ def _check_file(file: Path, key: str, data: DictConfig, tokenizer: Any) -> str:
     lengths = [len(tokenizer.apply_chat_template(prompts[index], **template)) for index in sample]
     shortest, longest, limit = min(lengths), max(lengths), data.max_prompt_length
     found = f"{file.name}: {len(prompts)} rows, prompts of {shortest} to {longest} tokens (limit {limit})"
-    if shortest > limit or longest > limit and not data.filter_overlong_prompts and data.truncation == "error":
+    if shortest > limit:
         raise ValueError(f"data.{key}: {found}: raise data.max_prompt_length")
     return found

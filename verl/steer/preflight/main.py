@@ -17,25 +17,17 @@ from verl.steer import main as entry_point  # noqa: F401 - puts verl's configura
 from verl.steer.preflight import dataset, disk, machine, memory, ranks
 from verl.steer.preflight.processes import CHECKPOINT, TOKENS, run_group
 from verl.steer.preflight.rows import Row, report, run_check
-from verl.steer.requirements import check_and_complete
-from verl.steer.requirements.added_keys import check_added_keys
-from verl.steer.requirements.kinds import check_kinds
-from verl.steer.requirements.loggers import check_loggers
 from verl.steer.requirements.model import check_model
-from verl.steer.requirements.verl_values import check_by_verl
+from verl.steer.requirements.run import check_run
 
 #: Seconds for all checks, and those that vLLM leaves to the ranks.
 SECONDS, LEFT_TO_RANKS = 290, 120
 
 
 def check_configuration(config: DictConfig) -> str:
-    """The checks with which a run begins."""
-    check_added_keys()
-    check_kinds()
-    check_and_complete(config)
+    """The checks with which a run begins, but for those of its data."""
+    check_run(config)
     check_model(config)
-    check_loggers(config)
-    check_by_verl(config)
     return f"loss_mode={config.actor_rollout_ref.actor.policy_loss.loss_mode}, {config.actor_rollout_ref.model.path}"
 
 

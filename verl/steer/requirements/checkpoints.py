@@ -14,16 +14,18 @@ from omegaconf import DictConfig, open_dict
 from verl.steer.checkpoint_ledger import UNFINISHED, CheckpointLedger, step_of
 from verl.steer.data_files import column_values, data_files
 from verl.steer.options import from_config, option, resolve_options
+from verl.steer.rollout.checks import ROLLOUT_TIMEOUT
 from verl.steer.run_settings import check_settings
 from verl.trainer.ppo.utils import need_critic
 
-#: Keys below `trainer` that only this fork's trainer reads, with the values that switch them off.
+#: Keys below `trainer` that only this fork's trainer reads, with the values that leave all as it is.
 TRAINER_KEYS = {
     "save_after": 0,
     "save_best_only": False,
     "delete_old_best_checkpoint": False,
     "best_metric_key": None,
     "skip_old_log_prob": False,
+    "rollout_timeout": ROLLOUT_TIMEOUT,
 }
 
 
@@ -106,10 +108,11 @@ def _check_ranks(config: DictConfig) -> None:
     trainer, ranks = config.trainer, config.trainer.nnodes * config.trainer.n_gpus_per_node
     if trainer.resume_mode == "disable" or config.model_engine != "dp":
         return
-    path = Path(str(trainer.resume_from_path))
+    path: Path | None = Path(str(trainer.resume_from_path))
     if trainer.resume_mode == "auto":
-        folder = Path(trainer.default_local_dir)
-        path = folder / f"global_step_{CheckpointLedger.step_to_resume(folder)}"
+        path = CheckpointLedger.checkpoint_to_resume(Path(trainer.default_local_dir))
+    if path is None:
+        return
     parts = [re.fullmatch(r"model_world_size_(\d+)_rank_\d+\.pt", file.name) for file in path.glob("actor/*.pt")]
     saved = sorted({int(part[1]) for part in parts if part})
     if saved and ranks not in saved:
@@ -165,6 +168,11 @@ def _check_best(config: DictConfig) -> None:
     """The metric of best checkpoints would be looked up at the first validation."""
     trainer, key = config.trainer, config.trainer.best_metric_key
     if not trainer.save_best_only and key is None:
+        if trainer.delete_old_best_checkpoint:
+            raise ValueError(
+                "trainer.delete_old_best_checkpoint=true: expected false without trainer.save_best_only=true or a "
+                "trainer.best_metric_key: no checkpoint is the best"
+            )
         return
     if trainer.test_freq <= 0:
         why = "trainer.save_best_only=true" if trainer.save_best_only else f"trainer.best_metric_key={key}"

@@ -1,27 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check of a run's data and model before Ray starts."""
+"""The check of a run's data before Ray starts."""
 
 from __future__ import annotations
 
 from omegaconf import DictConfig, OmegaConf
 from verl.steer.data_files import check_columns, data_files, row_count
-from verl.steer.requirements.model import check_model
 
 
-def check_data_and_model(config: DictConfig) -> None:
-    """Check that the data are there, have their columns and suffice for a step, and the model, by `check_model`.
+def check_data(config: DictConfig, key: str) -> None:
+    """Check the files of `data.train_files` or `data.val_files`: they have verl's columns, and rows for a step.
 
     Raises:
         ValueError: if not.
     """
-    for key in ("train_files", "val_files"):
-        if not data_files(config, key) and not OmegaConf.select(config, "data.custom_cls.path"):
-            raise ValueError(f"data.{key}={config.data[key]}: expected a file at least; verl reads both")
-    row_count(config, "val_files")
-    _check_rows(config, row_count(config, "train_files"))
-    for key in ("train_files", "val_files"):
-        check_columns(config, key)
-    check_model(config)
+    if not data_files(config, key) and not OmegaConf.select(config, "data.custom_cls.path"):
+        raise ValueError(f"data.{key}={config.data[key]}: expected a file at least; verl reads both")
+    rows = row_count(config, key)
+    if key == "train_files":
+        _check_rows(config, rows)
+    check_columns(config, key)
 
 
 def _check_rows(config: DictConfig, rows: int | None) -> None:

@@ -17,6 +17,7 @@ import asyncio
 import logging
 import math
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -81,6 +82,7 @@ class BatchedAgentLoopManager(AgentLoopWorker):
     `rollout.agent.num_workers` has no effect here.
 
     Attributes:
+        submitted: number of prompts by (whether they are of a validation, training step).
         failure: the error that ended the work on a batch, or None; the trainer reads it while it waits for rollouts.
     """
 
@@ -90,6 +92,7 @@ class BatchedAgentLoopManager(AgentLoopWorker):
         super().__init__(*args, **kwargs)
         self.event_loop = asyncio.get_running_loop()
         self.batches: set[Future[None]] = set()
+        self.submitted: Counter[tuple[bool, int]] = Counter()
         self.failure: BaseException | None = None
         self.batch_done = threading.Event()
         self.single_turn = SingleTurnAgentLoop(
@@ -124,7 +127,8 @@ class BatchedAgentLoopManager(AgentLoopWorker):
         rows = [row.to_dict() for row in prompts.exclude("validate")]
         for row in rows:
             check_single_turn_text(row)
-        batch = asyncio.run_coroutine_threadsafe(self._run_prompts(rows, validate), self.event_loop)
+        groups = [self._group(row, validate) for row in rows]
+        batch = asyncio.run_coroutine_threadsafe(self._run_prompts(rows, groups, validate), self.event_loop)
         self.batches.add(batch)
         batch.add_done_callback(self._on_done)
 
@@ -141,14 +145,13 @@ class BatchedAgentLoopManager(AgentLoopWorker):
         self.batch_done.wait(1.0)
         self.batch_done.clear()
 
-    async def _run_prompts(self, prompts: list[Prompt], validate: bool) -> None:
-        """Generate all chunks at once; store each, in the batch's order, when it is graded.
+    async def _run_prompts(self, prompts: list[Prompt], groups: list[list[Rollout]], validate: bool) -> None:
+        """Generate all chunks of the prompts' rollouts at once; store each, in the batch's order, when it is graded.
 
         Raises:
             RolloutsFailed: if every rollout of the batch is lost.
         """
         partition_id = "val" if validate else "train"
-        groups = [self._group(index, prompt, validate) for index, prompt in enumerate(prompts)]
         statuses = {
             prompt["uid"]: {"status": "running" if group else "finished"}
             for prompt, group in zip(prompts, groups, strict=True)
@@ -179,8 +182,8 @@ class BatchedAgentLoopManager(AgentLoopWorker):
             for generation in generations:
                 generation.cancel()
 
-    def _group(self, index: int, prompt: Prompt, validate: bool) -> list[Rollout]:
-        """The rollouts to generate for prompt `index` of the batch.
+    def _group(self, prompt: Prompt, validate: bool) -> list[Rollout]:
+        """The rollouts to generate for the next prompt of a training step or a validation.
 
         With `rollout.full_determinism` each has its own seed, so that a run repeats however vLLM batches the requests.
         Upstream's servers use one seed for all requests, with which all rollouts of a prompt are equal.
@@ -192,8 +195,11 @@ class BatchedAgentLoopManager(AgentLoopWorker):
             sampling_params["temperature"] = float(prompt.pop(TEMPERATURE))
         group = [Rollout(prompt, session_id, dict(sampling_params)) for session_id in range(n)]
         if options.full_determinism:
+            step = int(prompt["global_steps"])
+            index = self.submitted[validate, step]  # a validation and a step may have several batches
+            self.submitted[validate, step] += 1
             for rollout in group:
-                entropy = [options.seed, int(validate), prompt["global_steps"], index, rollout.session_id]
+                entropy = [options.seed, int(validate), step, index, rollout.session_id]
                 rollout.sampling_params["seed"] = int(np.random.SeedSequence(entropy).generate_state(1)[0])
         return group
 

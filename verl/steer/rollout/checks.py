@@ -7,9 +7,13 @@ import math
 
 from omegaconf import DictConfig
 from verl.steer.data_files import column_values
+from verl.steer.options import Option
 from verl.trainer.distillation import is_distillation_enabled
 
 BATCHED_MANAGER = "verl.steer.rollout.batched_manager.BatchedAgentLoopManager"
+
+#: Default of `trainer.rollout_timeout`, in seconds: more than a chunk of long responses takes.
+ROLLOUT_TIMEOUT = 3600.0
 
 #: Column of a batch of prompts with a temperature for each, which only the batched manager reads.
 TEMPERATURE = "__temperature__"
@@ -19,6 +23,9 @@ AGENT_LOOP = "single_turn_agent"
 
 #: Keys below `rollout` whose product is the number of a server's devices.
 PARALLEL_SIZES = ("tensor_model_parallel_size", "data_parallel_size", "pipeline_model_parallel_size")
+
+#: `rollout.seed` where each rollout's seed is made from it.
+SEED = Option(42, at_least=0, integer=True)
 
 ONLY_SINGLE_TURN = (
     f"the batched manager serves text-only prompts of {AGENT_LOOP}; expected "
@@ -43,6 +50,8 @@ def check_rollouts(config: DictConfig) -> None:
     if not is_batched(config):
         return
     rollout = config.actor_rollout_ref.rollout
+    if rollout.full_determinism:
+        SEED.check("rollout.seed", rollout.seed)
     if rollout.name != "vllm":
         raise ValueError(
             f"rollout.name={rollout.name}: expected vllm with rollout.agent.agent_loop_manager_class={BATCHED_MANAGER}"

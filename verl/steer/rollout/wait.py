@@ -9,9 +9,6 @@ from collections.abc import Callable
 from ray.exceptions import RayTaskError
 from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 
-#: Default of `trainer.rollout_timeout`, in seconds: more than a chunk of long responses takes.
-ROLLOUT_TIMEOUT = 3600.0
-
 
 class RolloutsFailed(RuntimeError):
     """Rollouts can't be generated, so the run ends."""
