@@ -1544,4 +1544,4 @@ def test_files_that_verl_finds_are_accepted(laptop_files, overrides):
 def test_a_missing_file_ends_a_launcher_in_one_line(command, root, tmp_path):
     result = command("bash", root / "run/run_grpo.sh", "hardware=cpu", "task=arithmetic", TASK_DIR=str(tmp_path))
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert result.stderr.strip().splitlines()[-1].startswith(f"steer-verl: data.val_files: no file {tmp_path}/")
+    assert result.stderr.strip().splitlines()[-1].startswith(f"steer-verl: data.train_files: no file {tmp_path}/")

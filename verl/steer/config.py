@@ -148,7 +148,7 @@ class PolicyLossConfig(
         if mapping != "linear" and high > 1 and (mapping, self.entropy_control_mode) != ("exponential", "asymmetric"):
             raise ValueError(f"policy_loss.token_weight_max={high}: expected at most 1 in the {mapping} map")
         quantile, normalizer = self.token_weight_quantile, self.token_weight_normalizer
-        if mapping == "threshold" and normalizer in ("rank", "winsorised"):
+        if mapping == "threshold" and normalizer in core_algos.RESCALING_NORMALIZERS:
             raise ValueError(
                 f"policy_loss.token_weight_normalizer={normalizer!r}: expected another in the threshold map, which "
                 "reads no more than the order of the estimates"

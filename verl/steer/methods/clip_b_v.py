@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 from verl.steer.methods.registry import AdvantageInputs, advantage_estimator, policy_loss
 from verl.steer.options import from_config, option, resolve_options
-from verl.trainer.ppo.core_algos import LossInputs, LossOutputs, Scalar, TokenMask, reweighted_policy_loss
+from verl.trainer.ppo.core_algos import (
+    EXACT_FIELDS,
+    LossInputs,
+    LossOutputs,
+    Scalar,
+    TokenMask,
+    entropy_slope,
+    reweighted_policy_loss,
+)
 from verl.utils.torch_functional import masked_mean
 
 #: No token is clipped where the deviation is smaller.
@@ -81,21 +89,16 @@ def clip_v_tokens(inputs: LossInputs, mu: float, max_share: float) -> TokenMask:
     Raises:
         ValueError: if `current_entropys` or a sum over the vocabulary is None.
     """
-    entropys, squares, squares_log = (
-        inputs.require(name, "loss_mode=clip_v expects it").float()
-        for name in ("current_entropys", "sum_pi_squared", "sum_pi_squared_log_pi")
-    )
     valid = inputs.response_mask.bool()
-    expected = entropys * squares + squares_log
-    lack = expected - discriminant_score(inputs.log_prob, entropys)
+    lack = entropy_slope(inputs, "loss_mode=clip_v")
     _, deviation = _mean_and_deviation(lack, valid)
     found = valid & (inputs.advantages < 0) & (lack > mu * deviation) & (deviation >= LEAST_DEVIATION)
-    most = (valid.sum() * max_share).long().clamp_min(1)
+    most = (valid.sum().double() * max_share + 1e-9).long().clamp_min(1)
     ordered = lack.masked_fill(~found, -torch.inf).flatten().sort(descending=True).values
     return found & (lack >= ordered.index_select(0, (most - 1).view(1)))
 
 
-@policy_loss("clip_v", needs=("current_entropys", "sum_pi_squared", "sum_pi_squared_log_pi"))
+@policy_loss("clip_v", needs=EXACT_FIELDS)
 def compute_policy_loss_clip_v(inputs: LossInputs, config: Any) -> LossOutputs:
     """PPO's loss without the gradient of `clip_v_tokens`, which still count in the loss's average."""
     clipped = clip_v_tokens(inputs, config.policy_loss.clip_v_mu, config.policy_loss.clip_v_max_share)

@@ -10,6 +10,7 @@ import torch
 from verl.steer.methods.registry import policy_loss
 from verl.steer.options import option
 from verl.trainer.ppo.core_algos import (
+    EXACT_FIELDS,
     LossInputs,
     LossOutputs,
     PerToken,
@@ -30,7 +31,7 @@ class OpefoOptions:
     opefo_lambda: float | None = option(at_least=0.0, at_most=1.0)
 
 
-@policy_loss("opefo", needs=("current_entropys", "sum_pi_squared", "sum_pi_squared_log_pi"))
+@policy_loss("opefo", needs=EXACT_FIELDS)
 def compute_policy_loss_opefo(inputs: LossInputs, config: Any) -> LossOutputs:
     """PPO's loss with `sign_weights` of the first-order entropy changes of a micro-batch (arXiv 2605.11491).
 

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 from verl.trainer.ppo.core_algos import (
     ADV_ESTIMATOR_REGISTRY,
+    EXACT_FIELDS,
     RANGE_NORMALIZERS,
     ClipRatios,
     LossInputs,
@@ -91,7 +92,7 @@ def fields_needed(options: Any) -> set[str]:
     if weighs_mini_batches(options):
         return {"token_weights"}
     exact = options.entropy_change_estimator == "exact"
-    needed = {"current_entropys", "sum_pi_squared", "sum_pi_squared_log_pi"} if exact else {"entropys"}
+    needed = set(EXACT_FIELDS) if exact else {"entropys"}
     return needed | {"change_range"} if options.token_weight_normalizer in RANGE_NORMALIZERS else needed
 
 

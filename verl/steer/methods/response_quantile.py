@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import torch
-from verl.trainer.ppo.core_algos import PerToken, TokenMask
+from verl.trainer.ppo.core_algos import PerToken, TokenMask, index_at_quantile
 
 
 @torch.no_grad()
@@ -16,6 +16,4 @@ def above_response_quantile(values: PerToken, response_mask: PerToken | TokenMas
     valid = response_mask.bool()
     # Not `nanquantile`, which waits for a GPU.
     ordered = torch.where(valid, values, torch.inf).sort(-1).values
-    # A product that is a whole number may be rounded to just below it.
-    place = (valid.sum(-1, keepdim=True).double() - 1).clamp_min(0) * quantile + 1e-9
-    return valid & (values > ordered.gather(-1, place.long()))
+    return valid & (values > ordered.gather(-1, index_at_quantile(valid.sum(-1, keepdim=True), quantile)))

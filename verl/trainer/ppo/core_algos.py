@@ -46,8 +46,10 @@ Scalar = Float[Tensor, ""]
 ENTROPY_CHANGE_ESTIMATORS = ("released", "clip_aware", "squared", "exact")
 TOKEN_WEIGHT_MAPS = ("linear", "exponential", "threshold")
 
-#: Normalizers that measure the estimates of a micro-batch, and those that read a range from outside it.
-MICRO_BATCH_NORMALIZERS = ("micro_batch", "rank", "winsorised")
+#: Normalizers that change the scale of a micro-batch's estimates, all that measure them within the micro-batch, and
+#: those that read a range from outside it.
+RESCALING_NORMALIZERS = ("rank", "winsorised")
+MICRO_BATCH_NORMALIZERS = ("micro_batch", *RESCALING_NORMALIZERS)
 RANGE_NORMALIZERS = ("global", "ema")
 TOKEN_WEIGHT_NORMALIZERS = (*MICRO_BATCH_NORMALIZERS, *RANGE_NORMALIZERS)
 
@@ -61,6 +63,9 @@ CONTROL_MAPS = ("target", "band")
 #: verl's losses that multiply each token's loss by `rollout_is_weights`. `geo_mean` has one loss for a whole response
 #: and multiplies it by the geometric mean of the weights. Only `bypass_mode` ignores them.
 BASE_LOSSES = ("vanilla", "gspo", "cispo", "sapo", "geo_mean", "gpg", "dppo_tv", "dppo_kl", "clip_cov", "kl_cov", "dro")
+
+#: Fields of `LossInputs` that the first-order entropy change is computed from.
+EXACT_FIELDS = ("current_entropys", "sum_pi_squared", "sum_pi_squared_log_pi")
 
 #: Estimators that are 0 where PPO's dual clip removes the gradient.
 PPO_CLIPPED_ESTIMATORS = ("clip_aware", "exact", INFLUENCE)
@@ -119,7 +124,7 @@ class LossInputs:
         sum_pi_squared: sum of pi^2 over the vocabulary, under the policy being updated.
         sum_pi_squared_log_pi: sum of pi^2 ln pi over the vocabulary, in nats, under the policy being updated.
         rollout_is_weights: verl's weights for off-policy rollouts.
-        change_range: range of a whole mini-batch's estimates, for the normalizers other than `micro_batch`.
+        change_range: range of a whole mini-batch's estimates, for `RANGE_NORMALIZERS`.
         entropy_coeff: this step's coefficient of an adaptive entropy bonus.
         token_weights: found for the whole mini-batch, in place of STEER's own.
         nucleus_entropys: entropy of the current policy's most probable actions, in nats, with gradient.
@@ -271,16 +276,29 @@ def exact_entropy_change(inputs: LossInputs, clip: ClipRatios) -> PerToken:
     Raises:
         ValueError: if `current_entropys` or a sum over the vocabulary is None.
     """
-    entropys, squares, squares_log = (
-        inputs.require(name, "entropy_change_estimator=exact expects it").float()
-        for name in ("current_entropys", "sum_pi_squared", "sum_pi_squared_log_pi")
-    )
-    log_prob = inputs.log_prob.float()
-    sampled = log_prob.exp().mul_(log_prob + entropys)
-    expected = (entropys * squares).add_(squares_log)
-    change = inputs.ratio.mul_(inputs.advantages.float()).mul_(expected - sampled)
+    slope = entropy_slope(inputs, "entropy_change_estimator=exact")
+    change = inputs.ratio.mul_(inputs.advantages.float()).mul_(slope)
     above, below = ppo_clipped(inputs, clip)
     return _zero_where(above | below, change)
+
+
+@torch.no_grad()
+def entropy_slope(inputs: LossInputs, reader: str) -> PerToken:
+    """First-order change of a state's entropy for a unit step of its logits along the gradient of ln prob:
+
+        sum over a' of pi(a')^2 (ln pi(a') + H) - prob (ln prob + H), in nats.
+
+    Args:
+        inputs: a micro-batch.
+        reader: the option that reads it, for the message of an error.
+
+    Raises:
+        ValueError: if one of `EXACT_FIELDS` is None.
+    """
+    entropys, squares, squares_log = (inputs.require(name, f"{reader} expects it").float() for name in EXACT_FIELDS)
+    log_prob = inputs.log_prob.float()
+    sampled = log_prob.exp().mul_(log_prob + entropys)
+    return (entropys * squares).add_(squares_log).sub_(sampled)
 
 
 def _zero_where(condition: TokenMask, values: PerToken) -> PerToken:
@@ -307,12 +325,18 @@ def entropy_change_range(
     at_quantile = None
     if quantile is not None:
         count = mask.sum()
-        index = ((count - 1).clamp_min(0) * quantile).long()
+        index = index_at_quantile(count, quantile)
         # Not `nanquantile`, which waits for a GPU.
         found = _sorted_valid(entropy_change, response_mask).index_select(0, index.view(1)).view(())
         at_quantile = found.where(count > 0, torch.nan)
     beyond = _beyond(mask)
     return EntropyChangeRange((entropy_change + beyond).amin(), (entropy_change - beyond).amax(), at_quantile)
+
+
+def index_at_quantile(count: Tensor, quantile: float) -> Tensor:
+    """(count - 1) * quantile, rounded down; of no value, 0."""
+    # In float64 and with a margin: a product that is a whole number may be rounded to just below it.
+    return ((count.double() - 1).clamp_min(0) * quantile + 1e-9).long()
 
 
 def _sorted_valid(values: Tensor, response_mask: Tensor) -> Tensor:
@@ -383,7 +407,7 @@ def map_to_token_weights(
     smallest, largest = scalar(change_range.smallest), scalar(change_range.largest)
     if token_weight_map == "linear":
         spread = largest - smallest
-        # Of a range without extent so steep that changes outside it get the weight of its nearer end; never infinite.
+        # A range without extent gets the steepest finite slope: changes outside it get the weight of its nearer end.
         limits = torch.finfo(spread.dtype)
         slope = ((token_weight_min - token_weight_max) / spread.clamp_min(limits.tiny)).clamp_min(limits.min)
         smallest = smallest.where(spread >= 0, 0.0)  # without a valid token it is infinite
@@ -407,13 +431,13 @@ def weighs_mini_batches(options: Any) -> bool:
 def _micro_batch_scale(
     entropy_change: PerToken, mask: PerToken, normalizer: str, quantile: float
 ) -> tuple[PerToken, EntropyChangeRange]:
-    """The changes as a normalizer of `MICRO_BATCH_NORMALIZERS` measures them, and their range.
+    """The changes as a normalizer of `RESCALING_NORMALIZERS` measures them, and their range.
 
     `rank`: percentile ranks, so that a few very large estimates no longer push all others to one end of the range.
     `winsorised`: the range ends at the quantile, and larger changes count as that one.
     """
     if normalizer == "rank":
-        return percentile_rank(entropy_change, mask), EntropyChangeRange(0.0, 1.0, quantile)
+        return percentile_rank(entropy_change, mask), EntropyChangeRange(0.0, 1.0)
     found = entropy_change_range(entropy_change, mask, quantile)
     assert isinstance(found.at_quantile, Tensor)
     return entropy_change, found._replace(largest=found.at_quantile.nan_to_num(nan=0.0))
@@ -581,7 +605,7 @@ def _micro_batch_weights(inputs: LossInputs, mask: PerToken, config: Any) -> tup
         inputs.require("change_range", f"token_weight_normalizer={normalizer} expects a range")
     signed = signed_entropy_change(inputs, options.entropy_change_estimator, clip_ratios(config))
     measured = change = weighted_change(signed, options.entropy_control_mode)
-    if normalizer in ("rank", "winsorised"):
+    if normalizer in RESCALING_NORMALIZERS:
         measured, change_range = _micro_batch_scale(change, mask, normalizer, options.token_weight_quantile)
     weights = map_to_token_weights(
         measured,
