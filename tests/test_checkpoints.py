@@ -19,7 +19,9 @@ from test_configuration import TARGET, resolved
 from verl.steer import trainer as trainer_steer
 from verl.steer.checkpoint_ledger import UNFINISHED, CheckpointLedger, step_of
 from verl.steer.methods.adaptive_entropy import AdaptiveEntropyCoefficient
-from verl.steer.methods.step_state import COEFFICIENT_FILE
+from verl.steer.methods.entropic import EntroPICCoefficient
+from verl.steer.methods.siren import EntropyAnchor
+from verl.steer.methods.step_state import STATE_FILE
 from verl.steer.step_record import STEP_RECORD, StepRecord
 from verl.steer.trainer import SteerTrainer, metrics_of_files
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
@@ -52,7 +54,7 @@ def origin(path):
     """The run and the step that wrote a checkpoint, which is whole and all of one save."""
     texts = {(path / role / "model.pt").read_text() for role in ("actor", "critic")}
     data = torch.load(path / "data.pt", weights_only=False)
-    assert texts == {data} and (path / COEFFICIENT_FILE).is_file() and not (path / UNFINISHED).exists(), path
+    assert texts == {data} and (path / STATE_FILE).is_file() and not (path / UNFINISHED).exists(), path
     run, step = data.split()
     assert int(step) == step_of(path)
     return run, int(step)
@@ -373,7 +375,10 @@ def test_the_targets_of_the_steps_go_to_those_that_read_them(tmp_path, monkeypat
     monkeypatch.setattr(trainer_steer.PPOTrainerSync, "__init__", lambda self, config: None)
     config = resolved("grpo", "hardware=cpu", f"trainer.default_local_dir={tmp_path}")
     config.actor_rollout_ref.actor.policy_loss.update(options, target_entropy=SCHEDULE)
-    assert SteerTrainer(config).target_entropy == target
+    trainer = SteerTrainer(config)
+    assert trainer.target_entropy == target
+    states = {"adaptive_entropy": AdaptiveEntropyCoefficient, "entropic": EntroPICCoefficient, "siren": EntropyAnchor}
+    assert type(trainer.step_state) is states.get(options.get("loss_mode"), type(None))
 
 
 def test_an_evaluation_changes_nothing_in_the_folder_of_a_run(tmp_path):

@@ -10,7 +10,7 @@ from verl.steer.config import PolicyLossConfig
 from verl.steer.methods.adaptive_entropy import AdaptiveEntropyCoefficient
 from verl.steer.methods.entropic import EntroPICCoefficient
 from verl.steer.methods.registry import POLICY_LOSSES
-from verl.steer.methods.step_state import COEFFICIENT_FILE
+from verl.steer.methods.step_state import STATE_FILE
 from verl.trainer.ppo.core_algos import LossInputs
 
 #: Likely tokens are the first three: ln 0.97, 0.96, 0.99 and 0.95, 0.5.
@@ -72,8 +72,8 @@ def test_the_number_of_another_loss_is_left(tmp_path, caplog):
     controller = EntroPICCoefficient(0.5, 1.0, 0.01)
     controller.load(tmp_path)
     assert controller.value == 0.0
-    assert f"{tmp_path / COEFFICIENT_FILE} is of loss_mode=adaptive_entropy: with entropic it starts" in caplog.text
-    (tmp_path / COEFFICIENT_FILE).write_text("0.3")  # as an earlier version wrote it
+    assert f"{tmp_path / STATE_FILE} is of loss_mode=adaptive_entropy: with entropic it starts" in caplog.text
+    (tmp_path / STATE_FILE).write_text("0.3")  # as an earlier version wrote it
     controller.load(tmp_path)
     assert controller.value == 0.3
 
@@ -84,8 +84,7 @@ def test_an_entropy_that_is_not_finite_stays_without_effect():
     assert controller.step(0.6) == pytest.approx(0.1 + 0.01 * 0.1)
 
 
-def test_the_controller_is_there_only_with_its_loss():
-    assert EntroPICCoefficient.from_options(PolicyLossConfig(loss_mode="adaptive_entropy")) is None
+def test_the_controllers_default_options():
     options = PolicyLossConfig(loss_mode="entropic", target_entropy=0.5)
     assert EntroPICCoefficient.from_options(options) == EntroPICCoefficient(0.5, 1.0, 0.01)
 

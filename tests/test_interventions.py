@@ -754,7 +754,6 @@ def test_the_trainer_sends_the_flag_of_the_sums_and_the_coefficient(trainer):
     assert metrics["actor/entropy_coeff"] == 0.0 and trainer.step_state.value == 2.0
 
 
-def test_the_coefficient_is_there_only_with_its_loss():
-    assert AdaptiveEntropyCoefficient.from_options(PolicyLossConfig(loss_mode="vanilla")) is None
+def test_the_coefficients_default_options():
     options = PolicyLossConfig(loss_mode="adaptive_entropy", target_entropy=0.5)
     assert AdaptiveEntropyCoefficient.from_options(options) == AdaptiveEntropyCoefficient(0.5, 1e-4, 5e-3)

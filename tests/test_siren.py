@@ -78,7 +78,6 @@ def test_anchor_of_the_first_step(trainer, tmp_path, monkeypatch):  # noqa: F811
 
     monkeypatch.setattr(trainer_steer.PPOTrainerSync, "_update_actor", update)
     options = PolicyLossConfig(loss_mode="siren", siren_top_p=0.7)
-    assert EntropyAnchor.from_options(PolicyLossConfig(loss_mode="vanilla")) is None
 
     def sent(step):
         batch, metrics, trainer.global_steps = SimpleNamespace(extra_info={}), {}, step

@@ -106,6 +106,13 @@ def resolve_options(config: Any, section: str) -> None:
         found.check(f"{section}.{name}", getattr(config, name))
 
 
+class AlgorithmOptions:
+    """Base of the dataclasses of keys below `algorithm`."""
+
+    def __post_init__(self) -> None:
+        resolve_options(self, "algorithm")
+
+
 def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     """Each value below a section of the configuration with its whole key; the value itself if it is no section."""
     if not isinstance(value, Mapping):

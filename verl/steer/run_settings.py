@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings that decide what a run learns, kept in each checkpoint: a run with others resumes from it only if told to.
+"""Settings that decide what a run learns, kept in each checkpoint: a run with other ones resumes by `resume_path` only.
 
 Not among them are what a run may change when it goes on: its length, its paths, its hardware and what it logs.
 """

@@ -70,9 +70,6 @@ POLL_INTERVAL = 0.05
 #: Columns of tensors that only the critic and the trainer read, not an update of the actor.
 UNREAD_BY_UPDATES = frozenset({"dummy_tensor", "log_probs", "returns", "rm_scores", "rollout_log_probs", "values"})
 
-#: Classes of the numbers that some losses read at each step; a run has at most one of them.
-STEP_STATES: tuple[type[StepState], ...] = (AdaptiveEntropyCoefficient, EntroPICCoefficient, EntropyAnchor)
-
 #: Columns of tensors that a pass for log-probs doesn't read either.
 UNREAD_BY_FORWARD_PASSES = UNREAD_BY_UPDATES | {
     "advantages",
@@ -81,6 +78,9 @@ UNREAD_BY_FORWARD_PASSES = UNREAD_BY_UPDATES | {
     "prompts",
     "responses",
 }
+
+#: Classes of the losses' states; a run has at most one of them.
+STEP_STATES: tuple[type[StepState], ...] = (AdaptiveEntropyCoefficient, EntroPICCoefficient, EntropyAnchor)
 
 
 def metrics_of_files(by_file: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
@@ -130,8 +130,8 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         self.folder = Path(config.trainer.default_local_dir).resolve()
         self.folder.mkdir(parents=True, exist_ok=True)
         policy_loss = omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
-        states = (cls.from_options(policy_loss) for cls in STEP_STATES)
-        self.step_state = next(filter(None, states), None)
+        states = (cls.from_options(policy_loss) for cls in STEP_STATES if cls.loss_mode == policy_loss.loss_mode)
+        self.step_state: StepState | None = next(states, None)
         reads_target = weighs_mini_batches(policy_loss) and policy_loss.token_weight_map == "target"
         if self.step_state:
             reads_target = self.step_state.reads_target
@@ -348,7 +348,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
         return self._after_update(batch, metrics)
 
     def _after_update(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
-        """Log the entropy that a left out pass would have logged, and tell the controller of the coefficient."""
+        """Log the entropy that a left out pass would have logged, and pass the metrics to the loss's state."""
         if self.config.trainer.skip_old_log_prob and "actor/entropy" not in metrics:
             metrics["actor/entropy"] = metrics["actor/entropy_loss"]
             self._compare_entropy(metrics)

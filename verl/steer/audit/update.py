@@ -31,13 +31,10 @@ from verl.steer.engine.entropy_control import EntropyControl
 from verl.steer.engine.influence import Influence
 from verl.steer.engine.normalizer import gather
 from verl.steer.methods.registry import clip_of
-from verl.trainer.ppo.core_algos import LossInputs, ppo_clipped, weighs_mini_batches
+from verl.trainer.ppo.core_algos import ppo_clipped, weighs_mini_batches
 from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_device_name
 from verl.utils.metric import AggregationType, Metric
-
-#: Columns of the batch, each (batch, response_length), that the audit reads.
-COLUMNS = ("advantages", "old_log_probs", "response_mask", "responses")
 
 #: What the engine's passes and updates change in it beside parameters, gradients and the optimizer.
 ENGINE_STATE = (
@@ -123,25 +120,14 @@ class EntropyAudit(EntropyControl):
             measured: influence of the tokens, by the name of the way.
             effects: of single tokens, if they were measured.
         """
-        columns = (*COLUMNS, "entropy") if "entropy" in data else COLUMNS
-        batch = data.select(*columns).cpu().to_padded_tensor()
-        valid, group = batch["response_mask"].bool(), self.get_data_parallel_group()
-        inputs = LossInputs(
-            batch["old_log_probs"],
-            before["log_probs"],
-            batch["advantages"],
-            valid,
-            batch.get("entropy", before["entropy"]),
-            before["entropy"],
-            before["sum_pi_squared"],
-            before["sum_pi_squared_log_pi"],
-        )
+        inputs = self.estimate_inputs_of(data, before)
+        valid, group = inputs.response_mask, self.get_data_parallel_group()
         log_prob, advantages, clip = inputs.log_prob, inputs.advantages, clip_of(config)
         estimates = signed_estimates(inputs, clip)
         means = [self.mean_over_tokens(values[valid]) for values in (log_prob, advantages)]
         estimates["covariance"] = covariance_estimate(log_prob, advantages, *means)
         tokens = {
-            "token_id": batch["responses"],
+            "token_id": data.select("responses").cpu().to_padded_tensor()["responses"],
             "prob": log_prob.exp(),
             "entropy": before["entropy"],
             "advantage": advantages,

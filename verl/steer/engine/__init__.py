@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The FSDP engine's additions: one reading of the logits, ranges of a mini-batch, jagged mini-batches."""
+"""The FSDP engine's additions: one reading of the logits, ranges and weights of a mini-batch, and the influence."""

@@ -120,13 +120,7 @@ class EntropyControl(HeadInfluenceEngine, TokenWeightNormalizer):
         """STEER's signed estimates in place of contributions; they have no known scale."""
         estimator = config.policy_loss.entropy_change_estimator
         found = self.token_statistics(data, with_squares=estimator == "exact")
-        inputs = self.loss_inputs_of(data, found["log_probs"])
-        inputs.current_entropys = found["entropy"]
-        # In bypass mode the batch has no entropies of the old policy.
-        old = data.select("entropy").cpu().to_padded_tensor() if "entropy" in data else found
-        inputs.entropys = old["entropy"]
-        inputs.sum_pi_squared = found.get("sum_pi_squared")
-        inputs.sum_pi_squared_log_pi = found.get("sum_pi_squared_log_pi")
+        inputs = self.estimate_inputs_of(data, found)
         valid = inputs.response_mask
         change = signed_entropy_change(inputs, estimator, clip_ratios(config)) * valid
         return Influence(change, 0.0, self.mean_over_tokens(found["entropy"][valid]), valid)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -188,6 +188,23 @@ class InfluenceEngine(TokenStatistics):
             batch["old_log_probs"], log_prob, batch["advantages"], batch["response_mask"].bool(),
             rollout_is_weights=batch.get("rollout_is_weights"),
         )  # fmt: skip
+
+    def estimate_inputs_of(self, data: TensorDict, found: dict[str, Tensor]) -> LossInputs:
+        """The inputs of STEER's estimates of this rank's part, each (batch, response_length), on the CPU.
+
+        Args:
+            data: the mini-batch.
+            found: `token_statistics` of the policy being updated; `exact` needs those with squares.
+        """
+        # In bypass mode the batch has no entropies of the old policy.
+        old = data.select("entropy").cpu().to_padded_tensor() if "entropy" in data else found
+        return replace(
+            self.loss_inputs_of(data, found["log_probs"]),
+            entropys=old["entropy"],
+            current_entropys=found["entropy"],
+            sum_pi_squared=found.get("sum_pi_squared"),
+            sum_pi_squared_log_pi=found.get("sum_pi_squared_log_pi"),
+        )
 
     def loss_shares(self, data: TensorDict, config: Any, inputs: LossInputs) -> PerToken:
         """The share of each token's loss in the mean over all ranks, (batch, response_length)."""

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewards of mathematical answers."""
+"""Rewards of mathematical answers and of programs, and those of a reward model."""

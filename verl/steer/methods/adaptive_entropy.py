@@ -59,10 +59,8 @@ class AdaptiveEntropyCoefficient(StepState):
     loss_mode = "adaptive_entropy"
 
     @classmethod
-    def from_options(cls, options: Any) -> AdaptiveEntropyCoefficient | None:
-        """From `actor.policy_loss` as a dataclass; None with another loss."""
-        if options.loss_mode != cls.loss_mode:
-            return None
+    def from_options(cls, options: Any) -> AdaptiveEntropyCoefficient:
+        """From `actor.policy_loss` as a dataclass."""
         return cls(options.target_entropy, options.entropy_coeff_step, options.entropy_coeff_max)
 
     def step(self, entropy: float) -> float:

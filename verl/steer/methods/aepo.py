@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from verl.steer.methods.registry import AdvantageInputs, advantage_estimator
-from verl.steer.options import option, resolve_options
+from verl.steer.options import AlgorithmOptions, option
 
 #: GRPO's advantage from which on a tempered answer counts, as in the authors' code.
 LEAST_ADVANTAGE = 0.05
 
 
 @dataclass
-class AEPOOptions:
+class AEPOOptions(AlgorithmOptions):
     """Keys below `algorithm`; entropy and temperatures are those of the authors' code.
 
     Args:
@@ -30,9 +30,6 @@ class AEPOOptions:
     aepo_temperature_high: float = option(1.2, above=0.0)
     aepo_temperature_low: float = option(0.8, above=0.0)
     aepo_share: float = option(0.0625, above=0.0, at_most=1.0)
-
-    def __post_init__(self) -> None:
-        resolve_options(self, "algorithm")
 
     def tempered(self, entropy: float | None, batch_size: int, prompts: int) -> tuple[int, float]:
         """How many of a step's prompts are tempered, and their temperature.

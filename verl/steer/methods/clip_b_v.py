@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from verl.steer.methods.registry import AdvantageInputs, advantage_estimator, policy_loss
-from verl.steer.options import from_config, option, resolve_options
+from verl.steer.options import AlgorithmOptions, from_config, option
 from verl.trainer.ppo.core_algos import (
     EXACT_FIELDS,
     LossInputs,
@@ -34,13 +34,10 @@ LEAST_DEVIATION = 1e-12
 
 
 @dataclass
-class ClipBOptions:
+class ClipBOptions(AlgorithmOptions):
     """Key below `algorithm`: a negative token is clipped so many deviations below the mean score."""
 
     clip_b_mu: float = option(2.5, at_least=0.0)
-
-    def __post_init__(self) -> None:
-        resolve_options(self, "algorithm")
 
 
 @dataclass

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 from verl.steer.methods.registry import AdvantageInputs, advantage_estimator
-from verl.steer.options import from_config, option, resolve_options
+from verl.steer.options import AlgorithmOptions, from_config, option
 from verl.utils.torch_functional import masked_mean
 
 
 @dataclass
-class EntrocraftOptions:
+class EntrocraftOptions(AlgorithmOptions):
     """Keys below `algorithm`: the band of the entropy in nats, before the run's first step and at its last one."""
 
     entropy_lower_start: float = option(0.6, at_least=0.0)
@@ -21,7 +21,7 @@ class EntrocraftOptions:
     entropy_upper_end: float = option(0.5, at_least=0.0)
 
     def __post_init__(self) -> None:
-        resolve_options(self, "algorithm")
+        super().__post_init__()
         for at in ("start", "end"):
             lower, upper = getattr(self, f"entropy_lower_{at}"), getattr(self, f"entropy_upper_{at}")
             if lower > upper:

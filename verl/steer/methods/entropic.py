@@ -59,10 +59,8 @@ class EntroPICCoefficient(StepState):
     loss_mode = "entropic"
 
     @classmethod
-    def from_options(cls, options: Any) -> EntroPICCoefficient | None:
-        """From `actor.policy_loss` as a dataclass; None with another loss."""
-        if options.loss_mode != cls.loss_mode:
-            return None
+    def from_options(cls, options: Any) -> EntroPICCoefficient:
+        """From `actor.policy_loss` as a dataclass."""
         return cls(options.target_entropy, options.target_kp, options.target_ki)
 
     def step(self, entropy: float) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from verl.steer.methods.registry import AdvantageInputs, advantage_estimator
-from verl.steer.options import from_config, option, resolve_options
+from verl.steer.options import AlgorithmOptions, from_config, option
 from verl.utils import as_torch_index
 
 #: Lower bound of the entropy in 1 / H, in nats.
@@ -21,7 +21,7 @@ STD_EPSILON = 1e-6
 
 
 @dataclass
-class EntropyRewardOptions:
+class EntropyRewardOptions(AlgorithmOptions):
     """Keys below `algorithm`.
 
     Args:
@@ -31,9 +31,6 @@ class EntropyRewardOptions:
 
     entropy_reward_share: float = option(0.1, at_least=0.0, at_most=1.0)
     entropy_reward_by_class: bool = option(True, choices=(True, False))
-
-    def __post_init__(self) -> None:
-        resolve_options(self, "algorithm")
 
 
 @advantage_estimator("gtpo", "entropy")

@@ -8,17 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from verl.steer.methods.registry import AdvantageInputs, advantage_estimator
-from verl.steer.options import from_config, option, resolve_options
+from verl.steer.options import AlgorithmOptions, from_config, option
 
 
 @dataclass
-class ReinforceOptions:
+class ReinforceOptions(AlgorithmOptions):
     """Key below `algorithm`: the advantage of a right answer in `w_reinforce`."""
 
     positive_weight: float = option(0.1, at_least=0.0, at_most=1.0)
-
-    def __post_init__(self) -> None:
-        resolve_options(self, "algorithm")
 
 
 @advantage_estimator("psr", grouped=False)

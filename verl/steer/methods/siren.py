@@ -74,9 +74,9 @@ class EntropyAnchor(StepState):
     reads_target = False
 
     @classmethod
-    def from_options(cls, options: Any) -> EntropyAnchor | None:
-        """From `actor.policy_loss` as a dataclass; None with another loss."""
-        return cls(options.siren_top_p) if options.loss_mode == cls.loss_mode else None
+    def from_options(cls, options: Any) -> EntropyAnchor:
+        """From `actor.policy_loss` as a dataclass."""
+        return cls(options.siren_top_p)
 
     @property
     def flags(self) -> dict[str, Any]:

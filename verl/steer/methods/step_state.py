@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A number that a loss reads at each training step, that depends on earlier steps, and that checkpoints contain."""
+"""State that a loss keeps from one training step to the next, a number that checkpoints contain."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-#: File of the number in a checkpoint, with the loss whose number it is.
-COEFFICIENT_FILE = "entropy_coeff.json"
+#: File of the number in a checkpoint, with the loss whose number it is. Its name is of the first such number.
+STATE_FILE = "entropy_coeff.json"
 
 
 class StepState(ABC):
@@ -32,8 +32,8 @@ class StepState(ABC):
 
     @classmethod
     @abstractmethod
-    def from_options(cls, options: Any) -> StepState | None:
-        """From `actor.policy_loss` as a dataclass; None with another loss."""
+    def from_options(cls, options: Any) -> StepState:
+        """From `actor.policy_loss` as a dataclass, of the loss `loss_mode`."""
 
     @abstractmethod
     def step(self, entropy: float) -> float | None:
@@ -44,11 +44,11 @@ class StepState(ABC):
 
     def save(self, folder: Path) -> None:
         """Write the number into a checkpoint's folder."""
-        (folder / COEFFICIENT_FILE).write_text(json.dumps({"loss_mode": self.loss_mode, "value": self.value}))
+        (folder / STATE_FILE).write_text(json.dumps({"loss_mode": self.loss_mode, "value": self.value}))
 
     def load(self, folder: Path) -> None:
         """Read the number from a checkpoint's folder, if there is one, and it is of the same loss."""
-        file = folder / COEFFICIENT_FILE
+        file = folder / STATE_FILE
         if not file.is_file():
             return
         saved = json.loads(file.read_text())

@@ -8,18 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from verl.steer.methods.registry import AdvantageInputs, advantage_estimator
-from verl.steer.options import from_config, option, resolve_options
+from verl.steer.options import AlgorithmOptions, from_config, option
 from verl.utils import as_torch_index
 
 
 @dataclass
-class UnlikelinessOptions:
+class UnlikelinessOptions(AlgorithmOptions):
     """Key below `algorithm`: the likeliest of G answers, if right, loses this times (G - 1) / G of its reward."""
 
     unlikeliness_beta: float = option(0.25, at_least=0.0, at_most=1.0)
-
-    def __post_init__(self) -> None:
-        resolve_options(self, "algorithm")
 
 
 @advantage_estimator("unlikeliness", "old_log_probs")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checks of hardware, engine and attention."""
+"""The checks of hardware, engine, attention and micro-batches."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class BatchedLLMServerClient(LLMServerClient):
 
 
 class BatchedLLMServerManager(LLMServerManager):
-    """Upstream's manager with that client, which needs no load balancer, a process of its own."""
+    """Upstream's manager with that client. It starts no process for a load balancer."""
 
     async def _init_global_load_balancer(self) -> None:
         self.global_load_balancer = None

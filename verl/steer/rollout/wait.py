@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trainer's wait for rollouts ends with an error if they fail, or if none is done for a time."""
+"""The trainer's wait for rollouts ends with an error if they fail, or if none is finished within `rollout_timeout`."""
 
 from __future__ import annotations
 

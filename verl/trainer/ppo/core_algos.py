@@ -53,7 +53,7 @@ MICRO_BATCH_NORMALIZERS = ("micro_batch", *RESCALING_NORMALIZERS)
 RANGE_NORMALIZERS = ("global", "ema")
 TOKEN_WEIGHT_NORMALIZERS = (*MICRO_BATCH_NORMALIZERS, *RANGE_NORMALIZERS)
 
-#: What the weights fall with: the magnitude of the change, or how far the entropy falls.
+#: The quantity that lowers a weight: the magnitude of the change, or the fall of the entropy.
 ENTROPY_CONTROL_MODES = ("symmetric", "asymmetric")
 
 #: Estimator and maps of `entropy_influence`: the engine finds their weights for a whole mini-batch.
@@ -248,7 +248,7 @@ def estimate_entropy_change(
 
 @torch.no_grad()
 def weighted_change(change: PerToken, mode: str = "symmetric") -> PerToken:
-    """What the weights fall with, in place of a signed change, which is overwritten.
+    """The quantity that lowers a token's weight, from the signed change, which is overwritten.
 
     `symmetric`: the magnitude. `asymmetric`: minus the change, so that the token that lowers the entropy most has the
     smallest weight and the one that raises it most the largest; the authors' release has both.
