@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configurations and launchers: what they resolve to, and that a bad value gives one clear line."""
 
+import json
 import math
 import re
 import runpy
@@ -1334,6 +1335,18 @@ def test_a_response_fits_the_models_positions(laptop_files, model, overrides, me
         return
     with pytest.raises(ValueError, match="^" + re.escape(message.replace("{folder}", str(laptop_files)))):
         check_data_and_model(config)
+
+
+def test_fused_kernels_need_a_last_layer_that_fsdp2_does_not_shard(laptop_files):
+    fused = ["actor_rollout_ref.model.use_fused_kernels=true"]
+    for tied, strategy, passes in ((True, "fsdp2", True), (False, "fsdp", True), (False, "fsdp2", False)):
+        (laptop_files / "model/config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
+        config = resolved("grpo", "hardware=cpu", "task=arithmetic", *fused, f"{ACTOR}.strategy={strategy}")
+        if passes:
+            check_model(config)
+            continue
+        with pytest.raises(ValueError, match="^model.use_fused_kernels=true: expected false, or actor.strategy=fsdp, "):
+            check_model(config)
 
 
 @pytest.mark.parametrize("key", ["train_files", "val_files"])

@@ -122,6 +122,33 @@ def test_memory_depends_on_what_is_offloaded(configured):
     assert separate["update"] - usual["update"] == pytest.approx(7 * 4 * 4096 * 2 * 152_064)
 
 
+def test_memory_of_whole_parameters_and_gradients(configured):
+    """Of all layers until the backward pass, and of gradients that are summed over micro-batches before ranks do."""
+    parameters, fsdp = 7_615_616_512, f"{ACTOR}.fsdp_config"
+    embeddings = 2 * 152_064 * 3584
+    usual, no_sync = configured(QWEN_7B), f"{fsdp}.use_no_sync_for_gradient_accumulation=true"
+    assert difference(configured(QWEN_7B, no_sync), usual) == {
+        "generation": 0, "log-probs": 0, "update": 2 * parameters
+    }  # fmt: skip
+    fsdp2 = f"{ACTOR}.strategy=fsdp2"
+    assert difference(configured(QWEN_7B, no_sync, fsdp2), configured(QWEN_7B, fsdp2))["update"] == 4 * parameters
+    whole = 2 * (parameters - embeddings) * (1 - 2 / 28)
+    found = difference(configured(QWEN_7B, f"{fsdp}.reshard_after_forward=false"), usual)
+    assert found == pytest.approx({"generation": 0, "log-probs": whole, "update": whole})
+
+
+def test_fsdp1_gathers_a_model_with_an_adapter_whole_for_vllm(configured):
+    """In float32, beside vLLM's weights in bfloat16 on four devices and the shards of eight."""
+    lora = [f"actor_rollout_ref.model.{key}" for key in ("lora_rank=8", "target_modules=all-linear")]
+    config = configured(QWEN_7B, *lora)
+    size = memory.model_of(config)
+    state = (4 * size.parameters + 2 * 4 * size.trained) / 8
+    expected = 3 * GIB + state + 4 * size.parameters + 2 * size.parameters / 4
+    assert memory.phases(size, config, 80 * GIB)["weights to vLLM"] == pytest.approx(expected)
+    for override in ("actor_rollout_ref.rollout.layered_summon=true", f"{ACTOR}.strategy=fsdp2"):
+        assert "weights to vLLM" not in memory.phases(size, configured(QWEN_7B, *lora, override), 80 * GIB)
+
+
 def difference(config, other):
     """What the phases of a configuration need beyond those of another one."""
     more, less = (memory.phases(memory.model_of(found), found, 80 * GIB) for found in (config, other))
@@ -412,7 +439,12 @@ def test_torchs_attention_takes_the_place_of_flash_attn(monkeypatch):
         completed(monkeypatch, False, f"{name}=flash_attention_2")
     with pytest.raises(ValueError, match="ulysses_sequence_parallel_size=2: expected 1 where flash-attn"):
         completed(monkeypatch, False, f"{ACTOR}.ulysses_sequence_parallel_size=2")
-    assert completed(monkeypatch, True, f"{ACTOR}.ulysses_sequence_parallel_size=2") is None
+    ulysses = f"{ACTOR}.ulysses_sequence_parallel_size=2"
+    assert completed(monkeypatch, True, ulysses) is None
+    assert completed(monkeypatch, True, ulysses, f"{name}=flash_attention_2") == "flash_attention_2"
+    assert completed(monkeypatch, True, f"{name}=sdpa") == "sdpa"
+    with pytest.raises(ValueError, match="attn_implementation=sdpa: expected flash_attention_2 with actor.ulysses_seq"):
+        completed(monkeypatch, True, ulysses, f"{name}=sdpa")
 
 
 def test_a_broken_flash_attn_is_reported(monkeypatch):
@@ -509,8 +541,10 @@ def test_rows_of_several_ranks(tmp_path):
     assert "a line" in log.read_text()
 
 
-def test_a_process_out_of_time_is_ended_with_its_children(tmp_path):
-    script = f"sleep 600 & echo $! > {tmp_path}/child; wait"
+@pytest.mark.parametrize("session", ["", "setsid"])
+def test_a_process_out_of_time_is_ended_with_its_children(tmp_path, session):
+    """Also with one in a session of its own, as torchrun's workers are."""
+    script = f"{session} sleep 600 & echo $! > {tmp_path}/child; wait"
     (row,) = processes.run_group(tmp_path, "vllm", ("vLLM",), 1, ["bash", "-c", script], 2)
     assert not row.passed and "not done after 2 s" in row.detail
     state = f"/proc/{(tmp_path / 'child').read_text().strip()}/status"
@@ -528,7 +562,7 @@ def rank(tmp_path, model_folder, monkeypatch):
     """A rank without an engine."""
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    (tmp_path / "config.yaml").write_text("actor_rollout_ref: {}\n")
+    (tmp_path / "config.yaml").write_text("actor_rollout_ref: {model: {lora_adapter_path: null}}\n")
     (tmp_path / "tokens.json").write_text('{"prompt": [1], "responses": [[2, 3], [4]], "log_probs": [[-1, -2], [-3]]}')
     return ranks.Rank(tmp_path)
 
@@ -540,6 +574,9 @@ def test_log_probs_of_other_weights_are_noticed(rank, monkeypatch):
         assert row.passed == passes and "on 3 tokens" in row.detail
     (rank.folder / "tokens.json").unlink()
     assert "repair vLLM first" in run_check("log-probs", rank.log_probs).detail
+    rank.config.actor_rollout_ref.model.lora_adapter_path = "/an/adapter"
+    row = run_check("log-probs", rank.log_probs)
+    assert row.passed and row.detail == "not compared: vLLM sampled without model.lora_adapter_path=/an/adapter"
 
 
 @pytest.mark.parametrize("name, factor", [("log_prob", 1.001), ("entropy", float("nan")), ("log_prob", 1.0)])

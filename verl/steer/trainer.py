@@ -64,8 +64,9 @@ from verl.utils.transferqueue_utils import kv_batch_meta2batch_meta
 
 logger = logging.getLogger(__name__)
 
-#: Seconds between two polls for a step's rollouts; verl's 2 s are half of a small model's step.
-POLL_INTERVAL = 0.05
+#: Seconds between two polls for a step's rollouts. verl's 2 s are half of a small model's step on a CPU; on GPUs each
+#: poll lists thousands of rollouts.
+POLL_INTERVAL, GPU_POLL_INTERVAL = 0.05, 0.5
 
 #: Columns of tensors that only the critic and the trainer read, not an update of the actor.
 UNREAD_BY_UPDATES = frozenset({"dummy_tensor", "log_probs", "returns", "rm_scores", "rollout_log_probs", "values"})
@@ -159,7 +160,8 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
 
     def _build_replay_buffer(self) -> ReplayBuffer:
         replay_buffer = super()._build_replay_buffer()
-        replay_buffer.poll_interval = POLL_INTERVAL
+        on_cpu = self.config.trainer.device == "cpu"
+        replay_buffer.poll_interval = POLL_INTERVAL if on_cpu else GPU_POLL_INTERVAL
         self.rollout_wait = RolloutWait(replay_buffer, self.config.trainer.get("rollout_timeout", ROLLOUT_TIMEOUT))
         self.rollouts_asked: dict[str, int] = {}
         return replay_buffer

@@ -27,8 +27,8 @@ from verl.utils.device import get_device_id
 #: Keys of a model's configuration with which its logits are not the last layer's output alone.
 SCALED_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
-#: Logits computed at a time, so that memory grows with neither the vocabulary nor the mini-batch.
-LOGITS_AT_A_TIME = 2**24
+#: Logits computed at a time on a CPU and on a GPU, so that memory grows with neither the vocabulary nor the mini-batch.
+LOGITS_AT_A_TIME, GPU_LOGITS_AT_A_TIME = 2**24, 2**26
 
 
 @dataclass
@@ -53,7 +53,7 @@ class _Tokens(NamedTuple):
     temperature: Tensor
 
     def chunks(self, vocabulary: int) -> Iterator[_Tokens]:
-        size = max(1, LOGITS_AT_A_TIME // vocabulary)
+        size = max(1, (LOGITS_AT_A_TIME if self.hidden.is_cpu else GPU_LOGITS_AT_A_TIME) // vocabulary)
         for parts in zip(*(values.split(size) for values in self), strict=True):
             yield _Tokens(*parts)
 

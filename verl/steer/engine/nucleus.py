@@ -8,6 +8,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from verl.steer.engine.vocab_reductions import CHUNK_LOGITS
 
+#: Logits of a chunk on a GPU, where each chunk costs launches of kernels; a chunk takes about 1 GiB.
+GPU_CHUNK_LOGITS = 1 << 25
+
 
 def nucleus_entropy(logits: Tensor, top_p: float, temperature: float | Tensor | None = None) -> Tensor:
     """Entropy of the distribution over the nucleus, renormalised.
@@ -30,7 +33,7 @@ def nucleus_entropy(logits: Tensor, top_p: float, temperature: float | Tensor | 
         1.0 if temperature is None else temperature, dtype=torch.float32, device=logits.device
     ).clamp_min(1e-8)
     scale = scale.expand(shape).reshape(-1, 1)
-    rows = max(1, CHUNK_LOGITS // logits.shape[-1])
+    rows = max(1, (CHUNK_LOGITS if logits.is_cpu else GPU_CHUNK_LOGITS) // logits.shape[-1])
     chunks = zip(flat.split(rows), scale.split(rows), strict=True)
     return torch.cat(
         [checkpoint(_nucleus_entropy, *chunk, top_p, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]

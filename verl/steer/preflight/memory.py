@@ -26,6 +26,7 @@ OVERHEAD = 3 * GIB
 #: What to do where a phase needs too much.
 REMEDIES = {
     "generation": "lower rollout.gpu_memory_utilization, or set actor.fsdp_config.optimizer_offload=true",
+    "weights to vLLM": "set rollout.layered_summon=true and rollout.load_format=safetensors, or actor.strategy=fsdp2",
     "log-probs": "lower rollout.log_prob_micro_batch_size_per_gpu",
     "update": "lower actor.ppo_micro_batch_size_per_gpu, take more GPUs, or set actor.strategy=fsdp2 and "
     "actor.fsdp_config.offload_policy=true",
@@ -174,12 +175,16 @@ def phases(size: Size, config: DictConfig, memory: float) -> dict[str, float]:
     state = trained_state(size, fsdp, actor.strategy, config)
     embedding = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2)
     passes = passes_of(size, embedding, compute, root.model.enable_gradient_checkpointing)
+    if not fsdp.reshard_after_forward:  # all layers stay together until the backward pass
+        passes = passes._replace(gathered=compute * size.parameters)
     logits = model.vocab_size * compute * (1 if fsdp.get("one_pass_reductions") else 8)
     updated, scored = _micro_batches(config)
     vllm = vllm_bytes(size.parameters, config, memory)
     reference = shard_of(size.parameters, root.ref.fsdp_config, config) if on_cpu and has_reference(config) else 0.0
     critic, critic_update = critic_memory(config) if need_critic(config) else (0.0, 0.0)
     updating = state.weights + (4 if _keeps_a_direction(config) else 3) * state.gradients  # and two moments
+    if fsdp.use_no_sync_for_gradient_accumulation:  # whole gradients add up over the micro-batches
+        updating += size.trained * (4 if actor.strategy == "fsdp2" else compute)
     awake = OVERHEAD + reference + (0.0 if rollout.free_cache_engine else vllm)
     present, waiting = state.weights + state.moments, state.weights * (not fsdp.param_offload) + state.moments
     needed = {
@@ -187,6 +192,10 @@ def phases(size: Size, config: DictConfig, memory: float) -> dict[str, float]:
         "log-probs": awake + critic + present + passes.gathered + scored * (passes.saved + logits),
         "update": awake + critic + updating + passes.gathered + passes.reduced + updated * (passes.kept + logits),
     }
+    if root.model.lora_rank > 0 and actor.strategy == "fsdp" and not rollout.layered_summon:
+        whole = size.parameters * weight_bytes(fsdp)
+        received = size.parameters * PrecisionType.to_dtype(rollout.dtype).itemsize / rollout.tensor_model_parallel_size
+        needed["weights to vLLM"] = OVERHEAD + reference + critic + present + whole + received
     if _saves_best(config):  # after a validation, when vLLM is awake; a part of the model is gathered in float32
         largest = 4 * max(embedding, (size.parameters - embedding) / model.num_hidden_layers)
         needed["best checkpoint"] = OVERHEAD + reference + critic + vllm + present + largest

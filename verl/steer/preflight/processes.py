@@ -10,6 +10,7 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 from verl.steer.preflight.rows import Row
 
 #: File of what vLLM sampled: the tokens of `prompt` and of each of `responses`, and their `log_probs` in nats.
@@ -36,6 +37,17 @@ def read_row(files: list[Path], name: str, ending: str) -> Row:
     return Row(name, passed, detail if passed else f"rank {rank}: {detail}")
 
 
+def _end(pid: int) -> None:
+    """End a process, its group, and all that they started: torchrun's workers have sessions of their own."""
+    with suppress(psutil.NoSuchProcess):
+        started = psutil.Process(pid).children(recursive=True)
+        for process in started:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
 def run_group(
     folder: Path, group: str, names: tuple[str, ...], ranks: int, command: list[str], seconds: float, **variables: str
 ) -> list[Row]:
@@ -51,6 +63,5 @@ def run_group(
         except subprocess.TimeoutExpired:
             ending = f"not done after {seconds:.0f} s"
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            _end(process.pid)
     return [read_row(files, name, f"{ending}: see {log}") for name in names]

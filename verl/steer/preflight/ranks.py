@@ -88,14 +88,17 @@ class Rank:
         nested = {name: torch.nested.as_nested_tensor(parts, layout=torch.jagged) for name, parts in columns.items()}
         batch = TensorDict(nested, batch_size=len(rows)).to(self.device)
         flags = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": len(rows), "compute_loss": False}
-        packed = self.config.actor_rollout_ref.model.use_remove_padding
-        tu.assign_non_tensor(batch, use_remove_padding=packed, temperature=1.0, **flags)
+        model = self.config.actor_rollout_ref.model
+        flags |= {"use_remove_padding": model.use_remove_padding, "use_fused_kernels": model.use_fused_kernels}
+        tu.assign_non_tensor(batch, temperature=1.0, **flags)
         with self.engine.eval_mode():
             found = self.engine.infer_batch(batch)["model_output"]["log_probs"]
         return response_from_nested(found.cpu(), batch["loss_mask"].cpu()).values().float()
 
     def log_probs(self) -> str:
         """The engine's log-probs of vLLM's tokens, against vLLM's."""
+        if adapter := self.config.actor_rollout_ref.model.lora_adapter_path:
+            return f"not compared: vLLM sampled without model.lora_adapter_path={adapter}"
         if not (self.folder / TOKENS).exists():
             raise ValueError("vLLM sampled no tokens to compare with: repair vLLM first")
         tokens = json.loads((self.folder / TOKENS).read_text())
@@ -116,10 +119,12 @@ class Rank:
         self.engine.save_checkpoint(str(place))
         seconds = time.monotonic() - start
         size = sum(file.stat().st_size for file in place.rglob("*.pt")) / GIB
+        adapters_alone = self.config.actor_rollout_ref.actor.checkpoint.get("save_lora_only")
         get_torch_device().synchronize()  # an offloading save copies on after its return
         with torch.no_grad():
             for parameter in self.engine.module.parameters():
-                parameter.zero_()
+                if parameter.requires_grad or not adapters_alone:
+                    parameter.zero_()
         self.engine.load_checkpoint(str(place))
         if not torch.equal(self.engine_log_probs(*probe), before):
             raise ValueError(f"{place}: read other weights than were written: check the file system")

@@ -78,10 +78,17 @@ def check_attention(config: DictConfig) -> None:
     """Choose torch's attention where flash-attn, which verl takes by default, is not installed.
 
     Raises:
-        ValueError: if the configuration or its critic needs flash-attn.
+        ValueError: if the configuration or its critic needs flash-attn, or its ranks cannot share sequences.
     """
     model, actor = config.actor_rollout_ref.model, config.actor_rollout_ref.actor
+    named = model.override_config.get("attn_implementation")
+    ranks = actor.ulysses_sequence_parallel_size if actor.strategy in FSDP_STRATEGIES else 1
     if find_spec("flash_attn"):
+        if ranks > 1 and not str(named or FLASH_ATTENTION).startswith("flash"):
+            raise ValueError(
+                f"model.override_config.attn_implementation={named}: expected {FLASH_ATTENTION} with "
+                f"actor.ulysses_sequence_parallel_size={ranks}: with another each rank attends to its own tokens alone"
+            )
         return
     if need_critic(config) and config.critic.strategy in FSDP_STRATEGIES:
         raise ValueError(
@@ -90,7 +97,6 @@ def check_attention(config: DictConfig) -> None:
         )
     if actor.strategy not in FSDP_STRATEGIES:
         return
-    named, ranks = model.override_config.get("attn_implementation"), actor.ulysses_sequence_parallel_size
     if named == FLASH_ATTENTION or ranks > 1:
         key, value, expected = "model.override_config.attn_implementation", named, "packed_sdpa, torch's attention,"
         if ranks > 1:

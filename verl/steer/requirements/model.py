@@ -26,6 +26,7 @@ def check_model(config: DictConfig) -> None:
     found = _dimensions(_configuration_file(path))
     _check_positions(config, found)
     _check_heads(config, found)
+    _check_fused_kernels(config, found)
     _check_chat_template(config)
 
 
@@ -86,6 +87,17 @@ def _check_heads(config: DictConfig, found: dict[str, Any]) -> None:
                 f"{key}={size}: expected a divisor of the model's {heads} attention heads that divides its {groups} "
                 "heads of keys and values or is a multiple of them"
             )
+
+
+def _check_fused_kernels(config: DictConfig, found: dict[str, Any]) -> None:
+    """verl's fused kernels read the weights of a last layer that FSDP2 has sharded by itself."""
+    root = config.actor_rollout_ref
+    untied = found.get("tie_word_embeddings") is False
+    if root.model.use_fused_kernels and root.actor.strategy == "fsdp2" and untied and not config.trainer.val_only:
+        raise ValueError(
+            "model.use_fused_kernels=true: expected false, or actor.strategy=fsdp, with a model whose "
+            "tie_word_embeddings is false"
+        )
 
 
 def _check_chat_template(config: DictConfig) -> None:
