@@ -16,7 +16,8 @@ source "$root/run/environment.sh"
 
 benchmarks=aime24,aime25,amc23,math500,minerva_math,olympiadbench,gsm8k_test,omni
 if [ "${1:-}" = --only ]; then
-  benchmarks=${2:?eval.sh: --only: expected names such as aime24,math500}
+  benchmarks=${2:-}
+  [ "$benchmarks" ] || { echo "eval.sh: --only: expected names such as aime24,math500" >&2; exit 1; }
   shift 2
 fi
 for word in "$@"; do
@@ -25,7 +26,11 @@ for word in "$@"; do
     -*) echo "eval.sh: $word: expected Hydra overrides, without flags" >&2; exit 1 ;;
   esac
 done
-model=${MODEL_PATH:?eval.sh: MODEL_PATH: expected a Hugging Face folder, a hub id or a checkpoint (global_step_N)}
+model=${MODEL_PATH:-}
+if [ -z "$model" ]; then
+  echo "eval.sh: MODEL_PATH: expected a Hugging Face folder, a hub id or a checkpoint (global_step_N)" >&2
+  exit 1
+fi
 
 # Of a checkpoint take the Hugging Face export, or merge its shards. Merge again if the shards have changed since, or a
 # kill interrupted the merge.

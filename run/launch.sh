@@ -11,7 +11,8 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/run/help.sh"
 
-name=${1:?launch.sh: expected the name of a method or configuration, such as steer_exp}
+[ $# -gt 0 ] || { echo "launch.sh: expected the name of a method or configuration, such as steer_exp" >&2; exit 1; }
+name=$1
 shift
 # Threads that wait by spinning would take the cores from other processes.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}

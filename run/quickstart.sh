@@ -10,6 +10,9 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/run/help.sh"
+source "$root/run/check_methods.sh"
+methods=${METHODS:-grpo steer_exp}
+check_methods "$methods" "$@"
 bash "$root/run/setup.sh"
 python=${STEER_VENV:-$root/.venv}/bin/python
 export OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs/quickstart} PYTHON=$python
@@ -26,7 +29,7 @@ overrides=(
 )
 settings="${overrides[*]} ${MODEL_PATH:-$TASK_DIR/model} $TASK_DIR"
 runs=()
-for method in ${METHODS:-grpo steer_exp}; do
+for method in $methods; do
   run=$OUTPUT_DIR/$method
   runs+=("$run")
   finished="$run/finished-with"

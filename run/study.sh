@@ -41,6 +41,7 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/run/help.sh"
+source "$root/run/check_methods.sh"
 
 # NAME of field: the key of its coefficient, a lower value and a higher one: half and twice its own, or less far where
 # it has bounds; half and twice its distance from 1 for lambda_min, 0.05 less and more for entropies to keep, and the
@@ -186,6 +187,7 @@ if [ "${1:-}" = --list ]; then
   exit 0
 fi
 
+check_methods "" "$@"
 if [[ " $parts " = *" sweep "* ]] && { [ "$parts" != sweep ] || [ -z "${SEEDS:-}" ]; }; then
   echo "study.sh: PARTS=$parts: expected sweep alone, and SEEDS with a seed that no other part uses, such as SEEDS=47" >&2
   exit 1

@@ -9,8 +9,11 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/run/help.sh"
 source "$root/run/quoted.sh"
 
-run=${1:?train_once.sh: expected a folder for the run}
-config=${2:?train_once.sh: expected the name of a configuration, such as steer_exp}
+if [ $# -lt 2 ]; then
+  echo "train_once.sh: expected a folder for the run and the name of a configuration, such as steer_exp" >&2
+  exit 1
+fi
+run=$1 config=$2
 shift 2
 name=$(basename "$run")
 overrides=("$@" trainer.experiment_name="$(quoted "$name")" trainer.default_local_dir="$(quoted "$run")"

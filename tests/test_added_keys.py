@@ -55,10 +55,23 @@ def checked(monkeypatch, tmp_path):
         # Texts for a boolean and a number.
         (
             "actor_rollout_ref.actor.use_kl_loss=flase",
-            "actor_rollout_ref.actor.use_kl_loss=flase: expected true or fal",
+            "actor_rollout_ref.actor.use_kl_loss='flase': expected true or false",
         ),
-        ("trainer.val_only='true'", "trainer.val_only=true: expected true or false"),
-        ("actor_rollout_ref.rollout.top_k=abc", "actor_rollout_ref.rollout.top_k=abc: expected a number"),
+        ("trainer.val_only='true'", "trainer.val_only='true': expected true or false, without quotes"),
+        ("actor_rollout_ref.rollout.top_k=abc", "actor_rollout_ref.rollout.top_k='abc': expected a number"),
+        (
+            "actor_rollout_ref.actor.optim.lr='1e-5'",
+            "actor_rollout_ref.actor.optim.lr='1e-5': expected a number, without quotes",
+        ),
+        # Lists for booleans, and other values for sections.
+        ("trainer.val_only=[false]", "trainer.val_only=[False]: expected true or false"),
+        (
+            "actor_rollout_ref.actor.policy_loss=entropy_control",
+            "actor_rollout_ref.actor.policy_loss='entropy_control': expected a section of keys below it",
+        ),
+        ("actor_rollout_ref.rollout.agent=null", "actor_rollout_ref.rollout.agent=null: expected a section of k"),
+        # Declared nowhere, and read.
+        ("+sed=3", "sed: unknown; expected one of seed"),
         # Like none of the names, and refused by a worker.
         ("+actor_rollout_ref.rollout.xyz=1", "actor_rollout_ref.rollout.xyz: unknown; expected one of name, mode, "),
         (f"+{LOSS}.token_weight_mn=0.7", f"{LOSS}.token_weight_mn: unknown; expected one of token_weight_min, "),

@@ -411,7 +411,25 @@ HEAD = ("entropy_change_estimator=influence", "token_weight_map=target", "influe
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        ([f"{POLICY_LOSS}.loss_mode=nothing"], "Unsupported loss mode: nothing"),
+        ([f"{POLICY_LOSS}.loss_mode=nothing"], "policy_loss.loss_mode=nothing: expected one of entropy_control, "),
+        ([f"{POLICY_LOSS}.loss_mode=opef"], "policy_loss.loss_mode=opef: expected one of opefo"),
+        ([f"{ACTOR}.loss_agg_mode=mean"], "actor.loss_agg_mode=mean: expected one of token-mean, token-sum, "),
+        (
+            [
+                f"{POLICY_LOSS}.loss_mode=adaptive_entropy",
+                f"{POLICY_LOSS}.target_entropy=0.2",
+                f"{ACTOR}.entropy_coeff=0.01",
+            ],
+            "actor.entropy_coeff=0.01: expected 0 with policy_loss.loss_mode=adaptive_entropy, which has",
+        ),
+        ([f"{ROLLOUT}.response_length=20"], "rollout.response_length=20: expected data.max_response_length="),
+        ([f"{ROLLOUT}.prompt_length=20"], "rollout.prompt_length=20: expected data.max_prompt_length="),
+        ([f"{ROLLOUT}.top_k=1.5"], "rollout.top_k=1.5: expected an integer of at least -1"),
+        ([f"{ROLLOUT}.max_num_seqs=0"], "rollout.max_num_seqs=0: expected an integer of at least 1"),
+        (
+            [f"{ACTOR}.checkpoint.save_contents=hf_model"],
+            "actor.checkpoint.save_contents=hf_model: expected a list of model, optimizer, extra, hf_model",
+        ),
         (
             ["task=arithmetic", "data.train_batch_size=8"],
             "rollout.log_prob_micro_batch_size_per_gpu=128: expected a divisor of the 64 rollouts of a rank",
@@ -1242,7 +1260,6 @@ def test_a_second_training_in_a_folder_ends_in_one_line(laptop_files, monkeypatc
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        (f"{ACTOR}.loss_agg_mode=mean", "Invalid loss_agg_mode: mean"),
         (f"{ACTOR}.ppo_mini_batch_size=32", "train_batch_size (16) must be >= actor.ppo_mini_batch_size (32)"),
     ],
 )
@@ -1299,13 +1316,22 @@ def check_data_and_model(config):
             "data.train_batch_size=41: expected at most 40, the r",
         ),
         (["data.val_files=null"], "data.val_files=None: expected a file at least"),
+        (
+            ["data.train_files={tmp}/model"],
+            "data.train_files: {tmp}/model: expected a file whose name ends with .parquet",
+        ),
+        (
+            ["actor_rollout_ref.model.path=null"],
+            "actor_rollout_ref.model.path=null: expected the folder of a model, or",
+        ),
         (["data.train_files=[]"], "data.train_files=[]: expected a file at least"),
         (["actor_rollout_ref.model.path=/no/model"], "actor_rollout_ref.model.path=/no/model: expected the folder of"),
         (["actor_rollout_ref.model.path=runs/x/hf"], "actor_rollout_ref.model.path=runs/x/hf: expected the folder of"),
     ],
 )
 def test_missing_files_are_named(laptop_files, overrides, message):
-    with pytest.raises(ValueError, match="^" + re.escape(message)):
+    overrides = [override.replace("{tmp}", str(laptop_files)) for override in overrides]
+    with pytest.raises(ValueError, match="^" + re.escape(message.replace("{tmp}", str(laptop_files)))):
         check_data_and_model(resolved("grpo", "hardware=cpu", "task=arithmetic", *overrides))
 
 

@@ -256,7 +256,7 @@ def test_of_a_loss_that_does_not_clip_as_ppo_nothing_tells_of_ppos_clip(model_fo
     of_ppo = {"clipped", "omega_clip_aware", "omega_exact"}
     file = tmp_path / "audit/step_4_rank_0.parquet"
     write_tokens(pd.read_parquet(tmp_path / "step_4_rank_0.parquet"), AuditRequest(4, str(file.parent), 1000, 1), 0)
-    assert set(COLUMNS) - set(Run("run", tmp_path, {4: {}}).audit.columns) == of_ppo
+    assert set(COLUMNS) - set(Run("run", tmp_path, {4: {"entropy_audit/tokens": 1}}).audit.columns) == of_ppo
     scored = {name.split("/")[1] for name in metrics[0] if name.endswith("/mse")}
     assert scored == set(AUDITED_ESTIMATORS) - {"clip_aware", "exact"}
 

@@ -80,10 +80,16 @@ def steer_metrics(steps=6, shift=0.0):
     ]
 
 
+#: A metric of a step that was audited.
+AUDITED = {"entropy_audit/tokens": 40}
+
+
 @pytest.fixture(scope="module")
 def audited_run(tmp_path_factory):
     """A run with metrics and an audit in two files, the later steps' first by name."""
     records = [(step, data | {"val-aux/a/acc/pass@16": 0.6}) for step, data in steer_metrics()]
+    for _, data in records[:3]:
+        data |= AUDITED
     folder = write_metrics(tmp_path_factory.mktemp("runs") / "steer_exp", records)
     (folder / "audit").mkdir()
     audit = tabular_audit(steps=(1, 2, 3))
@@ -143,7 +149,7 @@ def report(audited_run, tmp_path_factory):
 def hostile_run(tmp_path_factory):
     """A run whose name and whose responses would break a page that did not escape them."""
     folder = tmp_path_factory.mktemp("runs") / "<img src=x onerror=alert(1)>$^{ --><b>$"
-    write_metrics(folder, steer_metrics())
+    write_metrics(folder, [(step, data | AUDITED) for step, data in steer_metrics()])
     (folder / "audit").mkdir()
     tabular_audit(steps=(1,), mini_batches=1, words=HOSTILE).to_parquet(folder / "audit/a.parquet")
     return read_run(folder)
@@ -322,16 +328,25 @@ def test_an_evaluation_is_no_part_of_a_runs_metrics(tmp_path):
 
 def test_audits_of_steps_that_a_resumed_run_has_not_reached_again_are_left_out(audited_run, tmp_path):
     shutil.copytree(audited_run.folder / "audit", tmp_path / "audit")
-    write_metrics(tmp_path, [(step, {"a": step}) for step in range(1, 7)])
-    write_metrics(tmp_path, [(2, {"a": 2})], next_file(tmp_path, 1).name)
+    write_metrics(tmp_path, [(step, {"a": step} | AUDITED) for step in range(1, 7)])
+    write_metrics(tmp_path, [(2, {"a": 2} | AUDITED)], next_file(tmp_path, 1).name)
     run = read_run(tmp_path)
     assert set(run.audit["step"]) == set(run.updates["step"]) == {1, 2} != set(audited_run.audit["step"])
-    write_metrics(tmp_path, [(1, {"a": 2})], next_file(tmp_path, 0).name)
+    write_metrics(tmp_path, [(1, {"a": 2} | AUDITED)], next_file(tmp_path, 0).name)
     for file in (tmp_path / "audit").glob("*1*"):
         file.unlink()
     (tmp_path / "audit/b.parquet").unlink()
     run = read_run(tmp_path)
     assert run.audit is None and run.updates is None
+
+
+def test_audits_of_an_earlier_start_are_left_out(audited_run, tmp_path):
+    """The first start audited each step, a second one from the beginning the second step alone."""
+    shutil.copytree(audited_run.folder / "audit", tmp_path / "audit")
+    write_metrics(tmp_path, [(step, {"a": step} | AUDITED) for step in range(1, 4)])
+    write_metrics(tmp_path, [(1, {"a": 1}), (2, {"a": 2} | AUDITED), (3, {"a": 3})], next_file(tmp_path, 0).name)
+    run = read_run(tmp_path)
+    assert set(run.audit["step"]) == set(run.updates["step"]) == {2}
 
 
 def test_pass_at_k_is_of_the_k_that_all_sources_have():

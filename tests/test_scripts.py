@@ -303,6 +303,15 @@ def test_comparison_marks_single_runs_outside_of_the_baselines_interval(program,
     assert result.returncode == 0 and "interval of a further" not in result.stdout, result.stdout + result.stderr
 
 
+def make_audit(run):
+    """The folder of a run's audits, of which the first step has one."""
+    (run / "audit").mkdir()
+    first, *others = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    record = json.loads(first)
+    record["data"]["entropy_audit/tokens"] = 6
+    (run / "metrics.jsonl").write_text(json.dumps(record) + "\n" + "".join(others))
+
+
 def test_comparison_scores_predictions_single_tokens_and_held_targets(program, tmp_path):
     write_run(tmp_path / "grpo", [0.4] * 30, [0.1] * 30)
     write_run(tmp_path / "held", [0.4] * 10 + [0.32] * 20, [0.1] * 30, weights=[0.9] * 30)
@@ -310,7 +319,7 @@ def test_comparison_scores_predictions_single_tokens_and_held_targets(program, t
     for line in lines:
         line["data"]["actor/target_entropy"] = 0.3
     (tmp_path / "held/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "grpo/audit").mkdir()
+    make_audit(tmp_path / "grpo")
     change = pd.Series([1.0, -2.0, 3.0])
     updates = pd.DataFrame({"step": 1, "mini_batch": range(3), "entropy": 0.4, "true_change": change})
     updates.assign(influence=2 * change, exact=[1.0, 1.0, 1.0]).to_parquet(
@@ -355,7 +364,7 @@ def test_predictions_are_compared_where_all_seeds_have_them(program, tmp_path):
     """The first seed's audit has an estimator more than the second's."""
     for seed, audited in ((1, updates(1)), (2, updates(1).drop(columns="released"))):
         write_run(tmp_path / f"{seed}/steer", [0.5, 0.5], [0.1, 0.1])
-        (tmp_path / f"{seed}/steer/audit").mkdir()
+        make_audit(tmp_path / f"{seed}/steer")
         audited.to_parquet(tmp_path / f"{seed}/steer/audit/step_1_updates.parquet")
     result = program("compare_runs.py", *sorted(tmp_path.glob("*/*")), "--out", tmp_path / "p.png")
     assert result.returncode == 0, result.stderr
@@ -625,6 +634,27 @@ def test_launchers_explain_themselves(command, root, launcher):
     result = command("bash", root / "run" / launcher, "--help", cwd="/", PYTHON="false")
     assert result.returncode == 0 and f"bash run/{launcher}" in result.stdout
     assert result.stdout.splitlines()[0][-1] != "#" and "set -euo" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    "launcher, word, told",
+    [
+        (
+            "compare.sh",
+            "",
+            "compare.sh: METHODS names clip_higer: expected names of files in verl/trainer/config/method",
+        ),
+        ("quickstart.sh", "", "quickstart.sh: METHODS names clip_higer: expected names of files in verl/trainer/con"),
+        ("study.sh", "--lst", "study.sh: --lst: expected Hydra overrides, without flags"),
+        ("launch.sh", "", "launch.sh: expected the name of a method or configuration, such as steer_exp"),
+        ("train_once.sh", "", "train_once.sh: expected a folder for the run and the name of a configuration, such as"),
+        ("eval.sh", "--only", "eval.sh: --only: expected names such as aime24,math500"),
+        ("eval.sh", "", "eval.sh: MODEL_PATH: expected a Hugging Face folder, a hub id or a checkpoint"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_made(command, root, launcher, word, told):
+    result = command("bash", root / "run" / launcher, *word.split(), METHODS="grpo clip_higer", PYTHON="false")
+    assert result.returncode == 1 and result.stderr.startswith(told) and not result.stdout
 
 
 def test_study_shares_runs_and_ends_with_a_table_a_picture_and_a_page_for_each_part(launched, tmp_path):

@@ -92,11 +92,17 @@ class Run:
         sources = max(map(len, found.values()), default=0)
         return {k: sum(values) / sources for k, values in sorted(found.items()) if values and len(values) == sources}
 
+    @property
+    def audited_steps(self) -> list[int]:
+        """The steps that the run audited; its folder may have audits of starts whose steps a later one replaced."""
+        return [step for step, data in self.steps.items() if any(name.startswith("entropy_audit/") for name in data)]
+
     @cached_property
     def audit(self) -> pd.DataFrame | None:
-        """The audited tokens of `audit/*.parquet`, sorted; None without tokens, ValueError if a file lacks a column.
+        """The tokens of `audit/*.parquet` of `audited_steps`, sorted; None without tokens.
 
-        Without those of steps that the run, resumed from a checkpoint before them, has not reached again.
+        Raises:
+            ValueError: if a file lacks a column.
         """
         frames = []
         files = [f for f in (self.folder / "audit").glob("*.parquet") if not f.stem.endswith("_updates")]
@@ -109,16 +115,16 @@ class Run:
         if not any(len(frame) for frame in frames):
             return None
         order = ["step", "mini_batch", "response", "position"]
-        audit = pd.concat(frames).query("step <= @self.last_step")
+        audit = pd.concat(frames).query("step in @self.audited_steps")
         return audit.sort_values(order, kind="stable", ignore_index=True) if len(audit) else None
 
     @cached_property
     def updates(self) -> pd.DataFrame | None:
-        """The audited updates of `audit/step_*_updates.parquet`, sorted, of the same steps; None without any."""
+        """The updates of `audit/step_*_updates.parquet` of the same steps, sorted; None without any."""
         frames = [pd.read_parquet(file) for file in (self.folder / "audit").glob("step_*_updates.parquet")]
         if not frames:
             return None
-        updates = pd.concat(frames).query("step <= @self.last_step")
+        updates = pd.concat(frames).query("step in @self.audited_steps")
         return updates.sort_values(["step", "mini_batch"], ignore_index=True) if len(updates) else None
 
 

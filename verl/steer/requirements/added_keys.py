@@ -71,6 +71,7 @@ def _check_key(declared: DictConfig, key: str) -> None:
         return
     dataclass = [field.name for field in fields(get_class(section._target_))] if "_target_" in section else []
     known = [other for other in dict.fromkeys([*map(str, section), *dataclass]) if other != "_target_"]
+    known += [] if place else ["seed"]  # which other keys read
     close = get_close_matches(name, known, cutoff=ALIKE)
     if name not in section and name not in known and (close or dataclass and place.startswith(MADE)):
         raise ValueError(f"{place}{name}: unknown; expected one of {', '.join(close or known)}")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, ListConfig, open_dict
 from verl.steer.checkpoint_ledger import UNFINISHED, CheckpointLedger, step_of
 from verl.steer.data_files import column_values, data_files
 from verl.steer.options import from_config, option, resolve_options
@@ -125,7 +125,10 @@ def _check_ranks(config: DictConfig) -> None:
 def _check_contents(checkpoint: DictConfig, trainer: DictConfig) -> None:
     """verl skips unknown parts, and resumes a checkpoint without `model` with the start model's weights."""
     for key in ("save_contents", "load_contents"):
-        parts = list(checkpoint[key])
+        parts = checkpoint[key]
+        if not isinstance(parts, ListConfig):
+            raise ValueError(f"actor.checkpoint.{key}={_yaml(parts)}: expected a list of {', '.join(CONTENTS)}")
+        parts = list(parts)
         for part in parts:
             if part not in CONTENTS:
                 raise ValueError(f"actor.checkpoint.{key}={parts}: expected some of {', '.join(CONTENTS)}")

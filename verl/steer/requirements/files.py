@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 from omegaconf import DictConfig, OmegaConf
-from verl.steer.data_files import check_columns, data_files, row_count
+from verl.steer.data_files import check_columns, data_files, present_files, row_count
+
+#: Endings of the files that verl's data set reads.
+FORMATS = (".parquet", ".json", ".jsonl")
 
 
 def check_data(config: DictConfig, key: str) -> None:
@@ -15,6 +18,9 @@ def check_data(config: DictConfig, key: str) -> None:
     """
     if not data_files(config, key) and not OmegaConf.select(config, "data.custom_cls.path"):
         raise ValueError(f"data.{key}={config.data[key]}: expected a file at least; verl reads both")
+    for file in present_files(config, key):
+        if not file.endswith(FORMATS) and not OmegaConf.select(config, "data.custom_cls.path"):
+            raise ValueError(f"data.{key}: {file}: expected a file whose name ends with {', '.join(FORMATS)}")
     rows = row_count(config, key)
     if key == "train_files":
         _check_rows(config, rows)

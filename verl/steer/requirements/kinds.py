@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The check of the kinds of values: Python takes a text such as `flase` for true."""
+"""The check of the kinds of values: Python takes a text such as `flase`, and a list, for true."""
 
 from __future__ import annotations
+
+import re
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
@@ -11,22 +14,42 @@ from verl.steer.requirements.added_keys import declared_configuration, overridin
 #: A number with a text as another form of it: two bounds.
 BOUNDS = "algorithm.rollout_correction.rollout_is_threshold"
 
+#: Texts that are booleans or numbers without the quotes.
+UNQUOTED = re.compile(r"true|false|[-+]?[.\d]+(e[-+]?\d+)?", re.IGNORECASE)
+
+#: Sections that verl reads in any case.
+NEEDED = (
+    *(f"actor_rollout_ref.actor.{name}" for name in ("policy_loss", "checkpoint", "optim")),
+    *("actor_rollout_ref.model.override_config", "actor_rollout_ref.rollout.agent"),
+    *("trainer.v1", "ray_kwargs", "ray_kwargs.ray_init", "reward.custom_reward_function"),
+)
+
 
 def check_kinds() -> None:
-    """Check that this program's overrides give no text to a key that is declared with a boolean or a number.
+    """Check that this program's overrides give booleans, numbers and sections to keys that are declared with such.
 
     Raises:
-        ValueError: if one does.
+        ValueError: if one does not.
     """
-    values = [
-        (key, value) for one in overriding(HydraConfig.get()) for key, value in leaves(one.value(), one.key_or_group)
-    ]
-    texts = {key: value for key, value in values if isinstance(value, str) and not value.startswith("${")}
-    if not texts:
+    hydra = HydraConfig.get()
+    values = {key: value for one in overriding(hydra) for key, value in leaves(one.value(), one.key_or_group)}
+    if not values:
         return
-    declared = dict(leaves(OmegaConf.to_container(declared_configuration(HydraConfig.get()))))
-    for key, text in texts.items():
+    configuration = declared_configuration(hydra)
+    declared = dict(leaves(OmegaConf.to_container(configuration)))
+    for key, value in values.items():
+        if isinstance(value, str) and value.startswith("${"):
+            continue
+        if (value is not None or key in NEEDED) and OmegaConf.is_dict(OmegaConf.select(configuration, key)):
+            raise ValueError(f"{key}={_shown(value)}: expected a section of keys below it")
+        if not isinstance(value, str | list):
+            continue
+        quotes = ", without quotes" if UNQUOTED.fullmatch(str(value)) else ""
         if isinstance(declared.get(key), bool):
-            raise ValueError(f"{key}={text}: expected true or false")
+            raise ValueError(f"{key}={_shown(value)}: expected true or false{quotes}")
         if isinstance(declared.get(key), int | float) and key != BOUNDS:
-            raise ValueError(f"{key}={text}: expected a number")
+            raise ValueError(f"{key}={_shown(value)}: expected a number{quotes}")
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else repr(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import Any
 
 from omegaconf import DictConfig, open_dict
@@ -17,7 +18,7 @@ from verl.steer.methods.registry import (
 )
 from verl.steer.rollout.checks import BATCHED_MANAGER, is_batched
 from verl.trainer.distillation import is_distillation_enabled
-from verl.trainer.ppo.core_algos import get_policy_loss_fn
+from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
 #: Engines that return the current policy's entropies from the update's forward pass.
 ENTROPY_STRATEGIES = ("fsdp", "fsdp2", "megatron", "veomni", "torchtitan", "automodel")
@@ -45,8 +46,10 @@ def has_old_entropy(config: DictConfig) -> bool:
 
 def inputs_needed(config: DictConfig, policy_loss: Any) -> set[str]:
     """Fields of `LossInputs` that the loss needs; without the old policy's entropies the current policy's."""
-    if policy_loss.loss_mode not in POLICY_LOSSES:
-        get_policy_loss_fn(policy_loss.loss_mode)  # raises if the name is unknown
+    known = [*POLICY_LOSSES, *(name for name in POLICY_LOSS_REGISTRY if name not in POLICY_LOSSES)]
+    if policy_loss.loss_mode not in known:
+        close = get_close_matches(str(policy_loss.loss_mode), known) or known
+        raise ValueError(f"policy_loss.loss_mode={policy_loss.loss_mode}: expected one of {', '.join(close)}")
     needed = fields_needed(policy_loss)
     return needed if has_old_entropy(config) or "entropys" not in needed else needed | {"current_entropys"}
 
@@ -138,6 +141,10 @@ def check_trainer(config: DictConfig, policy_loss: Any, needed: set[str]) -> Non
         raise ValueError(
             f"actor.loss_agg_mode={actor.loss_agg_mode}: expected one of {', '.join(MEANS)} with {reader}, which "
             "needs a mean entropy"
+        )
+    if has_coefficient and actor.entropy_coeff:
+        raise ValueError(
+            f"actor.entropy_coeff={actor.entropy_coeff}: expected 0 with {loss_mode}, which has one of its own"
         )
     use_kl = ", algorithm.use_kl_in_reward=true" if SCORES in fields else ""
     needs_steer = (

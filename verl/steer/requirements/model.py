@@ -21,6 +21,8 @@ def check_model(config: DictConfig) -> None:
         ValueError: if not.
     """
     path = str(config.actor_rollout_ref.model.path)
+    if config.actor_rollout_ref.model.path is None:
+        raise ValueError(f"{MODEL}=null: expected the folder of a model, or a name on the Hugging Face Hub")
     if "://" in path or os.environ.get("VERL_USE_MODELSCOPE", "").lower() == "true":
         return  # verl fetches it
     found = _dimensions(_configuration_file(path))

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from verl.steer.audit.scores import AuditOptions
 from verl.steer.config import ADVANTAGE_OPTIONS, PolicyLossConfig, SteerOptions
 from verl.steer.entropy_control import EntropyControlOptions
-from verl.steer.methods.registry import POLICY_LOSSES, module_of
+from verl.steer.methods.registry import POLICY_LOSSES, base_loss_of, module_of
 from verl.trainer.ppo.core_algos import CONTROL_MAPS, INFLUENCE
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,18 @@ SHARED = {
     "target_kp": ("entropic", "entropy_control"),
     "target_ki": ("entropic", "entropy_control"),
 }
+
+#: verl's own keys below `policy_loss`, with its defaults and the loss that reads them.
+VERLS = {
+    "clip_cov_ratio": (0.0002, "clip_cov"),
+    "clip_cov_lb": (1.0, "clip_cov"),
+    "clip_cov_ub": (5.0, "clip_cov"),
+    "kl_cov_ratio": (0.0002, "kl_cov"),
+    "ppo_kl_coef": (0.1, "kl_cov"),
+}
+
+#: verl's default of the KL terms' coefficients.
+KL = 0.001
 
 #: How rollouts for training are sampled by default.
 SAMPLING = {"temperature": 1.0, "top_p": 1, "top_k": -1}
@@ -48,6 +60,15 @@ def warn_of_unread(config: DictConfig, policy_loss: Any) -> None:
             for key in _set_in(audit, AuditOptions)
             if key != "freq"
         ]
+    actor = config.actor_rollout_ref.actor
+    coefficients = (
+        ("actor.kl_loss_coef", actor.kl_loss_coef, actor.use_kl_loss, "actor.use_kl_loss=false"),
+        (
+            "algorithm.kl_ctrl.kl_coef", algorithm.kl_ctrl.kl_coef, algorithm.use_kl_in_reward,
+            "algorithm.use_kl_in_reward=false",
+        ),
+    )  # fmt: skip
+    unread += [f"{key}={value} with {why}" for key, value, read, why in coefficients if not read and value != KL]
     if config.trainer.val_only:
         rollout = config.actor_rollout_ref.rollout
         unread += [
@@ -65,6 +86,9 @@ def _set_in(section: DictConfig, options: type) -> list[str]:
 
 def _unread_by_loss(section: DictConfig, options: Any) -> Iterator[tuple[str, str]]:
     name = options.loss_mode
+    for key, (default, reader) in VERLS.items():
+        if section[key] != default and base_loss_of(options) != reader:
+            yield key, f"loss_mode={name}"
     module = POLICY_LOSSES[name].compute.__module__ if name in POLICY_LOSSES else None
     for owner in PolicyLossConfig.__bases__[:-1]:  # the last is verl's
         of_steer = owner in (SteerOptions, EntropyControlOptions)

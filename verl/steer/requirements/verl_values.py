@@ -43,11 +43,13 @@ NUMBERS = {
     "actor_rollout_ref.rollout.gpu_memory_utilization": Option(0.5, above=0.0, at_most=1.0),
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": Option(at_least=1, integer=True),
     "actor_rollout_ref.rollout.max_model_len": Option(at_least=1, integer=True),
+    "actor_rollout_ref.rollout.max_num_seqs": Option(1024, at_least=1, integer=True),
     "actor_rollout_ref.rollout.n": Option(1, at_least=1, integer=True),
     "actor_rollout_ref.rollout.pipeline_model_parallel_size": Option(1, at_least=1, integer=True),
     "actor_rollout_ref.rollout.seed": Option(integer=True),
     "actor_rollout_ref.rollout.temperature": Option(1.0, above=0.0),
     "actor_rollout_ref.rollout.tensor_model_parallel_size": Option(1, at_least=1, integer=True),
+    "actor_rollout_ref.rollout.top_k": Option(-1, at_least=-1, integer=True),
     "actor_rollout_ref.rollout.top_p": Option(1.0, above=0.0, at_most=1.0),
     "actor_rollout_ref.rollout.val_kwargs.n": Option(1, at_least=1, integer=True),
     "actor_rollout_ref.rollout.val_kwargs.temperature": Option(0.0, at_least=0.0),
@@ -67,6 +69,11 @@ NUMBERS = {
     "trainer.total_training_steps": Option(at_least=1, integer=True),
 }
 
+#: Values of `actor.loss_agg_mode`.
+LOSS_AVERAGES = (
+    "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm",
+)  # fmt: skip
+
 #: Each of Adam's betas.
 BETA = Option(0.9, at_least=0.0, below=1.0)
 
@@ -83,7 +90,10 @@ def check_verl_values(config: DictConfig) -> None:
     for key, number in NUMBERS.items():
         number.check(key.removeprefix("actor_rollout_ref."), OmegaConf.select(config, key))
     actor, algorithm, loggers = config.actor_rollout_ref.actor, config.algorithm, config.trainer.logger
-    names: list[tuple[str, Any, Any]] = [("algorithm.adv_estimator", algorithm.adv_estimator, ADV_ESTIMATOR_REGISTRY)]
+    names: list[tuple[str, Any, Any]] = [
+        ("algorithm.adv_estimator", algorithm.adv_estimator, ADV_ESTIMATOR_REGISTRY),
+        ("actor.loss_agg_mode", actor.loss_agg_mode, LOSS_AVERAGES),
+    ]
     kl_estimates = (*KL_ESTIMATES, *(f"{name}+" for name in KL_ESTIMATES))
     if actor.use_kl_loss:
         names.append(("actor.kl_loss_type", actor.kl_loss_type, kl_estimates))
@@ -158,7 +168,11 @@ def _check_optimizer(optim: DictConfig) -> None:
 
 
 def _check_lengths(config: DictConfig) -> None:
-    """vLLM would cut responses at its own limit without a word."""
+    """vLLM and verl's agent loops would cut prompts and responses at their own limits without a word."""
+    for kind in ("prompt", "response"):
+        length, most = config.actor_rollout_ref.rollout[f"{kind}_length"], config.data[f"max_{kind}_length"]
+        if length != most:
+            raise ValueError(f"rollout.{kind}_length={length}: expected data.max_{kind}_length={most}")
     longest = config.data.max_prompt_length + config.data.max_response_length
     limit = config.actor_rollout_ref.rollout.max_model_len
     if limit is not None and limit < longest:
