@@ -20,7 +20,7 @@ source "$root/run/help.sh"
 source "$root/run/check_methods.sh"
 
 methods=${METHODS:-grpo_symmetric clip_higher clip_cov kl_cov steer_exp steer_linear}
-check_methods "$methods" "$@"
+check_methods "$methods"
 task=${TASK:-arithmetic} hardware=${HARDWARE:-cpu}
 export OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs/compare}
 if [ -z "${PYTHON:-}" ]; then

@@ -12,7 +12,6 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/run/help.sh"
 source "$root/run/quoted.sh"
-source "$root/run/environment.sh"
 
 benchmarks=aime24,aime25,amc23,math500,minerva_math,olympiadbench,gsm8k_test,omni
 if [ "${1:-}" = --only ]; then
@@ -31,6 +30,7 @@ if [ -z "$model" ]; then
   echo "eval.sh: MODEL_PATH: expected a Hugging Face folder, a hub id or a checkpoint (global_step_N)" >&2
   exit 1
 fi
+source "$root/run/environment.sh"
 
 # Of a checkpoint take the Hugging Face export, or merge its shards. Merge again if the shards have changed since, or a
 # kill interrupted the merge.

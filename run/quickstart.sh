@@ -12,7 +12,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/run/help.sh"
 source "$root/run/check_methods.sh"
 methods=${METHODS:-grpo steer_exp}
-check_methods "$methods" "$@"
+check_methods "$methods"
 bash "$root/run/setup.sh"
 python=${STEER_VENV:-$root/.venv}/bin/python
 export OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs/quickstart} PYTHON=$python

@@ -41,7 +41,6 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/run/help.sh"
-source "$root/run/check_methods.sh"
 
 # NAME of field: the key of its coefficient, a lower value and a higher one: half and twice its own, or less far where
 # it has bounds; half and twice its distance from 1 for lambda_min, 0.05 less and more for entropies to keep, and the
@@ -187,7 +186,9 @@ if [ "${1:-}" = --list ]; then
   exit 0
 fi
 
-check_methods "" "$@"
+for word in "$@"; do
+  case $word in -*) echo "study.sh: $word: expected --list, or Hydra overrides without flags" >&2; exit 1 ;; esac
+done
 if [[ " $parts " = *" sweep "* ]] && { [ "$parts" != sweep ] || [ -z "${SEEDS:-}" ]; }; then
   echo "study.sh: PARTS=$parts: expected sweep alone, and SEEDS with a seed that no other part uses, such as SEEDS=47" >&2
   exit 1

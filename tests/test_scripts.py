@@ -306,10 +306,9 @@ def test_comparison_marks_single_runs_outside_of_the_baselines_interval(program,
 def make_audit(run):
     """The folder of a run's audits, of which the first step has one."""
     (run / "audit").mkdir()
-    first, *others = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    record = json.loads(first)
-    record["data"]["entropy_audit/tokens"] = 6
-    (run / "metrics.jsonl").write_text(json.dumps(record) + "\n" + "".join(others))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    next(record for record in records if record["step"] == 1)["data"]["entropy_audit/tokens"] = 6
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def test_comparison_scores_predictions_single_tokens_and_held_targets(program, tmp_path):
@@ -645,7 +644,7 @@ def test_launchers_explain_themselves(command, root, launcher):
             "compare.sh: METHODS names clip_higer: expected names of files in verl/trainer/config/method",
         ),
         ("quickstart.sh", "", "quickstart.sh: METHODS names clip_higer: expected names of files in verl/trainer/con"),
-        ("study.sh", "--lst", "study.sh: --lst: expected Hydra overrides, without flags"),
+        ("study.sh", "--lst", "study.sh: --lst: expected --list, or Hydra overrides without flags"),
         ("launch.sh", "", "launch.sh: expected the name of a method or configuration, such as steer_exp"),
         ("train_once.sh", "", "train_once.sh: expected a folder for the run and the name of a configuration, such as"),
         ("eval.sh", "--only", "eval.sh: --only: expected names such as aime24,math500"),
