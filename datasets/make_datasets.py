@@ -181,7 +181,7 @@ def amc23_problems(rows: Iterable[Row]) -> Iterator[Problem]:
 def math500_problems(rows: Iterable[Row]) -> Iterator[Problem]:
     """Bare problems, sorted by `unique_id` as text: the order of the published file."""
     for index, row in enumerate(sorted(rows, key=lambda row: row["unique_id"])):
-        yield Problem(index, row["problem"], row["problem"], plain_answer(row["answer"]))
+        yield Problem(index, row["problem"], row["problem"], plain_answer(str(row["answer"])))
 
 
 def plain_answer(latex: str) -> str:

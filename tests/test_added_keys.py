@@ -70,6 +70,12 @@ def checked(monkeypatch, tmp_path):
             "actor_rollout_ref.actor.policy_loss='entropy_control': expected a section of keys below it",
         ),
         ("actor_rollout_ref.rollout.agent=null", "actor_rollout_ref.rollout.agent=null: expected a section of k"),
+        # Of older versions of verl.
+        ("+ray_init.num_cpus=8", "ray_init.num_cpus: expected ray_kwargs.ray_init in its place"),
+        (
+            "+algorithm.rollout_is=token",
+            "algorithm.rollout_is: expected algorithm.rollout_correction.rollout_is in its",
+        ),
         # Declared nowhere, and read.
         ("+sed=3", "sed: unknown; expected one of seed"),
         # Like none of the names, and refused by a worker.

@@ -424,6 +424,9 @@ HEAD = ("entropy_change_estimator=influence", "token_weight_map=target", "influe
         ),
         ([f"{ROLLOUT}.response_length=20"], "rollout.response_length=20: expected data.max_response_length="),
         ([f"{ROLLOUT}.prompt_length=20"], "rollout.prompt_length=20: expected data.max_prompt_length="),
+        ([f"{MODEL}.lora_alpha=0"], "model.lora_alpha=0: expected a finite number above 0"),
+        ([f"{ROLLOUT}.agent.num_workers=0"], "rollout.agent.num_workers=0: expected an integer of at least 1"),
+        ([f"{ROLLOUT}.dtype=float33"], "rollout.dtype=float33: expected one of auto, half, "),
         ([f"{ROLLOUT}.top_k=1.5"], "rollout.top_k=1.5: expected an integer of at least -1"),
         ([f"{ROLLOUT}.max_num_seqs=0"], "rollout.max_num_seqs=0: expected an integer of at least 1"),
         (
@@ -1091,10 +1094,10 @@ def test_values_that_verl_takes_as_they_are_are_checked(overrides, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["custom_reward_function.path=/my.py"], "custom_reward_function.path=/my.py: expected null, and a key below"),
+        (["custom_reward_function.path=/my.py"], "custom_reward_function.path=/my.py: expected null, and reward.custom_"),
         (
             ["reward_model.reward_manager=dapo"],
-            "reward_model.reward_manager=dapo: expected null, and a key below `rewa",
+            "reward_model.reward_manager=dapo: expected null, and reward.reward_manager.name in its place",
         ),
         (["sandbox_fusion.url=http://x"], "sandbox_fusion.url=http://x: expected null, and a key below `reward`"),
         (
@@ -1260,6 +1263,7 @@ def test_a_second_training_in_a_folder_ends_in_one_line(laptop_files, monkeypatc
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        (f"{ROLLOUT}.mode=sync", "Rollout mode 'sync' has been removed."),
         (f"{ACTOR}.ppo_mini_batch_size=32", "train_batch_size (16) must be >= actor.ppo_mini_batch_size (32)"),
     ],
 )

@@ -138,6 +138,8 @@ def read_run(path: Path) -> Run:
         ValueError: if there are no metrics, or a line is not a record.
     """
     path = path.resolve()
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder; expected a run")
     files, folder, named = in_order(path), path, path
     if path.is_file():
         files, folder = [path], path.parent

@@ -25,6 +25,17 @@ FREE = {"override_config", "ray_init", "teacher_models"}
 MADE = ("actor_rollout_ref", "critic", "distillation")
 
 
+#: Keys of older versions of verl, and their places today.
+MOVED = {
+    "ray_init": "ray_kwargs.ray_init",
+    "algorithm.rollout_is": "algorithm.rollout_correction.rollout_is",
+    "algorithm.rollout_is_threshold": "algorithm.rollout_correction.rollout_is_threshold",
+    "actor_rollout_ref.actor.tis_imp_ratio_cap": "algorithm.rollout_correction.rollout_is_threshold",
+    "actor_rollout_ref.actor.kl_coef": "actor_rollout_ref.actor.kl_loss_coef",
+    "algorithm.kl_coef": "algorithm.kl_ctrl.kl_coef",
+}
+
+
 def check_added_keys() -> None:
     """Check the keys that this program's overrides add, such as `+trainer.savefreq=5`, which would have no effect.
 
@@ -32,11 +43,14 @@ def check_added_keys() -> None:
     a known one, since a user's own code may read others.
 
     Raises:
-        ValueError: if a key is unknown.
+        ValueError: if a key is unknown, or has moved.
     """
     hydra = HydraConfig.get()
     adding = [one for one in overriding(hydra) if one.is_add() or one.is_force_add()]
     keys = [key for one in adding for key, _ in leaves(one.value(), one.key_or_group)]
+    for key in keys:
+        if place := next((new for old, new in MOVED.items() if f"{key}.".startswith(f"{old}.")), None):
+            raise ValueError(f"{key}: expected {place} in its place")
     if keys:
         declared = declared_configuration(hydra)
         for key in keys:

@@ -10,6 +10,13 @@ from verl.trainer.ppo.utils import need_critic
 #: Sections of older versions of verl, which now reads `reward` only.
 OLD_SECTIONS = ("custom_reward_function", "reward_model", "sandbox_fusion")
 
+#: The places today of some of their keys.
+NEW_PLACES = {
+    "reward_model.reward_manager": "reward.reward_manager.name",
+    "custom_reward_function.path": "reward.custom_reward_function.path",
+    "custom_reward_function.name": "reward.custom_reward_function.name",
+}
+
 #: YAML's former booleans. Hydra reads them as text, which Python takes for true.
 TEXTS = ("yes", "no", "on", "off")
 
@@ -51,7 +58,8 @@ def _check_leaves(config: DictConfig) -> None:
     for key, value in leaves(OmegaConf.to_container(config)):
         section = key.partition(".")[0]
         if section in OLD_SECTIONS and value is not None:
-            raise ValueError(f"{key}={value}: expected null, and a key below `reward` in its place")
+            place = NEW_PLACES.get(key, "a key below `reward`")
+            raise ValueError(f"{key}={value}: expected null, and {place} in its place")
         if section != "ray_kwargs" and str(value).lower() in TEXTS and not key.endswith("_name"):
             raise ValueError(f"{key}={value}: expected true or false: {value!r} is a text, which counts as true")
 

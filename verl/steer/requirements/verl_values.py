@@ -38,7 +38,9 @@ NUMBERS = {
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": Option(at_least=1, integer=True),
     "actor_rollout_ref.actor.ppo_mini_batch_size": Option(256, at_least=1, integer=True),
     "actor_rollout_ref.actor.ulysses_sequence_parallel_size": Option(at_least=1, integer=True),
+    "actor_rollout_ref.model.lora_alpha": Option(16, above=0.0),
     "actor_rollout_ref.model.lora_rank": Option(0, at_least=0, integer=True),
+    "actor_rollout_ref.rollout.agent.num_workers": Option(8, at_least=1, integer=True),
     "actor_rollout_ref.rollout.data_parallel_size": Option(1, at_least=1, integer=True),
     "actor_rollout_ref.rollout.gpu_memory_utilization": Option(0.5, above=0.0, at_most=1.0),
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": Option(at_least=1, integer=True),
@@ -69,6 +71,9 @@ NUMBERS = {
     "trainer.total_training_steps": Option(at_least=1, integer=True),
 }
 
+#: Values of `rollout.dtype`, by vLLM's names.
+VLLM_TYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
+
 #: Values of `actor.loss_agg_mode`.
 LOSS_AVERAGES = (
     "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm",
@@ -93,6 +98,7 @@ def check_verl_values(config: DictConfig) -> None:
     names: list[tuple[str, Any, Any]] = [
         ("algorithm.adv_estimator", algorithm.adv_estimator, ADV_ESTIMATOR_REGISTRY),
         ("actor.loss_agg_mode", actor.loss_agg_mode, LOSS_AVERAGES),
+        ("rollout.dtype", config.actor_rollout_ref.rollout.dtype, VLLM_TYPES),
     ]
     kl_estimates = (*KL_ESTIMATES, *(f"{name}+" for name in KL_ESTIMATES))
     if actor.use_kl_loss:
@@ -206,6 +212,7 @@ def check_by_verl(config: DictConfig) -> None:
         ValueError: if verl refuses the configuration, with whichever error.
     """
     try:
+        omega_conf_to_dataclass(config.actor_rollout_ref.rollout)
         validate_config(config, need_reference_policy(config), need_critic(config))
     except (AssertionError, InstantiationException) as error:
         raise ValueError(_message(error)) from error
