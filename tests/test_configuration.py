@@ -44,6 +44,7 @@ from verl.trainer.ppo.core_algos import (
     get_policy_loss_fn,
 )
 from verl.utils.config import omega_conf_to_dataclass
+from verl.utils.dataset.rl_dataset import RLHFDataset
 
 import verl_steer
 
@@ -898,6 +899,16 @@ def test_evaluations_whose_results_would_collide_are_refused(tmp_path):
         evaluation("/a/new.parquet", "/a/done.parquet")
 
 
+def test_an_evaluation_of_some_rows_takes_the_first_ones(tmp_path):
+    """verl's data set would draw others at each start."""
+    pq.write_table(
+        pa.table({name: [one] * 9 for name, one in ROW.items()} | {"n": list(range(9))}), tmp_path / "a.parquet"
+    )
+    config = resolved("eval", "hardware=cpu", "data.val_max_samples=4")
+    found = RLHFDataset([str(tmp_path / "a.parquet")], None, config.data, max_samples=config.data.val_max_samples)
+    assert found.dataframe["n"] == [0, 1, 2, 3]
+
+
 def test_bypass_mode_asks_for_the_current_entropy():
     """There the trainer takes the rollout's log-probs and no old entropies exist."""
     for bypass in (True, False):
@@ -1094,7 +1105,10 @@ def test_values_that_verl_takes_as_they_are_are_checked(overrides, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["custom_reward_function.path=/my.py"], "custom_reward_function.path=/my.py: expected null, and reward.custom_"),
+        (
+            ["custom_reward_function.path=/my.py"],
+            "custom_reward_function.path=/my.py: expected null, and reward.custom_",
+        ),
         (
             ["reward_model.reward_manager=dapo"],
             "reward_model.reward_manager=dapo: expected null, and reward.reward_manager.name in its place",

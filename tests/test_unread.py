@@ -108,6 +108,16 @@ def test_options_of_an_audit_that_never_comes_are_named(told):
     assert told("grpo", f"{audit}.freq=0") == []
 
 
+def test_coefficients_of_kl_terms_that_are_off_are_named(told):
+    actor, reward = "actor_rollout_ref.actor", "algorithm"
+    off = [f"{actor}.kl_loss_coef=0.1", f"{reward}.kl_ctrl.kl_coef=0.2"]
+    assert told("grpo", *off) == [
+        "without effect: actor.kl_loss_coef=0.1 with actor.use_kl_loss=false",
+        "without effect: algorithm.kl_ctrl.kl_coef=0.2 with algorithm.use_kl_in_reward=false",
+    ]
+    assert told("grpo", *off, f"{actor}.use_kl_loss=true", f"{reward}.use_kl_in_reward=true") == []
+
+
 def test_the_sampling_of_training_is_named_in_an_evaluation(told):
     rollout = "actor_rollout_ref.rollout"
     overrides = [f"{rollout}.temperature=0.6", f"{rollout}.top_k=20", f"{rollout}.top_p=0.7"]
