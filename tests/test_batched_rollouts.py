@@ -539,6 +539,7 @@ def trainer(monkeypatch):
     built.config = OmegaConf.create(
         {
             "trainer": {
+                "device": "cpu",
                 "rollout_timeout": 12,
                 "critic_warmup": 0,
                 "log_val_generations": 0,

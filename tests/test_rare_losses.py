@@ -68,13 +68,14 @@ def test_the_added_term_of_micro_batches_adds_up_to_that_of_the_mini_batch(mode,
         torch.testing.assert_close(sum(parts) / ranks, whole, rtol=1e-4, atol=1e-6)
 
 
-def test_micro_batches_without_a_mini_batchs_size_are_averaged_as_in_verl():
+@pytest.mark.parametrize("ranks, aggregation", [(2, AggregationType.SUM), (1, AggregationType.MEAN)])
+def test_losses_are_added_up_as_in_verl_where_only_the_number_of_ranks_is_known(ranks, aggregation):
+    """A sum over tokens needs no size of the batch."""
     data, output = micro_batch()
-    tu.assign_non_tensor(data, batch_num_tokens=None, global_batch_size=None, dp_size=1)
-    _, metrics = ppo_loss(actor_config(), dict(output), data)
-    _, expected = verl_ppo_loss(actor_config("vanilla"), dict(output), data)
-    found = metrics["actor/pg_loss"].aggregation
-    assert found is expected["actor/pg_loss"].aggregation is AggregationType.MEAN
+    tu.assign_non_tensor(data, batch_num_tokens=None, global_batch_size=None, dp_size=ranks)
+    _, metrics = ppo_loss(actor_config(agg="token-sum"), dict(output), data)
+    _, expected = verl_ppo_loss(actor_config("vanilla", agg="token-sum"), dict(output), data)
+    assert metrics["actor/pg_loss"].aggregation is expected["actor/pg_loss"].aggregation is aggregation
 
 
 @pytest.mark.parametrize("mode", ["entropy_control", "adaptive_entropy"])
@@ -160,9 +161,8 @@ def test_bapos_bounds_do_not_depend_on_what_is_in_the_padding():
 def test_a_token_without_an_advantage_has_no_part_in_bapos_shares():
     """Whatever its ratio, such as e^100: shares of 1.1 and 0.9 of A = 1 and -1 alone."""
     log_ratio = row(math.log(1.1), math.log(0.9), 100.0)
-    inputs = LossInputs(
-        row(-5.0, -5.0, -101.0), row(-5.0, -5.0, -101.0) + log_ratio, row(1.0, -1.0, 0.0), torch.ones(1, 3)
-    )
+    old_log_prob = row(-5.0, -5.0, -101.0)
+    inputs = LossInputs(old_log_prob, old_log_prob + log_ratio, row(1.0, -1.0, 0.0), torch.ones(1, 3))
     low, high, share = find_bounds(inputs, PolicyLossConfig())
     assert (low.item(), high.item()) == pytest.approx((0.6, 1.2)) and share.item() == pytest.approx(0.55)
 
@@ -178,15 +178,10 @@ def test_bapos_ratios_of_bf16_log_probs_are_computed_in_float32():
 
 
 def test_ce_gppos_kl_is_verls_of_ratios_beyond_the_range_of_numbers():
-    """Log ratios of 25 and -25 count as 20 and -20, as in verl's loss; one of 1 as it is."""
+    """Log ratios of 25 and -30 count as 20 and -20, as in verl's loss; one of 1 as it is."""
     log_ratio = row(25.0, -30.0, 1.0)
-    batch = (
-        row(1.0, -1.0, 1.0),
-        None,
-        row(-40.0, -1.0, -2.0),
-        row(-40.0, -1.0, -2.0) + log_ratio,
-        torch.ones(1, 3).bool(),
-    )
+    old_log_prob = row(-40.0, -1.0, -2.0)
+    batch = (row(1.0, -1.0, 1.0), None, old_log_prob, old_log_prob + log_ratio, torch.ones(1, 3).bool())
     assert loss_of("ce_gppo", batch).metrics["actor/ppo_kl"].item() == pytest.approx(-(20 - 20 + 1) / 3)
 
 
