@@ -612,7 +612,7 @@ def test_a_folder_that_cannot_be_made_is_named(command, root, tmp_path):
 
 @pytest.mark.parametrize("words", [("launch.sh", "grpo"), ("eval.sh",), ("preflight.sh",), ("two_nodes.sh",)])
 def test_an_interpreter_without_this_package_is_named(command, root, tmp_path, words):
-    found = command("bash", root / "run" / words[0], *words[1:], OUTPUT_DIR=tmp_path, PYTHON="false")
+    found = command("bash", root / "run" / words[0], *words[1:], OUTPUT_DIR=tmp_path, PYTHON="false", MODEL_PATH="m")
     assert found.returncode == 1
     assert found.stderr == f"{words[0]}: false has no verl_steer: run `bash run/setup.sh` or set PYTHON\n"
 
