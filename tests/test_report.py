@@ -249,7 +249,7 @@ def test_a_line_that_is_no_record_is_named(tmp_path, line):
 def test_a_folder_without_metrics_is_named(tmp_path):
     with pytest.raises(ValueError, match="no metrics"):
         read_run(tmp_path)
-    with pytest.raises(ValueError, match="no metrics"):
+    with pytest.raises(ValueError, match="nowhere: no such file or folder; expected a run"):
         read_run(tmp_path / "nowhere")
 
 
