@@ -27,7 +27,7 @@
 #               quadrants    tokens of either sign of the advantage, likely or not, raised and lowered
 #               maps         exponential, linear, threshold
 #               normalizers  micro_batch, global, ema
-#               lora         full fine-tuning and LoRA: does the estimate hold?
+#               lora         GRPO and STEER with full fine-tuning and LoRA: does the estimate hold?
 #               prediction   predicted against true changes by whole updates, over learning rates; and single tokens
 #               control      entropy held at targets by influence; by plain controllers, an adaptive bonus and GRPO
 #               control_others  the last at two more targets
@@ -103,7 +103,7 @@ members() {
     learned_reward) echo learned_{grpo,steer_exp,influence_0.2,bonus_0.01} ;;
     countdown_lambda_min | countdown_extreme | countdown_quadrants | countdown_maps | countdown_normalizers | \
       countdown_lora)
-      members "${1#countdown_}" | sed -E 's/\<clip_higher\>/grpo/; s/[^ ]+/countdown_&/g' ;;
+      members "${1#countdown_}" | sed -E 's/\<clip_higher/grpo/g; s/[^ ]+/countdown_&/g' ;;
     fidelity) echo grpo_symmetric steer_exp steer_exp_extreme ;;
     methods) echo grpo_symmetric clip_higher clip_cov kl_cov entropy_bonus steer_exp steer_linear ;;
     lambda_min) echo clip_higher steer_exp_0.5 steer_exp_0.6 steer_exp_0.7 steer_exp ;;
@@ -111,7 +111,7 @@ members() {
     quadrants) echo clip_higher {positive,negative}_{likely,unlikely}_{0.5,1.5} ;;
     maps) echo clip_higher steer_exp steer_linear steer_threshold ;;
     normalizers) echo clip_higher steer_exp steer_global steer_ema ;;
-    lora) echo steer_exp steer_exp_lora ;;
+    lora) echo {clip_higher,steer_exp}{,_lora} ;;
     prediction) echo prediction_{1e-6,5e-6,2e-5,1e-4,5e-4} single_tokens ;;
     control) echo grpo_1e-4 influence_{0.35,0.27,0.2,steps} {pi_released,pi_exact,adaptive}_0.27 ;;
     control_others) echo {pi_released,pi_exact,adaptive}_{0.35,0.2} ;;
@@ -173,7 +173,7 @@ definition() {
     adaptive_*) echo "adaptive_entropy $lr=1e-4 $target=${1#adaptive_} $loss.entropy_coeff_step=0.01" \
       "$loss.entropy_coeff_max=0.2 $forty" ;;
     # merged, since the CPU's vLLM is not given adapters
-    steer_exp_lora) echo "steer_exp ${audit:+$audit }$model.lora_rank=8 $model.lora_alpha=16 $model.lora.merge=true" ;;
+    *_lora) echo "$(definition "${1%_lora}" "$audit") $model.lora_rank=8 $model.lora_alpha=16 $model.lora.merge=true" ;;
     *) echo "$1" ;;
   esac
 }
@@ -245,7 +245,7 @@ for part in $parts; do
     trainability) options=(--baseline second_grpo --reach -0.2) ;; # 40 % right
     chosen) options=(--baseline "$(grep -xE 'countdown_grpo(_lr.*)?' "$OUTPUT_DIR/chosen.txt")") ;;
     continued | stable) options=(--baseline "${part}_grpo") ;;
-    countdown_lora) options=(--baseline countdown_steer_exp) ;;
+    countdown_lora) options=(--baseline countdown_grpo_lora) ;;
     learned_reward) options=(--baseline learned_grpo) ;;
     countdown_*) options=(--baseline countdown_grpo) ;;
   esac

@@ -677,10 +677,11 @@ def test_study_goes_on_from_the_models_of_other_runs_and_compares_what_became_of
     assert names == ["stable_grpo", "stable_steer_exp"]
 
 
-def test_a_part_of_the_study_without_grpo_has_another_baseline(launched, tmp_path):
+def test_the_study_of_lora_compares_with_and_without_adapters(launched, tmp_path):
     result, trained = launched("study.sh", PARTS="countdown_lora", SEEDS="7")
     assert result.returncode == 0, result.stdout + result.stderr
-    assert trained == ["steer_exp 7 countdown cpu"] * 2
+    assert trained == [f"{method} 7 countdown cpu" for method in ("grpo", "grpo", "steer_exp", "steer_exp")]
+    assert (tmp_path / "out/seed7/countdown_grpo_lora").exists()
     assert (tmp_path / "out/countdown_lora/report.html").exists()
 
 
@@ -700,7 +701,7 @@ def test_every_run_of_the_study_passes_the_checks(command, root, tmp_path, monke
     listed = command("bash", root / "run/study.sh", "--list", PARTS=" ".join(parts), OUTPUT_DIR=tmp_path)
     assert listed.returncode == 0 and listed.stderr == ""
     runs = dict(line.split(": ") for line in listed.stdout.splitlines())
-    assert len(runs) == len(listed.stdout.splitlines()) == 262
+    assert len(runs) == len(listed.stdout.splitlines()) == 264
     (tmp_path / "reward_model").mkdir()
     (tmp_path / "reward_model/config.json").touch()
     monkeypatch.setenv("TASK_DIR", str(tmp_path))
