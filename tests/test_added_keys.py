@@ -70,6 +70,8 @@ def checked(monkeypatch, tmp_path):
             "actor_rollout_ref.actor.policy_loss='entropy_control': expected a section of keys below it",
         ),
         ("actor_rollout_ref.rollout.agent=null", "actor_rollout_ref.rollout.agent=null: expected a section of k"),
+        ("trainer=null", "trainer=null: expected a section of keys below it"),
+        ("reward.sandbox_fusion=null", "reward.sandbox_fusion=null: expected a section of keys below it"),
         # Of older versions of verl.
         ("+ray_init.num_cpus=8", "ray_init.num_cpus: expected ray_kwargs.ray_init in its place"),
         (

@@ -426,6 +426,29 @@ HEAD = ("entropy_change_estimator=influence", "token_weight_map=target", "influe
         ([f"{ROLLOUT}.response_length=20"], "rollout.response_length=20: expected data.max_response_length="),
         ([f"{ROLLOUT}.prompt_length=20"], "rollout.prompt_length=20: expected data.max_prompt_length="),
         ([f"{MODEL}.lora_alpha=0"], "model.lora_alpha=0: expected a finite number above 0"),
+        (["reward.reward_manager.source=file"], "reward.reward_manager.source=file: expected register or importlib"),
+        (["reward.reward_manager.name=dap"], "reward.reward_manager.name=dap: expected one of dapo, "),
+        (
+            ["+reward.reward_kwargs.overlong_buffer_cfg.enable=true"],
+            "reward.reward_manager.name=naive: expected dapo with reward.reward_kwargs.overlong_buffer_cfg.enable=true",
+        ),
+        (
+            ["algorithm.filter_groups.enable=true", "algorithm.filter_groups.metric=seq_reward"],
+            "algorithm.filter_groups.metric=seq_reward: expected one of reward, score, acc with reward.custom_reward",
+        ),
+        ([f"{ACTOR}.fsdp_config.model_dtype=bf17"], "actor.fsdp_config.model_dtype=bf17: expected one of 16, fp16, "),
+        (
+            [f"{ACTOR}.fsdp_config.mixed_precision.reduce_dtype=half"],
+            "actor.fsdp_config.mixed_precision.reduce_dtype=half: expected one of 16, fp16, ",
+        ),
+        (
+            [f"{ACTOR}.fsdp_config.dtype=float16"],
+            "actor.fsdp_config.dtype=float16: expected actor.fsdp_config.mixed_precision in its place",
+        ),
+        (
+            [f"{ACTOR}.optim.optimizer_impl=bitsandbites.optim"],
+            "actor.optim.optimizer_impl=bitsandbites.optim: expected a module that is installed",
+        ),
         ([f"{ROLLOUT}.agent.num_workers=0"], "rollout.agent.num_workers=0: expected an integer of at least 1"),
         ([f"{ROLLOUT}.dtype=float33"], "rollout.dtype=float33: expected one of auto, half, "),
         ([f"{ROLLOUT}.top_k=1.5"], "rollout.top_k=1.5: expected an integer of at least -1"),
@@ -1181,7 +1204,7 @@ def test_what_verl_would_ignore_is_refused(overrides, message):
         ["+ray_kwargs.ray_init.runtime_env.env_vars.NCCL_IB_DISABLE=on", "trainer.experiment_name=no"],
         ["trainer.logger=console"],
         [f"{ACTOR}.optim.optimizer=SGD", f"{ACTOR}.optim.betas=[2.0]"],  # given to kinds of Adam only
-        [f"{ACTOR}.optim.optimizer=_AdamW", f"{ACTOR}.optim.optimizer_impl=torchao.optim"],
+        [f"{ACTOR}.optim.optimizer=SGD", f"{ACTOR}.optim.optimizer_impl=torch.optim.sgd"],
         # Servers with devices of their own.
         [f"{ROLLOUT}.tensor_model_parallel_size=2", "trainer.v1.trainer_mode=separate_async", f"{MANAGER}=null"],
         [f"reward.custom_reward_function.path={__file__}", "reward.custom_reward_function.name=reward_of_mine"],

@@ -22,6 +22,7 @@ from verl.steer.requirements.rewards import (
     check_code_rewards,
     check_data_sources,
     check_reward_function,
+    check_reward_manager,
     check_reward_model,
 )
 from verl.steer.requirements.skipped_old_log_prob import check_skipped_old_log_prob
@@ -64,6 +65,7 @@ def check_and_complete(config: DictConfig) -> None:
     warn_of_unread(config, policy_loss)
     check_checkpoints(config)
     check_evaluation(config)
+    check_reward_manager(config)
     check_reward_function(config)
     check_data_sources(config)
     check_code_rewards(config)

@@ -21,7 +21,9 @@ UNQUOTED = re.compile(r"true|false|[-+]?[.\d]+(e[-+]?\d+)?", re.IGNORECASE)
 NEEDED = (
     *(f"actor_rollout_ref.actor.{name}" for name in ("policy_loss", "checkpoint", "optim")),
     *("actor_rollout_ref.model.override_config", "actor_rollout_ref.rollout.agent"),
-    *("trainer.v1", "ray_kwargs", "ray_kwargs.ray_init", "reward.custom_reward_function"),
+    *("trainer", "trainer.v1", "ray_kwargs", "ray_kwargs.ray_init", "data.custom_cls", "global_profiler"),
+    *(f"reward.{name}" for name in ("custom_reward_function", "reward_manager", "reward_model", "sandbox_fusion")),
+    *("transfer_queue.backend", "transfer_queue.backend.SimpleStorage", "actor_rollout_ref.actor.fsdp_config"),
 )
 
 

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
+from verl.experimental.reward_loop.reward_manager.registry import REWARD_MANAGER
 from verl.steer.data_files import column_values
 from verl.steer.grading import sandbox
 from verl.steer.grading.code import TRAINING_SOURCES, CodeOptions, is_code
@@ -19,6 +20,38 @@ from verl.utils.reward_score import default_compute_score
 #: The reward function of this fork.
 GRADING = "pkg://verl.steer.grading.score"
 LEARNED = "pkg://verl.steer.grading.learned"
+
+
+#: Values of `algorithm.filter_groups.metric`: a response's reward, and numbers that this fork's graders return.
+FILTER_METRICS = ("reward", "score", "acc")
+
+
+def check_reward_manager(config: DictConfig) -> None:
+    """Check the reward manager's name, and that what it would not give is not asked for.
+
+    Raises:
+        ValueError: if verl has no such manager, another than DAPO's has a penalty for long responses, or groups are
+            filtered by a number that no grader of this fork returns.
+    """
+    reward, manager, groups = config.reward, config.reward.reward_manager, config.algorithm.get("filter_groups")
+    if manager.source not in ("register", "importlib"):
+        raise ValueError(f"reward.reward_manager.source={manager.source}: expected register or importlib")
+    if manager.source != "register":
+        return
+    if manager.name not in REWARD_MANAGER:
+        known = ", ".join(sorted(REWARD_MANAGER))
+        raise ValueError(f"reward.reward_manager.name={manager.name}: expected one of {known}")
+    if OmegaConf.select(reward, "reward_kwargs.overlong_buffer_cfg.enable") and manager.name != "dapo":
+        raise ValueError(
+            f"reward.reward_manager.name={manager.name}: expected dapo with "
+            "reward.reward_kwargs.overlong_buffer_cfg.enable=true, which it alone reads"
+        )
+    by_this_fork = reward.custom_reward_function.path in (GRADING, LEARNED)
+    if groups and groups.enable and by_this_fork and groups.metric not in FILTER_METRICS:
+        raise ValueError(
+            f"algorithm.filter_groups.metric={groups.metric}: expected one of {', '.join(FILTER_METRICS)} with "
+            f"reward.custom_reward_function.path={reward.custom_reward_function.path}"
+        )
 
 
 def check_reward_function(config: DictConfig) -> None:

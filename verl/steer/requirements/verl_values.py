@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from verl.trainer.ppo.rollout_corr_helper import (
 )
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
+from verl.utils.torch_dtypes import BFLOAT_LIST, FLOAT_LIST, HALF_LIST
 from verl.utils.tracking import Tracking
 
 #: Numbers that verl does not check; those with a default may not be null.
@@ -79,6 +81,9 @@ LOSS_AVERAGES = (
     "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm",
 )  # fmt: skip
 
+#: Values of FSDP's data types.
+TYPES = tuple(name for name in HALF_LIST + FLOAT_LIST + BFLOAT_LIST if isinstance(name, str))
+
 #: Each of Adam's betas.
 BETA = Option(0.9, at_least=0.0, below=1.0)
 
@@ -108,6 +113,11 @@ def check_verl_values(config: DictConfig) -> None:
         names.append(("algorithm.kl_ctrl.type", algorithm.kl_ctrl.type, ("fixed", "adaptive")))
     if config.model_engine == "dp":
         names.append(("actor.optim.lr_scheduler_type", actor.optim.lr_scheduler_type, ("constant", "cosine")))
+        names += [
+            (f"actor.fsdp_config.{key}", str(name), TYPES)
+            for key in ("model_dtype", *(f"mixed_precision.{kind}_dtype" for kind in ("param", "reduce", "buffer")))
+            if (name := OmegaConf.select(actor.fsdp_config, key)) is not None
+        ]
     if correction := algorithm.get("rollout_correction"):
         criteria = str(correction.rollout_rs).split(",") if correction.rollout_rs else ()
         names.append(("algorithm.rollout_correction.rollout_is", correction.rollout_is, (None, "token", "sequence")))
@@ -161,7 +171,9 @@ def _check_adapter(model: DictConfig) -> None:
 
 def _check_optimizer(optim: DictConfig) -> None:
     """verl looks its class up in a worker, and gives betas to the kinds of Adam."""
-    name, module = str(optim.optimizer), optim.optimizer_impl
+    name, module = str(optim.optimizer), str(optim.optimizer_impl)
+    if find_spec(module.partition(".")[0]) is None:
+        raise ValueError(f"actor.optim.optimizer_impl={module}: expected a module that is installed")
     known = [one for one, found in vars(torch.optim).items() if isinstance(found, type) and one != "Optimizer"]
     if module == torch.optim.__name__ and name not in known:
         close = get_close_matches(name, known) or known
