@@ -34,6 +34,9 @@ _UNIT_WORDS = (
 MAGNITUDES = r"(?i:\b(?<!nearest )(?:(?:hundred|thousand|million|billion|trillion|dozen)(?:ths?|s)?|tenths?)\b)"
 _TOKEN = r"(\\[a-zA-Z]+|[^{}\\])"
 
+# A word after a quantity that is its unit.
+_UNIT_WORD: Rule = (rf"(?<=[\d)}}\s])(?<=[\d)}}]) *(?:{_UNIT_WORDS})(?: *\^ *\{{?[23]\}}?)?\.?$", "")
+
 # A space has no meaning beside anything but a digit, nor after a digit that is the whole argument of a command.
 _IDLE_SPACES = r"(?<!\d)\s+|\s+(?!\d)"
 
@@ -53,7 +56,7 @@ _NORMALIZING: list[Rule] = [
         r"(?:\^ *\{?[23]\}?)? *\.?$",
         "",
     ),
-    (rf"(?<=[\d)}}\s])(?<=[\d)}}]) *(?:{_UNIT_WORDS})(?: *\^ *\{{?[23]\}}?)?\.?$", ""),
+    _UNIT_WORD,
     (r"\\(?:text|mbox|hbox|textrm|textbf|textit|mathrm|mathbf|mathit|operatorname)\*?\{([^{}]*)\}", r"\1"),
     (r"(?<![ .,;:])[ .,;:]+$", ""),
     # From here on the only spaces are those between digits.
@@ -70,8 +73,8 @@ _NORMALIZING: list[Rule] = [
     (r"(?<![\w./])(\d+)/(\d+)(?![\w./({])", r"\\frac{\1}{\2}"),
     (r"\\frac\{-([\w.]+)\}", r"-\\frac{\1}"),
     (r"([\^_])\{(\w)\}", r"\1\2"),
-    # A name before the value, as in `x=5`, `f(x)=2x` or `x\in[1,2]`, when nothing else is equated.
-    (r"^[a-zA-Z](?:_\w|_\{\w+\}|\([a-zA-Z]\))?(?:=(?=[^=]+$)|\\in(?=[\[({\\]))", ""),
+    # A name before the value, as in `x=5`, `f(x)=2x`, `\lambda_{\max}=5` or `x\in[1,2]`, when nothing else is equated.
+    (r"^(?:[a-zA-Z]|\\[a-zA-Z]+)(?:_\w|_\{[^{}=]*\}|\([a-zA-Z]\))?(?:=(?=[^=]+$)|\\in(?=[\[({\\]))", ""),
     (r"(?<![\w.])\.(?=\d)", "0."),
     (r"(\.\d*?)0+(?!\d)", r"\1"),
     (r"(?<=\d)\.(?!\d)", ""),
@@ -174,6 +177,11 @@ def expand_scientific(answer: str) -> str:
     Other text stays. Exponents have at most three digits.
     """
     return _SCIENTIFIC.sub(lambda number: rf"{number[1]} \cdot 10^{{{int(number[2])}}}", answer)
+
+
+def without_unit_word(answer: str) -> str:
+    """The answer without a word at its end that is a unit: `5 cm` becomes `5`; `6m` may be a product and stays."""
+    return _apply([_UNIT_WORD], answer)
 
 
 def normalize(answer: str) -> str:

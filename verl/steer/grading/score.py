@@ -35,7 +35,7 @@ MAX_PRED = 300  # characters of an answer that are reported
 _ANSWER_LINE = re.compile(r"\banswer\b[ \t*]*:[\s*]*(?![\s*]|answer\b[ \t*]*:)([^\n]+)", re.IGNORECASE)
 _ANSWER_IS = re.compile(r"\banswer is:?[ \t*]+([^\n]+?)(?=\.\s|\.?$|\n)", re.IGNORECASE | re.MULTILINE)
 _ANSWER_HEADING = re.compile(
-    r"^#+[ \t*]*(?:final )?answer[ \t*]*\n[\s*]*(?![\s*])([^\n]+)", re.IGNORECASE | re.MULTILINE
+    r"^(?:#+|\*\*)[ \t*]*(?:final )?answer[ \t*]*\n[\s*]*(?![\s*])([^\n]+)", re.IGNORECASE | re.MULTILINE
 )
 _GSM8K_LINE = re.compile(r"####([^\na-zA-Z]*)")
 _MATH_THEN_WORDS = re.compile(rf"(?:\$([^$]+)\$|\\\((.+?)\\\))(?![a-zA-Z .*]*{MAGNITUDES})[a-zA-Z .*]*")
@@ -46,7 +46,7 @@ def last_answer(text: str, *, prose: bool = False) -> str | None:
     r"""The final answer in `text`: the last balanced box or the last `Answer: …`, whichever ends later, or None.
 
     Of nested boxes the outer one counts. With `prose`, a text with neither may end with GSM8K's `#### …`, state
-    `… answer is …` in a sentence, or have a heading `# Answer`; and such a sentence may follow `Answer:`.
+    `… answer is …` in a sentence, or have a heading `# Answer` or `**Answer**`; such a sentence may follow `Answer:`.
     """
     found = list(boxes(text))
     lines = list(_ANSWER_LINE.finditer(text))

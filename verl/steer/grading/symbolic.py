@@ -22,7 +22,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import NamedTuple
 
-from verl.steer.grading.normalize import MAGNITUDES
+from verl.steer.grading.normalize import MAGNITUDES, without_unit_word
 
 MAX_LENGTH = 512  # characters of one answer
 MAX_DEPTH = 20  # nested brackets
@@ -33,13 +33,13 @@ ATTEMPTS = 2  # at a comparison that exceeded its wall time
 _SERVER = Path(__file__).with_name("symbolic_server.py")
 _INTEGER = re.compile(r"-?\d+")
 _PERCENTAGE = re.compile(r"\A([^,%]+?) *\\?%\Z")
-# Text that math-verify misreads, or that takes it too long.
 # A symbol, or what contains no symbols.
 _SYMBOL = re.compile(r"\\(?:mathbb|begin|end|text|mbox|hbox|textrm|operatorname)\{[^{}]*\}|\\[a-zA-Z]+|[a-zA-Z]")
 _GREEK = "Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega".split()
 _CAPITALS = {*ascii_uppercase, *(f"\\{name}" for name in _GREEK)}
 _CHOICE = re.compile(r"(?:\\(?:text|textbf|mathrm)\{)?\(?[a-zA-Z]\)?\}?")
 _NAMES = "abcfghjklmnopqrstuvwxyz"  # not d, e and i, which may be more than names
+# Text that math-verify misreads, or that takes it too long.
 _UNFIT = re.compile(
     rf"""
     \A\Z
@@ -52,6 +52,7 @@ _UNFIT = re.compile(
     | \d[\ )}}]*\\(?:text|mbox|hbox|textrm|mathrm)\{{(?!\ *(?:and|or)\ *\}})[^{{}}]*\}}(?:[\ ,~]|\\[,;:\ ])*\d
     | \\text\{{[^{{}}]*\b(?:if|otherwise)\b
     | :.*:  # ratios of three terms: read as divisions
+    | \\mod(?![a-zA-Z]) | \\l?dots(?![a-zA-Z]) | \d'  # only the part before is read
     | boxed | fbox | \\\Z  # a box without braces, or a backslash at the end: only a part of the text is read
     | __  # not mathematics, but common in Python code
     """,
@@ -80,6 +81,17 @@ def _with_cases_apart(*texts: str) -> list[str]:
     free = (name for name in _NAMES if not {name, name.upper()} & symbols)
     names = dict(zip(capitals, free, strict=False))
     return [_SYMBOL.sub(lambda found: names.get(found[0], found[0]), text) for text in texts]
+
+
+def _as_fraction(percentage: re.Match) -> str:
+    """The fraction of a percentage, without decimals, which math-verify does not compare with fractions."""
+    before, point, decimals = percentage[1].partition(".")
+    exact = point and (before + decimals).isdecimal()
+    return (
+        rf"\frac{{{before + decimals}}}{{{10 ** (2 + len(decimals))}}}"
+        if exact
+        else rf"\frac{{{percentage[1]}}}{{100}}"
+    )
 
 
 def _depth(text: str) -> int:
@@ -114,7 +126,7 @@ class SymbolicComparer:
         """
         if not _may_be_equal(truth, answer):
             return False
-        sides = (_PERCENTAGE.sub(r"\\frac{\1}{100}", text) for text in (truth, answer))
+        sides = (_PERCENTAGE.sub(_as_fraction, without_unit_word(text)) for text in (truth, answer))
         request = (*_with_cases_apart(*sides), timeout)
         with self._lock:
             for _ in range(ATTEMPTS):

@@ -17,6 +17,7 @@ import resource
 import signal
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from multiprocessing.connection import Connection
 from typing import Any
@@ -60,8 +61,15 @@ def raise_fence() -> None:
     sys.addaudithook(refuse)
 
 
+# math-verify leaves out units, and takes letters at the end for some: those of `6m` and of `\frac12 ab`.
+_WITH_UNITS = LatexExtractionConfig()
+_WITHOUT_UNITS = replace(_WITH_UNITS, normalization_config=replace(_WITH_UNITS.normalization_config, units=False))
+_UPRIGHT = re.compile(r"\\(?:text|mbox|hbox|textrm|mathrm)\{")
+
+
 def _parse(latex: str) -> list:
-    return parse(f"${latex}$", [LatexExtractionConfig()], parsing_timeout=None)
+    config = _WITH_UNITS if _UPRIGHT.search(latex) else _WITHOUT_UNITS
+    return parse(f"${latex}$", [config], parsing_timeout=None)
 
 
 def _value(parsed: list) -> Any:
