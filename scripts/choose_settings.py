@@ -28,7 +28,7 @@ def figures_of(runs: Sequence[Run], heading: str) -> pd.DataFrame:
     """A figure's mean over the seeds, by the columns method, run and figure, a method's own settings first.
 
     Raises:
-        ValueError: if a run lacks the figure, or the runs of a method have different seeds.
+        ValueError: if a run lacks the figure, runs have other lengths, or the runs of a method have different seeds.
     """
     rows = []
     for name, seeds in group_seeds(runs).items():
@@ -36,6 +36,9 @@ def figures_of(runs: Sequence[Run], heading: str) -> pd.DataFrame:
         if values.isna().any():
             raise ValueError(f"{name}: no {heading} at the end; expected whole runs, and a heading of compare_runs.py")
         rows.append((_SETTING.sub("", name), name, values.mean(), " ".join(sorted(values.index))))
+    steps = {run.last_step: f"{run.name} {run.last_step}" for run in runs}
+    if len(steps) > 1:
+        raise ValueError(f"steps of the runs: {', '.join(steps.values())}; expected whole runs, of the same length")
     found = pd.DataFrame(rows, columns=["method", "run", "figure", "seeds"])
     for method, one in found.groupby("method"):
         if one["seeds"].nunique() > 1:

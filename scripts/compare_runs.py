@@ -29,6 +29,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 from verl.steer.report import figures
+from verl.steer.report.notes import notes
 from verl.steer.report.paired import differences
 from verl.steer.report.run_metrics import (
     GAIN,
@@ -222,19 +223,12 @@ def held_table(methods: dict[str, list[Run]], baseline: str | None) -> Table:
     return result
 
 
-def notes(methods: dict[str, list[Run]], baseline: str | None) -> list[str]:
-    """What a reader of the tables must know: runs that end before others, and methods that are not compared."""
-    longest = max(run.last_step for runs in methods.values() for run in runs)
-    short = [
-        f"{run.name}{f', seed {run.seed}' if run.seed else ''}, ends at step {run.last_step}"
-        for runs in methods.values()
-        for run in runs
-        if run.last_step < longest
-    ]
-    found = [f"the longest run has {longest} steps; {'; '.join(short)}"] if short else []
+def not_compared(methods: dict[str, list[Run]], baseline: str) -> list[str]:
+    """The methods that are not compared with the baseline, a line for each."""
+    found = []
     several = any(len(runs) > 1 for runs in methods.values())  # so that single runs have a table
-    for name, runs in methods.items() if baseline else ():
-        shared = len({run.seed for run in runs} & {run.seed for run in methods[str(baseline)]})
+    for name, runs in methods.items():
+        shared = len({run.seed for run in runs} & {run.seed for run in methods[baseline]})
         if name != baseline and shared < 2 and (len(runs) > 1 or not several):
             found.append(f"{name} is not compared with {baseline}: expected at least 2 seeds in common, found {shared}")
     return found
@@ -310,7 +304,9 @@ def main() -> None:
         parser.error(f"--compare {args.compare[0]}: expected a --baseline to compare with")
     try:
         methods = group_seeds(read_runs(args.runs))
-        show(tables(methods, args), notes(methods, args.baseline), args.markdown)
+        found = tables(methods, args)
+        remarks = notes(methods) + (not_compared(methods, args.baseline) if args.baseline else [])
+        show(found, remarks, args.markdown)
         draw(methods, args.out)
     except (OSError, ValueError) as error:
         sys.exit(f"compare_runs: {error}")

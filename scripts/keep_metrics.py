@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -27,16 +28,21 @@ def file_of(run: Run) -> str:
 
 def records(run: Run) -> list[dict[str, object]]:
     """The records of the kept file: one for each step at which something is kept."""
-    series = {name: run.series(name) for name in compared_metrics(run.metrics)}
+    names = compared_metrics(run.metrics)
     steps = {
-        step: {name: kept(name, values[step]) for name, values in series.items() if step in values}
-        for step in sorted(run.steps)
+        step: {name: kept(name, data[name]) for name in names if name in data}
+        for step, data in sorted(run.steps.items())
     }
     return [{"step": step, "data": data} for step, data in steps.items() if data]
 
 
-def kept(name: str, value: float) -> float:
-    """A metric's value: of a validation as it is, since tests of its differences need equal ones to be equal."""
+def kept(name: str, value: float | None) -> float | None:
+    """A metric's value: of a validation as it is, since tests of its differences need equal ones to be equal.
+
+    One that is not finite is null, as verl logs NaN: a run that ends with such a value has no figures of the end.
+    """
+    if value is None or not math.isfinite(value):
+        return None
     return value if name.startswith("val-") else float(f"{value:.5g}")
 
 

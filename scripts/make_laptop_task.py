@@ -64,7 +64,7 @@ def parse_args() -> argparse.Namespace:
         "--steps", type=int, **own, help=f"pre-training steps of {BATCH_SIZE} solutions {by_task('steps')}"
     )
     parser.add_argument("--slip", type=float, **own, help=f"noise in these: `noisy_solution` {by_task('slip')}")
-    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=2, help="of the model")
     parser.add_argument("--hidden-size", type=int, default=128, help="of the model, a multiple of 64")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.set_defaults(**DEFAULTS[parser.parse_known_args()[0].task])

@@ -41,7 +41,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--task-dir", type=Path, required=True, metavar="DIR", help="made by make_laptop_task.py")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: reward_model in the task's folder")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the answers and the training")
     parser.add_argument("--problems", type=int, default=2048, help="training problems that are answered")
     parser.add_argument("--samples", type=int, default=8, help="answers to each")
     parser.add_argument("--steps", type=int, default=1500, help=f"training steps of {BATCH_SIZE} pairs")

@@ -45,12 +45,13 @@ METRICS: dict[str, Callable[[pd.DataFrame], float]] = {
 
 
 def majority(samples: pd.DataFrame) -> bool:
-    """Whether the most frequent answer of a problem's samples is right."""
-    answered = samples[samples["pred"] != ""]
-    if answered.empty:
-        return False
-    answer = Counter(answered["pred"]).most_common(1)[0][0]
-    return bool(answered.loc[answered["pred"] == answer, "acc"].iloc[0] >= 1)
+    """Whether the most frequent answer of a problem's samples is right.
+
+    All right answers count as one: they are ways of writing the same.
+    """
+    answered = samples.loc[samples["pred"] != "", ["pred", "acc"]]
+    votes = Counter(None if acc >= 1 else pred for pred, acc in answered.itertuples(index=False))
+    return bool(votes) and votes.most_common(1)[0][0] is None
 
 
 def read_responses(file: Path) -> pd.DataFrame:
@@ -88,7 +89,8 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     """95 % interval of the mean of `values`, one per problem, (problems,).
 
     By bootstrap, which has no width where all values are equal and too little near such: values of 0 and 1 get Wilson's
-    (Journal of the American Statistical Association 22, 1927, 209-212).
+    (Journal of the American Statistical Association 22, 1927, 209-212). Of 30 problems, most of them hardly ever
+    solved, the bootstrap's interval holds the true mean less often than in 95 % of the cases.
     """
     if np.isin(values, (0.0, 1.0)).all():
         share = binomtest(int(values.sum()), len(values)).proportion_ci(method="wilson")
@@ -149,6 +151,9 @@ def write(folder: Path, results: dict[str, dict[str, Any]], responses: pd.DataFr
         earlier = pd.read_parquet(table_file)
         responses = pd.concat([earlier[~earlier["benchmark"].isin(responses["benchmark"].unique())], responses])
     parts = [path.with_name(f".{path.name}") for path in (table_file, file)]
+    for name, column in responses.items():  # of benchmarks whose reward functions return other kinds of values
+        if column.dropna().map(type).nunique() > 1:
+            responses[name] = column.map(str, na_action="ignore")
     responses.reset_index(drop=True).to_parquet(parts[0])
     parts[1].write_text(json.dumps({"benchmarks": results, "average": averages_of(results)}, indent=2) + "\n")
     for part, path in zip(parts, (table_file, file), strict=True):

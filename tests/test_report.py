@@ -145,6 +145,13 @@ def report(audited_run, tmp_path_factory):
     return write_report([audited_run], tmp_path_factory.mktemp("report"), ReportOptions())
 
 
+def test_the_page_says_which_runs_end_before_others(tmp_path):
+    runs = [Run(name, tmp_path, dict(steer_metrics(steps))) for name, steps in (("long", 6), ("short", 4))]
+    page = write_report(runs, tmp_path / "report", ReportOptions()).read_text()
+    longest, least = (runs[index].last_step for index in (0, 1))
+    assert f"<p>the longest run has {longest} steps; short, ends at step {least}</p>" in page
+
+
 @pytest.fixture(scope="module")
 def hostile_run(tmp_path_factory):
     """A run whose name and whose responses would break a page that did not escape them."""
@@ -193,18 +200,16 @@ def test_only_finite_numbers_are_values():
     assert Run("a", None, {step: {"a": value} for step, value in enumerate(values)}).series("a") == {0: 1, 6: 0.5}
 
 
-#: Names of a run's files by the steps that its starts went on from, as they are and as they were.
+#: Names of a run's files by the steps that its starts went on from.
 COUNTED = {0: "metrics.jsonl", 40: "metrics_from_40_start_2.jsonl", 80: "metrics_from_80_start_3.jsonl"}
-UNCOUNTED = {0: "metrics.jsonl", 40: "metrics_from_40.jsonl", 80: "metrics_from_80.jsonl"}
 
 
-@pytest.mark.parametrize("names", [COUNTED, UNCOUNTED])
 @pytest.mark.parametrize("order", list(permutations((0, 40, 80))))
-def test_a_copy_of_a_run_that_was_resumed_twice_is_whole_whatever_its_times(tmp_path, names, order):
+def test_a_copy_of_a_run_that_was_resumed_twice_is_whole_whatever_its_times(tmp_path, order):
     """A copy gives the files times in the order that it reads the folder; steps to 50, 41 to 105 and 81 to 120."""
     for when, start in enumerate(order):
         steps = range(start + 1, {0: 50, 40: 105, 80: 120}[start] + 1)
-        write_metrics(tmp_path, [(step, {"a": 1000 * start + step}) for step in steps], names[start], when=when)
+        write_metrics(tmp_path, [(step, {"a": 1000 * start + step}) for step in steps], COUNTED[start], when=when)
     expected = {step: 1000 * (0 if step <= 40 else 40 if step <= 80 else 80) + step for step in range(1, 121)}
     assert read_run(tmp_path).series("a") == expected
 
@@ -223,7 +228,7 @@ def test_each_start_of_a_run_has_a_metrics_file_of_its_own(tmp_path):
 
 def test_the_first_metrics_file_is_called_as_ever(tmp_path):
     assert next_file(tmp_path, 0).name == "metrics.jsonl"
-    write_metrics(tmp_path, [(1, {})], "metrics_from_40.jsonl")
+    write_metrics(tmp_path, [(1, {})], "metrics.jsonl")
     assert next_file(tmp_path, 40).name == "metrics_from_40_start_2.jsonl"
 
 
@@ -291,8 +296,9 @@ def test_summary_by_hand():
     second = Run("a", None, {1: {"actor/entropy": 0.6, "actor/token_weights_mean": 0.9}, 2: {"actor/entropy": 0.2}})
     second.steps[1]["actor/token_weights_std"], second.steps[2]["actor/token_weights_std"] = 0.1, 0.3
     found = summary({"a": [first, second]}).loc["a"]
-    assert (found["accuracy before"], found["mean token weight"], found["weight std"]) == ("0.300", "0.900", "0.200")
-    assert found["distinct right"] == "1.500"  # a mean over the data sources, as the accuracy
+    weights = [found[heading] for heading in ("mean token weight", "weight std")]
+    assert (found["accuracy before"], weights) == ("0.300 (1 of 2)", ["0.900 (1 of 2)", "0.200 (1 of 2)"])
+    assert found["distinct right"] == "1.500 (1 of 2)"  # a mean over the data sources, as the accuracy
     assert "tokens/s" not in found
     # two values 0.4 apart: Student's t with one degree of freedom, 12.706, times 0.2
     assert found["entropy first"] == "0.800 ± 2.541"

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import venv
 
 import httpx
 import huggingface_hub
@@ -25,6 +26,7 @@ from scipy.stats import binom, norm
 from tabular_audit import tabular_audit
 from test_configuration import validated
 from test_report import updates, write_metrics
+from verl.steer.report.run_metrics import read_run, run_figures
 
 RUN = """
 import json, sys, time
@@ -193,6 +195,17 @@ def test_comparison_takes_means_and_intervals_over_seeds(program, tmp_path):
         ["steer", "1", "0.200", "0.600", "0.700", "1.000", "0.900", "0.800", "0.800", "100"],
     ]  # fmt: skip
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_comparison_says_of_how_many_seeds_a_figure_is_and_that_data_differ(program, tmp_path):
+    write_run(tmp_path / "seed1/grpo", [1.0, 0.5], [0.1, 0.3])
+    write_run(tmp_path / "seed2/grpo", [1.0, math.nan], [0.1, 0.5])
+    write_run(tmp_path / "seed1/steer", [1.0, 0.5], [0.1, 0.3], **{"val-core/b/acc/mean@1": 0.5})
+    result = program("compare_runs.py", *sorted(tmp_path.glob("*/*")), "--out", tmp_path / "p.png")
+    assert printed_rows(result)[0][6] == "0.750 (1 of 2)", result.stdout
+    assert "the entropy is no number at the end of grpo, seed 2\n" in result.stdout
+    different = "different data, so they cannot be compared: a: grpo, seed 1, grpo, seed 2; a, b: steer, seed 1\n"
+    assert different in result.stdout
 
 
 def test_comparison_names_shorter_runs_and_methods_that_it_does_not_compare(program, tmp_path):
@@ -436,7 +449,7 @@ if arguments[:2] == ["-m", "verl.steer.main"]:
     with open(os.environ["CALLS"], "a") as calls:
         calls.write(f"{options['method']} {options['+seed']} {options['task']} {options['hardware']}\\n")
     resumed = (folder / "latest_checkpointed_iteration.txt").exists()
-    steps, file = ([2], "metrics_from_1.jsonl") if resumed else ([0, 1, 2], "metrics.jsonl")
+    steps, file = ([2], "metrics_from_1_start_2.jsonl") if resumed else ([0, 1, 2], "metrics.jsonl")
     if os.environ.get("STOP") == options["method"] and not resumed:
         steps = [0, 1]
     with open(folder / file, "w") as out:
@@ -617,6 +630,15 @@ def test_an_interpreter_without_this_package_is_named(command, root, tmp_path, w
     assert found.stderr == f"{words[0]}: false has no verl_steer: run `bash run/setup.sh` or set PYTHON\n"
 
 
+def test_an_interpreter_finds_no_package_in_the_repository_that_it_does_not_have(command, root, tmp_path):
+    """The repository's root, where `verl_steer.py` lies, is on the path of `python -c`."""
+    venv.create(tmp_path / "none")
+    python = tmp_path / "none/bin/python"
+    found = command("bash", root / "run/launch.sh", "grpo", cwd=root, OUTPUT_DIR=tmp_path, PYTHON=str(python))
+    assert found.returncode == 1
+    assert found.stderr == f"launch.sh: {python} has no verl_steer: run `bash run/setup.sh` or set PYTHON\n"
+
+
 def test_the_pins_stay_where_new_ones_cannot_be_found(command, root, tmp_path):
     shutil.copytree(root / "run", tmp_path / "run")
     found = command("bash", tmp_path / "run/lock.sh", STEER_VENV=tmp_path / "none")
@@ -626,8 +648,9 @@ def test_the_pins_stay_where_new_ones_cannot_be_found(command, root, tmp_path):
 
 @pytest.mark.parametrize(
     "launcher",
-    ["compare.sh", "eval.sh", "launch.sh", "lock.sh", "preflight.sh", "quickstart.sh", "setup.sh", "study.sh",
-     "test.sh", "train_once.sh", "two_nodes.sh"],
+    ["compare.sh", "eval.sh", "launch.sh", "lock.sh", "preflight.sh", "quickstart.sh", "run_asymmetric.sh",
+     "run_exp.sh", "run_exp_extreme.sh", "run_grpo.sh", "run_linear.sh", "run_linear_extreme.sh", "setup.sh",
+     "study.sh", "test.sh", "train_once.sh", "two_nodes.sh"],
 )  # fmt: skip
 def test_launchers_explain_themselves(command, root, launcher):
     result = command("bash", root / "run" / launcher, "--help", cwd="/", PYTHON="false")
@@ -773,8 +796,10 @@ def test_the_settings_of_a_sweep_that_are_chosen(program, tmp_path):
     ]
     assert (tmp_path / "new/chosen.txt").read_text().split() == ["grpo", "a_b_coefficient0.5", "x_lr1"]
     write_run(tmp_path / "seed2/grpo", [0.5, 0.5], [0.1, 0.1], **{"val-aux/a/acc/pass@8": 0.5})
+    write_run(tmp_path / "short", [0.5] * 3, [0.1] * 3, **{"val-aux/a/acc/pass@8": 0.5})
     for more, message in (
         ((tmp_path / "seed2/grpo",), "grpo: seeds 1 and 1 2; expected the same of each setting"),
+        ((tmp_path / "short",), "steps of the runs: grpo_lr2e-4 1, short 2; expected whole runs, of the same length"),
         (("--figure", "pass@9"), "grpo_lr2e-4: no pass@9 at the end; expected whole runs, and a heading of compare_ru"),
     ):
         result = program("choose_settings.py", *runs, *more, "--out", tmp_path / "other")
@@ -924,6 +949,7 @@ def test_responses_that_cannot_be_read_are_named(program, tmp_path):
         ([("", False), (None, False), (None, False), ("1", True)], 1),  # one answer
         ([("", False), ("", False), (None, True)], 0),  # none
         ([("", False), ("1", True), ("2", False)], 1),  # a tie, of which the first counts
+        ([("5", False), ("1/2", True), ("0.5", True)], 1),  # one right answer, written in two ways
     ],
 )
 def test_a_response_without_an_answer_has_no_vote(program, tmp_path, answers, share):
@@ -943,6 +969,15 @@ def test_rewards_that_are_no_grades(program, tmp_path):
     assert results["benchmarks"]["toy"]["pass"]["value"] == 0.5 and "maj" not in results["benchmarks"]["toy"]
     together = pd.read_parquet(tmp_path / "responses.parquet")
     assert together["acc"].tolist() == [-1.0, 1.0, 0.5, 1.0] and together["gts"].tolist() == ["1"] * 4
+
+
+def test_reward_functions_may_differ_in_what_they_return_beside_the_grade(program, tmp_path):
+    for name, feedback in (("words", "well done"), ("numbers", 0.5)):
+        write_responses(tmp_path, name, [("p", True, "1")])
+        lines = tmp_path / name / "0.jsonl"
+        lines.write_text(json.dumps(json.loads(lines.read_text()) | {"feedback": feedback}) + "\n")
+    summarized(program, tmp_path, "words", "numbers")
+    assert pd.read_parquet(tmp_path / "responses.parquet")["feedback"].tolist() == ["well done", "0.5"]
 
 
 def test_programs_have_no_majority(program, tmp_path):
@@ -1190,6 +1225,7 @@ def test_kept_metrics_of_a_resumed_run_give_the_same_table(program, tmp_path):
     kept = tmp_path / "kept/seed7/grpo.jsonl"
     assert result.returncode == 0 and result.stdout == f"{kept}\n", result.stdout + result.stderr
     second = {"actor/entropy": 0.33333, "actor/token_weights_mean": 0.9, "critic/score/mean": -0.5}
+    second["actor/token_weights_std"] = None
     expected = [{"step": 0, "data": validation}, {"step": 1, "data": second}, {"step": 2, "data": second | validation}]
     assert [json.loads(line) for line in kept.read_text().splitlines()] == expected
     compare = ("compare_runs.py", "--out", tmp_path / "p.png")
@@ -1214,6 +1250,18 @@ def test_kept_metrics_of_a_run_without_a_seed_are_in_no_folder_of_one(program, t
     write_run(tmp_path / "grpo", [0.5], [0.1])
     result = program("keep_metrics.py", tmp_path / "grpo", "--out", tmp_path / "kept")
     assert result.stdout == f"{tmp_path / 'kept/grpo.jsonl'}\n", result.stderr
+
+
+def test_kept_metrics_of_a_run_that_diverged_say_so(program, tmp_path):
+    """Its last ten steps have no entropy, and its end no accuracy."""
+    write_run(tmp_path / "grpo", [1.0, 0.5, math.nan], [0.1, 0.3, math.nan])
+    result = program("keep_metrics.py", tmp_path / "grpo", "--out", tmp_path / "kept")
+    assert result.returncode == 0, result.stderr
+    found = [run_figures(read_run(path)) for path in (tmp_path / "grpo", tmp_path / "kept/grpo.jsonl")]
+    for figures in found:
+        assert math.isnan(figures["last ten"]) and math.isnan(figures["final"]) and figures["best"] == 0.3
+    compared = program("compare_runs.py", tmp_path / "kept/grpo.jsonl", "--out", tmp_path / "p.png")
+    assert "the entropy is no number at the end of grpo\n" in compared.stdout
 
 
 def test_a_kept_run_is_replaced_only_if_told_to(program, tmp_path):

@@ -36,8 +36,7 @@ def one_token_effects(
     Returns:
         In nats per unit weight, (batch, response_length); NaN on tokens that are not measured.
     """
-    given = [name for name in ("rollout_is_weights",) if name in data]
-    batch = data.select("advantages", "response_mask", *given).cpu().to_padded_tensor()
+    batch = data.select("advantages", "response_mask", "rollout_is_weights", strict=False).cpu().to_padded_tensor()
     valid = batch["response_mask"].bool()
     candidates = torch.nonzero(valid & (batch["advantages"] != 0))
     effects = torch.full(valid.shape, math.nan)
@@ -47,7 +46,7 @@ def one_token_effects(
     for index in range(int(engine.sum_over_ranks(torch.tensor(len(measured))))):
         entropies = []
         for weight in WEIGHTS:
-            weights = batch["rollout_is_weights"].clone() if given else torch.ones(valid.shape)
+            weights = batch["rollout_is_weights"].clone() if "rollout_is_weights" in batch else torch.ones(valid.shape)
             if rank == 0:
                 response, position = measured[index]
                 weights[response, position] *= weight

@@ -116,14 +116,16 @@ def score_estimates(estimates: Mapping[str, Tensor], true_change: Tensor) -> dic
 
     Returns:
         NAME/mse, NAME/pearson, NAME/spearman; the same of magnitudes, |estimate| against |change|, as
-        NAME/mse_magnitude and so on; `tokens`, and their mean change as `entropy_change`. Undefined scores are 0.
+        NAME/mse_magnitude and so on; `tokens`, and their mean change as `entropy_change`. Undefined scores, such as
+        the correlations of a constant estimate, are left out, so that means over updates are over those that have one.
     """
     frame = pd.DataFrame({"": true_change.double().numpy()} | {k: v.double().numpy() for k, v in estimates.items()})
     scores = {"tokens": float(len(frame)), "entropy_change": frame[""].mean() if len(frame) else 0.0}
     for suffix, values in (("", frame), ("_magnitude", frame.abs())):
         for name in estimates:
             for kind, score in agreement(values[name], values[""]).items():
-                scores[f"{name}/{kind}{suffix}"] = 0.0 if math.isnan(score) else score
+                if not math.isnan(score):
+                    scores[f"{name}/{kind}{suffix}"] = score
     return {name: float(value) for name, value in scores.items()}
 
 

@@ -40,7 +40,8 @@ def audit_step(batch: KVBatchMeta, actor_worker_group: Any, temperature: float) 
 
     old = fetch(*FIELDS)
     flags = {"calculate_entropy": True, "compute_loss": False, "temperature": temperature}
-    flags |= {name: value for name, value in batch.extra_info.items() if name == "micro_batch_size_per_gpu"}
+    if size := batch.extra_info.get("micro_batch_size_per_gpu"):
+        flags["micro_batch_size_per_gpu"] = size
     actor_worker_group.compute_log_prob(
         KVBatchMeta(partition_id=batch.partition_id, keys=batch.keys, tags=batch.tags, extra_info=flags)
     )

@@ -127,7 +127,7 @@ class EntropyAudit(EntropyControl):
         means = [self.mean_over_tokens(values[valid]) for values in (log_prob, advantages)]
         estimates["covariance"] = covariance_estimate(log_prob, advantages, *means)
         tokens = {
-            "token_id": data.select("responses").cpu().to_padded_tensor()["responses"],
+            "token_id": data["responses"].cpu().to_padded_tensor(0),
             "prob": log_prob.exp(),
             "entropy": before["entropy"],
             "advantage": advantages,

@@ -187,7 +187,7 @@ def tradeoff(groups: Groups) -> Drawing | None:
     drawing.axes[0, 0].set(ylabel=f"{share} at the end")
     drawing.axes[0, 1].set_xscale("log", base=2)
     drawing.axes[0, 1].xaxis.set_major_locator(LogLocator(base=2, numticks=6))  # a collapsed entropy has many octaves
-    drawing.axes[0, 1].xaxis.set_major_formatter(lambda entropy, _: f"{entropy:.2g}")
+    drawing.axes[0, 1].xaxis.set_major_formatter(lambda entropy, _: f"{entropy:.3g}")
     drawing.descriptions = [
         f"{name}: accuracy {row['final']:.3g}, {share} {row[share]:.3g}, entropy {row['last ten']:.3g}"
         for name, row in table.iterrows()

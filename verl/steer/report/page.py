@@ -22,6 +22,7 @@ import pandas as pd
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from verl.steer.report import figures
+from verl.steer.report.notes import notes
 from verl.steer.report.run_metrics import Run, group_seeds, summary
 
 #: Number of a token's colours, and the quantiles that divide the estimated changes: few tokens change much.
@@ -76,6 +77,7 @@ def write_report(runs: Sequence[Run], out: Path, options: ReportOptions) -> Path
     page = template.render(
         groups=groups,
         summary=summary(groups),
+        notes=notes(groups),
         drawings=drawings,
         svgs=svgs,
         points=figures.SHOWN,

@@ -76,8 +76,12 @@ class Run:
         return bool(logged) and max(logged) in self.series(metric)
 
     def at_end(self, metric: str) -> list[float]:
-        """The value of a validation's metric at the last validation; none if that is the one before training."""
-        return [value for step, value in self.series(metric).items() if step or not self.last_step][-1:]
+        """The value of a validation's metric at the last validation; none if that is the one before training.
+
+        None either if the value there is not a finite one.
+        """
+        found = [value for step, value in self.series(metric).items() if step or not self.last_step]
+        return found[-1:] if self.ends_with(metric) else []
 
     @property
     def pass_at_k(self) -> dict[int, float]:
@@ -247,12 +251,13 @@ def distances_from(run: Run, target: float | pd.Series) -> pd.Series:
 def run_figures(run: Run) -> dict[str, float]:
     """The comparison's figures of one run by heading; NaN if the run lacks the metric.
 
-    A run that was not validated after its start has no figures of the end, and one whose entropy ended as NaN no
-    `last ten`.
+    A run that was not validated after its start has no figures of the end, one whose accuracy ended as NaN no `final`,
+    and one whose entropy did no `last ten`.
     """
     accuracy, entropy, weight = (
         pd.Series(series, dtype=float) for series in (run.accuracy, run.series(ENTROPY), run.series(WEIGHT))
     )
+    final = accuracy[accuracy.index > 0 if run.last_step else slice(None)].iloc[-1:].mean()
     speed = pd.DataFrame({name: run.series(name) for name in (TOKENS, SECONDS)}, dtype=float).dropna().mean()
     sampling = {f"pass@{k}": share for k, share in run.pass_at_k.items() if k >= 8}
     for end, heading in _DISTINCT.items():
@@ -261,7 +266,7 @@ def run_figures(run: Run) -> dict[str, float]:
     # Slices instead of single elements: the mean of an empty series is NaN.
     return {
         "accuracy before": accuracy[accuracy.index == 0].mean(),
-        "final": accuracy[accuracy.index > 0 if run.last_step else slice(None)].iloc[-1:].mean(),
+        "final": final if all(map(run.ends_with, accuracy_metrics(run.metrics))) else math.nan,
         "best": accuracy.max(),
         **sampling,
         "entropy first": entropy.iloc[:1].mean(),
@@ -286,14 +291,18 @@ def figures_by_seed(runs: Sequence[Run], headings: Sequence[str]) -> pd.DataFram
 def summary(groups: Mapping[str, Sequence[Run]]) -> pd.DataFrame:
     """A row per method and a column per figure: means over its seeds, with intervals if there are several.
 
-    "-" where a method has no such figure; no column that is empty for all methods.
+    "-" where a method has no such figure, and the number of seeds that have it where not all do; no column that is
+    empty for all methods.
     """
     tables = {name: pd.DataFrame([run_figures(run) for run in runs]) for name, runs in groups.items()}
     order = ordered(heading for table in tables.values() for heading in table)
-    cells = {
-        name: [mean_and_interval(table.get(heading, ()), 0 if heading == "tokens/s" else 3) for heading in order]
-        for name, table in tables.items()
-    }
+
+    def cell(table: pd.DataFrame, heading: str) -> str:
+        values = table.get(heading, pd.Series(dtype=float))
+        text, count = mean_and_interval(values, 0 if heading == "tokens/s" else 3), values.count()
+        return f"{text} ({count} of {len(table)})" if 0 < count < len(table) else text
+
+    cells = {name: [cell(table, heading) for heading in order] for name, table in tables.items()}
     table = pd.DataFrame.from_dict(cells, orient="index", columns=order)
     return table.loc[:, (table != "-").any()]
 
