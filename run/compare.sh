@@ -27,10 +27,7 @@ if [ -z "${PYTHON:-}" ]; then
   bash "$root/run/setup.sh" "$([ "$hardware" = cpu ] && echo cpu || echo gpu)"
   export PYTHON=${STEER_VENV:-$root/.venv}/bin/python
 fi
-if [ "$task" = arithmetic ] && [ -z "${TASK_DIR:-}" ]; then
-  export TASK_DIR=$root/outputs/laptop_task
-  "$PYTHON" "$root/scripts/make_laptop_task.py" --out "$TASK_DIR"
-fi
+if [ "$task" = arithmetic ]; then source "$root/run/laptop_task.sh"; fi
 
 runs=()
 for seed in ${SEEDS:-42 43 44}; do

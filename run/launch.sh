@@ -14,8 +14,6 @@ source "$root/run/help.sh"
 [ $# -gt 0 ] || { echo "launch.sh: expected the name of a method or configuration, such as steer_exp" >&2; exit 1; }
 name=$1
 shift
-# Threads that wait by spinning would take the cores from other processes.
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 source "$root/run/environment.sh"
 "$PYTHON" -m verl_steer --check
 if [ -f "$root/verl/trainer/config/method/$name.yaml" ]; then

@@ -12,7 +12,6 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/run/help.sh"
 source "$root/run/quoted.sh"
-export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE} # as launch.sh explains
 source "$root/run/environment.sh"
 "$PYTHON" -m verl_steer --check
 
@@ -20,9 +19,6 @@ overrides=()
 if [ "${1:-}" = --cpu ]; then
   shift
   overrides=(task=arithmetic hardware=cpu)
-  if [ -z "${TASK_DIR:-}" ]; then
-    export TASK_DIR=$root/outputs/laptop_task
-    "$PYTHON" "$root/scripts/make_laptop_task.py" --out "$TASK_DIR"
-  fi
+  source "$root/run/laptop_task.sh"
 fi
 exec "$PYTHON" -m verl.steer.preflight.main hydra.run.dir="$(quoted "$OUTPUT_DIR/preflight")" ${overrides[@]+"${overrides[@]}"} "$@"

@@ -14,13 +14,9 @@ source "$root/run/check_methods.sh"
 methods=${METHODS:-grpo steer_exp}
 check_methods "$methods"
 bash "$root/run/setup.sh"
-python=${STEER_VENV:-$root/.venv}/bin/python
-export OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs/quickstart} PYTHON=$python
-export OMP_WAIT_POLICY=PASSIVE # as launch.sh explains
-if [ -z "${TASK_DIR:-}" ]; then
-  export TASK_DIR=$root/outputs/laptop_task
-  "$python" "$root/scripts/make_laptop_task.py" --out "$TASK_DIR"
-fi
+export OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs/quickstart} PYTHON=${STEER_VENV:-$root/.venv}/bin/python
+source "$root/run/environment.sh"
+source "$root/run/laptop_task.sh"
 
 seed=${SEED:-42}
 overrides=(
@@ -38,11 +34,11 @@ for method in $methods; do
     continue
   fi
   rm -rf "$finished" "$run"/metrics*.jsonl "$run/audit"
-  "$python" "$root/scripts/watch.py" --title "$method" --log "$run/train.log" --metrics "$run" -- \
+  "$PYTHON" "$root/scripts/watch.py" --title "$method" --log "$run/train.log" --metrics "$run" -- \
     bash "$root/run/launch.sh" "$method" "${overrides[@]}" trainer.experiment_name="$method"
   ls "$run"/metrics*.jsonl >/dev/null 2>&1 ||
     { echo "quickstart.sh: $run: no metrics*.jsonl; expected a run with \`file\` among trainer.logger" >&2; exit 1; }
   echo "$settings" >"$finished"
 done
-"$python" "$root/scripts/compare_runs.py" "${runs[@]}" --out "$OUTPUT_DIR/comparison.png"
+"$PYTHON" "$root/scripts/compare_runs.py" "${runs[@]}" --out "$OUTPUT_DIR/comparison.png"
 echo "logs, configurations and metrics: $OUTPUT_DIR"

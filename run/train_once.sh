@@ -34,8 +34,9 @@ mkdir -p "$run"
 echo "$settings" >"$run/settings"
 # A run without a checkpoint starts again, and so do its metrics.
 [ "$begun" ] || rm -rf "$run"/metrics*.jsonl "$run/audit"
+source "$root/run/environment.sh"
 bash "$root/run/launch.sh" "$config" "${overrides[@]}" --cfg job --resolve >"$run/config.yaml"
-"${PYTHON:-${STEER_VENV:-$root/.venv}/bin/python}" "$root/scripts/watch.py" \
+"$PYTHON" "$root/scripts/watch.py" \
   --title "$title" --log "$run/train.log" --metrics "$run" -- bash "$root/run/launch.sh" "$config" "${overrides[@]}"
 ls "$run"/metrics*.jsonl >/dev/null 2>&1 ||
   { echo "train_once.sh: $run: no metrics*.jsonl; expected a run with \`file\` among trainer.logger" >&2; exit 1; }

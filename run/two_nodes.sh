@@ -20,10 +20,7 @@ if [ -z "${TWO_NODES_INSIDE:-}" ]; then
   for program in unshare nsenter ip pgrep; do
     command -v "$program" >/dev/null || { echo "two_nodes.sh: expected the program $program" >&2; exit 1; }
   done
-  if [ -z "${TASK_DIR:-}" ]; then
-    export TASK_DIR=$root/outputs/laptop_task
-    "$PYTHON" "$root/scripts/make_laptop_task.py" --out "$TASK_DIR"
-  fi
+  source "$root/run/laptop_task.sh"
   export TASK_DIR=$(realpath "$TASK_DIR")
   mkdir -p "$OUTPUT_DIR" /tmp/ray
   # A namespace of processes ends all of them with its first.
@@ -85,7 +82,6 @@ submit() {
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(</proc/sys/kernel/random/uuid)
 # gloo would take the interface of the host's name, which is the loopback on many machines.
 export GLOO_SOCKET_IFNAME=eth0
-export OMP_WAIT_POLICY=PASSIVE # as launch.sh explains
 start_node 1 "$first" --head --port=6379 --dashboard-host=0.0.0.0 --system-config='{"worker_niceness": 0}'
 start_node 2 "$second" --address="$first:6379"
 

@@ -65,6 +65,7 @@ def test_methods_set_nothing_that_they_do_not_read(told, method):
         ("steer_linear", ["token_weight_map=exponential"], ["loss.linear=True with token_weight_map=exponential"]),
         ("influence_target", ["target_kp=2"], ["policy_loss.target_kp=2 with target_controller=solve"]),
         ("steer_exp", ["clip_cov_ratio=0.1"], ["policy_loss.clip_cov_ratio=0.1 with loss_mode=entropy_control"]),
+        ("steer_exp", ["dro_beta=0.3"], ["policy_loss.dro_beta=0.3 with loss_mode=entropy_control"]),
         ("clip_cov", ["ppo_kl_coef=2"], ["policy_loss.ppo_kl_coef=2 with loss_mode=clip_cov"]),
         ("steer_exp", ["base_loss=kl_cov", "ppo_kl_coef=2"], []),
         ("grpo", ["target_entropy=0.3"], ["policy_loss.target_entropy=0.3 with loss_mode=vanilla"]),
