@@ -60,7 +60,7 @@ def loss_inputs(model_output: dict[str, Tensor], data: TensorDict) -> LossInputs
         `log_prob`, detached. Without the old policy's entropies, as in bypass mode, `entropys` are the current
         policy's.
     """
-    batch = data.select(*(column for column in COLUMNS if column in data)).to_padded_tensor()
+    batch = data.select(*COLUMNS, strict=False).to_padded_tensor()
     fields: dict[str, Any] = {COLUMNS[column]: values for column, values in batch.items()}
     fields["response_mask"] = fields["response_mask"].bool()
     outputs = {field: model_output[name] for name, field in MODEL_OUTPUTS.items() if model_output.get(name) is not None}
@@ -147,7 +147,7 @@ def _policy_loss(config: ActorConfig, inputs: LossInputs, data: TensorDict) -> L
         if config.entropy_coeff:  # else the backward pass over the vocabulary would also take the entropy's gradient, 0
             outputs.loss = outputs.loss - config.entropy_coeff * entropy
     if config.use_kl_loss:
-        reference = data.select("ref_log_prob").to_padded_tensor()["ref_log_prob"]
+        reference = data["ref_log_prob"].to_padded_tensor(0)
         kl = kl_penalty(inputs.log_prob.float(), reference.float(), config.kl_loss_type)
         kl_loss = losses["kl_loss"] = aggregate(kl if outputs.kl_weights is None else kl * outputs.kl_weights)
         outputs.loss = outputs.loss + config.kl_loss_coef * kl_loss

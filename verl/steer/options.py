@@ -71,7 +71,7 @@ class Option:
         return inside and (self.above is None or number > self.above) and (self.below is None or number < self.below)
 
     def _range(self) -> str:
-        bounded = self.at_most < LARGEST or self.below is not None
+        bounded = self.at_most != LARGEST or self.below is not None  # or infinity is allowed
         kind = "an integer" if self.integer else "a number" if bounded else "a finite number"
         low = f" of at least {self.at_least:g}" if self.at_least > -LARGEST else ""
         low = low if self.above is None else f" above {self.above:g}"

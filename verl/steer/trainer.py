@@ -336,27 +336,31 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
             batch.extra_info |= state.flags
             if (value := state.step(metrics.get("actor/entropy", math.nan))) is not None:
                 batch.extra_info[state.field] = metrics[f"actor/{state.field}"] = value
-        if not self.entropy_audit.due(self.global_steps):
-            batch = super()._update_actor(batch, metrics)
-            return self._after_update(batch, metrics)
-        batch.extra_info["entropy_audit"] = self._audit_request(len(batch))
+        audited = self.entropy_audit.due(self.global_steps)
+        if audited:
+            batch.extra_info["entropy_audit"] = self._audit_request(len(batch))
         batch = super()._update_actor(batch, metrics)
+        if audited:
+            self._audit_step(batch, metrics)
+        self._after_update(metrics)
+        return batch
+
+    def _audit_step(self, batch: KVBatchMeta, metrics: dict) -> None:
+        """Score the estimates by the whole step's change, and name the scores of its updates alike."""
         # verl prefixes the workers' metrics with `actor/`.
         for name in [name for name in metrics if name.startswith("actor/entropy_audit/")]:
             metrics[name.removeprefix("actor/")] = metrics.pop(name)
         temperature = self.config.actor_rollout_ref.rollout.temperature
         with self._fitting_micro_batches(batch, self.config.actor_rollout_ref.rollout):
             metrics |= audit_step(batch, self.actor_rollout_wg, temperature)
-        return self._after_update(batch, metrics)
 
-    def _after_update(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
+    def _after_update(self, metrics: dict) -> None:
         """Log the entropy that a left out pass would have logged, and pass the metrics to the loss's state."""
         if self.config.trainer.skip_old_log_prob and "actor/entropy" not in metrics:
             metrics["actor/entropy"] = metrics["actor/entropy_loss"]
             self._compare_entropy(metrics)
         if self.step_state:
             self.step_state.observe(metrics)
-        return batch
 
     def _leave_out(self, batch: KVBatchMeta, unread: frozenset[str]) -> None:
         """Have the workers fetch neither the `unread` columns nor columns of objects.

@@ -137,7 +137,7 @@ class InfluenceEngine(TokenStatistics):
         slope = self._sum((gradient * part).sum() for gradient, part in zip(entropy_gradients, parts, strict=True))
         longest = self._norm([_local(p) for p in self.trained()]) / max(self._norm(parts), TINY)
         present = response_statistics(outputs, data)
-        mask = data.select("response_mask").cpu().to_padded_tensor()["response_mask"].bool()
+        mask = data["response_mask"].cpu().to_padded_tensor(0).bool()
         entropy = self.mean_over_tokens(present["entropy"][mask])
         step = ENTROPY_STEP if self._autocast_dtype == torch.float32 else BF16_ENTROPY_STEP
         distance = min(max(step * entropy, TINY) / max(slope, TINY), LONGEST_STEP * longest)
@@ -182,8 +182,7 @@ class InfluenceEngine(TokenStatistics):
 
     def loss_inputs_of(self, data: TensorDict, log_prob: PerToken) -> LossInputs:
         """The loss's inputs of this rank's part of a mini-batch, each (batch, response_length), on the CPU."""
-        weights = ("rollout_is_weights",) if "rollout_is_weights" in data else ()
-        batch = data.select(*COLUMNS, *weights).cpu().to_padded_tensor()
+        batch = data.select(*COLUMNS, "rollout_is_weights", strict=False).cpu().to_padded_tensor()
         return LossInputs(
             batch["old_log_probs"], log_prob, batch["advantages"], batch["response_mask"].bool(),
             rollout_is_weights=batch.get("rollout_is_weights"),
@@ -297,7 +296,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def _mean_entropy(model_output: dict[str, Tensor], data: TensorDict, dp_group: Any = None) -> tuple[Tensor, dict]:
     """A loss in verl's sense: the mean entropy of the valid tokens of a mini-batch on all ranks."""
-    mask = data.select("response_mask").to_padded_tensor()["response_mask"]
+    mask = data["response_mask"].to_padded_tensor(0)
     entropy = padded_responses({"entropy": model_output["entropy"]}, data, mask.shape[1])["entropy"]
     sizes = {"dp_size": data["dp_size"], "batch_num_tokens": data["valid_tokens"]}
     return agg_loss(entropy, mask, "token-mean", **sizes), {}

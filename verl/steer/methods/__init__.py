@@ -4,7 +4,7 @@
 Importing the package registers them all.
 """
 
-from verl.steer.methods import (
+from verl.steer.methods import (  # noqa: F401 - registers the methods
     adaptive_entropy,
     aepo,
     archer,
@@ -24,24 +24,3 @@ from verl.steer.methods import (
     siren,
     unlikeliness,
 )
-
-__all__ = [
-    "adaptive_entropy",
-    "aepo",
-    "archer",
-    "bapo",
-    "ce_gppo",
-    "clip_b_v",
-    "dynamic_clip",
-    "entrocraft",
-    "entropic",
-    "entropy_shaped_advantage",
-    "gtpo",
-    "high_entropy_tokens",
-    "opefo",
-    "positive_advantage",
-    "quadrant",
-    "sample_reinforcement",
-    "siren",
-    "unlikeliness",
-]

@@ -84,12 +84,8 @@ def find_bounds(inputs: LossInputs, options: BapoOptions) -> tuple[Scalar, Scala
     total = positive + negative
     # The number of bounds before the first that reaches the share is the index of that one.
     missed = (positive < options.bapo_share * total).cumprod(0).sum().clamp_max(len(lows) - 1)
-
-    def at_index(values: Tensor) -> Scalar:
-        return values.index_select(0, missed.view(1)).view(())
-
     share = positive / total.clamp_min(torch.finfo(total.dtype).tiny)
-    return at_index(lows), at_index(highs), at_index(share)
+    return lows.take(missed), highs.take(missed), share.take(missed)
 
 
 @policy_loss("bapo", clips_as_ppo=False)

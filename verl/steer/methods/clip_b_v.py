@@ -27,7 +27,7 @@ from verl.trainer.ppo.core_algos import (
     entropy_slope,
     reweighted_policy_loss,
 )
-from verl.utils.torch_functional import masked_mean
+from verl.utils.torch_functional import masked_mean, masked_var
 
 #: No token is clipped where the deviation is smaller.
 LEAST_DEVIATION = 1e-12
@@ -59,17 +59,16 @@ def discriminant_score(log_prob: Tensor, entropys: Tensor) -> Tensor:
     return log_prob.exp() * (entropys.float() + log_prob)
 
 
-def _mean_and_deviation(values: Tensor, mask: Tensor) -> tuple[Scalar, Scalar]:
-    """Over the valid tokens; the deviation is that of a whole population."""
-    mean = masked_mean(values, mask)
-    return mean, masked_mean((values - mean).square(), mask).sqrt()
+def _deviation(values: Tensor, mask: Tensor) -> Scalar:
+    """The standard deviation of the valid tokens as a whole population."""
+    return masked_var(values, mask, unbiased=False).sqrt()
 
 
 @advantage_estimator("clip_b", "old_log_probs", "entropy")
 def compute_clip_b_advantage(inputs: AdvantageInputs) -> Tensor:
     """GRPO; 0 for negative tokens whose score is `clip_b_mu` deviations below the mean of the whole batch's tokens."""
     score = discriminant_score(inputs.old_log_probs, inputs.entropy)
-    mean, deviation = _mean_and_deviation(score, inputs.response_mask)
+    mean, deviation = masked_mean(score, inputs.response_mask), _deviation(score, inputs.response_mask)
     advantages = inputs.grpo(inputs.token_level_rewards)
     mu = from_config(ClipBOptions, inputs.config).clip_b_mu
     clipped = (advantages < 0) & (score < mean - mu * deviation) & (deviation >= LEAST_DEVIATION)
@@ -88,11 +87,11 @@ def clip_v_tokens(inputs: LossInputs, mu: float, max_share: float) -> TokenMask:
     """
     valid = inputs.response_mask.bool()
     lack = entropy_slope(inputs, "loss_mode=clip_v")
-    _, deviation = _mean_and_deviation(lack, valid)
+    deviation = _deviation(lack, valid)
     found = valid & (inputs.advantages < 0) & (lack > mu * deviation) & (deviation >= LEAST_DEVIATION)
     most = (valid.sum().double() * max_share + 1e-9).long().clamp_min(1)
     ordered = lack.masked_fill(~found, -torch.inf).flatten().sort(descending=True).values
-    return found & (lack >= ordered.index_select(0, (most - 1).view(1)))
+    return found & (lack >= ordered.take(most - 1))
 
 
 @policy_loss("clip_v", needs=EXACT_FIELDS)

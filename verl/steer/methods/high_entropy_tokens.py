@@ -37,7 +37,7 @@ def compute_policy_loss_high_entropy_tokens(inputs: LossInputs, config: Any) -> 
         descending = torch.where(valid, entropys, -torch.inf).flatten().sort(descending=True).values
         # In float64 and less a small number: share * n may lie just above the whole number that it stands for.
         last = (count.double() * config.policy_loss.high_entropy_share - 1e-6).ceil().long().sub(1).clamp_min(0)
-        threshold = descending.index_select(0, last.view(1)).view(())
+        threshold = descending.take(last)
         chosen = (valid & (entropys >= threshold)).float()
         share = masked_mean(chosen, inputs.response_mask)
     outputs = reweighted_policy_loss("vanilla", chosen / share.clamp_min(1 / chosen.numel()), inputs, config)

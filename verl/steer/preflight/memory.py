@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
 from verl.steer.preflight.machine import device_memory
 from verl.steer.preflight.rows import GIB
+from verl.steer.requirements.verl_values import as_dataclass
 from verl.trainer.ppo.core_algos import INFLUENCE, weighs_mini_batches
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.py_functional import convert_to_regular_types
@@ -213,7 +214,7 @@ def vllm_bytes(parameters: int, config: DictConfig, memory: float) -> float:
 
 def _keeps_a_direction(config: DictConfig) -> bool:
     """Whether a direction of the trained parameters' size, for the influence, lasts until the update."""
-    options, audit = config.actor_rollout_ref.actor.policy_loss, config.trainer.get("entropy_audit") or {}
+    options, audit = as_dataclass(config, "policy_loss"), config.trainer.get("entropy_audit") or {}
     controlled = weighs_mini_batches(options) and options.entropy_change_estimator == INFLUENCE
     return (controlled and options.influence_way == "parameters") or bool(audit.get("freq") and audit.get("influence"))
 

@@ -27,13 +27,11 @@ SHARED = {
     "target_ki": ("entropic", "entropy_control"),
 }
 
-#: verl's own keys below `policy_loss`, with its defaults and the loss that reads them.
+#: verl's own keys below `policy_loss`, and the loss that reads them.
 VERLS = {
-    "clip_cov_ratio": (0.0002, "clip_cov"),
-    "clip_cov_lb": (1.0, "clip_cov"),
-    "clip_cov_ub": (5.0, "clip_cov"),
-    "kl_cov_ratio": (0.0002, "kl_cov"),
-    "ppo_kl_coef": (0.1, "kl_cov"),
+    **dict.fromkeys(("clip_cov_ratio", "clip_cov_lb", "clip_cov_ub"), "clip_cov"),
+    **dict.fromkeys(("kl_cov_ratio", "ppo_kl_coef"), "kl_cov"),
+    "dro_beta": "dro",
 }
 
 #: verl's default of the KL terms' coefficients.
@@ -86,11 +84,12 @@ def _set_in(section: DictConfig, options: type) -> list[str]:
 
 def _unread_by_loss(section: DictConfig, options: Any) -> Iterator[tuple[str, str]]:
     name = options.loss_mode
-    for key, (default, reader) in VERLS.items():
-        if section[key] != default and base_loss_of(options) != reader:
+    *owners, verls = PolicyLossConfig.__bases__
+    for key, reader in VERLS.items():
+        if section[key] != getattr(verls, key) and base_loss_of(options) != reader:
             yield key, f"loss_mode={name}"
     module = POLICY_LOSSES[name].compute.__module__ if name in POLICY_LOSSES else None
-    for owner in PolicyLossConfig.__bases__[:-1]:  # the last is verl's
+    for owner in owners:
         of_steer = owner in (SteerOptions, EntropyControlOptions)
         for key in _set_in(section, owner):
             readers = SHARED.get(key, ())

@@ -325,9 +325,8 @@ def entropy_change_range(
     at_quantile = None
     if quantile is not None:
         count = mask.sum()
-        index = index_at_quantile(count, quantile)
         # Not `nanquantile`, which waits for a GPU.
-        found = _sorted_valid(entropy_change, response_mask).index_select(0, index.view(1)).view(())
+        found = _sorted_valid(entropy_change, response_mask).take(index_at_quantile(count, quantile))
         at_quantile = found.where(count > 0, torch.nan)
     beyond = _beyond(mask)
     return EntropyChangeRange((entropy_change + beyond).amin(), (entropy_change - beyond).amax(), at_quantile)
