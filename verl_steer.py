@@ -43,7 +43,7 @@ REPLACED = {
     "verl.trainer.ppo.metric_utils.bootstrap_metric": "the same resamples and results without a call for each of them",
     "verl.trainer.ppo.v1.trainer_base.LLMServerManager": "batched rollouts: servers without a load balancer",
     "verl.trainer.ppo.v1.trainer_base.TRAINER_REGISTRY": "verl.steer.worker: verl's trainers with this fork's workers",
-    "verl.trainer.ppo.core_algos.ADV_ESTIMATOR_REGISTRY": "verl.steer.methods.registry: the batch's fields are bound",
+    "verl.trainer.ppo.core_algos.ADV_ESTIMATOR_REGISTRY": "verl.steer.methods.advantages: the batch's fields are bound",
     "verl.workers.engine.base.EngineRegistry": "verl.steer.engine.fsdp: this fork's FSDP engine for language models",
     "verl.workers.rollout.replica.RolloutReplicaRegistry": "batched rollouts: vLLM servers that take whole batches",
     "torch.Tensor.item": "verl.trainer.ppo.core_algos: inside a base loss only, metrics stay on the device",

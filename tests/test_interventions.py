@@ -19,10 +19,12 @@ from verl.steer import trainer as trainer_steer
 from verl.steer.audit.scores import AuditOptions
 from verl.steer.config import ADVANTAGE_OPTIONS, PolicyLossConfig
 from verl.steer.methods.adaptive_entropy import AdaptiveEntropyCoefficient
+from verl.steer.methods.advantages import ESTIMATORS as REGISTERED
+from verl.steer.methods.advantages import bind_estimator, estimator_fields
 from verl.steer.methods.dynamic_clip import dynamic_clip_bounds
 from verl.steer.methods.gtpo import entropy_weighted_rewards
 from verl.steer.methods.quadrant import in_quadrant
-from verl.steer.methods.registry import ESTIMATOR_FIELDS, POLICY_LOSSES, bind_estimator, estimator_fields
+from verl.steer.methods.registry import POLICY_LOSSES
 from verl.steer.options import from_config
 from verl.steer.token_metrics import QUADRANTS
 from verl.trainer.ppo import core_algos
@@ -30,7 +32,7 @@ from verl.trainer.ppo.core_algos import LossInputs, compute_policy_loss_vanilla,
 
 LOSSES = ("adaptive_entropy", "entropy_shaped_advantage", "dynamic_clip", "high_entropy_tokens", "quadrant")
 LOSSES += ("archer", "bapo", "ce_gppo")
-ESTIMATORS = tuple(ESTIMATOR_FIELDS)
+ESTIMATORS = tuple(REGISTERED)
 
 
 def on_policy(advantages, probs, entropys):
@@ -593,7 +595,7 @@ def test_the_fields_that_an_estimator_reads():
     assert penalised == [(), ("rm_scores",), ("entropy", "rm_scores")]
 
 
-@pytest.mark.parametrize("name", [name for name, fields in ESTIMATOR_FIELDS.items() if fields])
+@pytest.mark.parametrize("name", [name for name, estimator in REGISTERED.items() if estimator.batch_fields])
 def test_estimators_name_what_the_trainer_must_give(name):
     with pytest.raises(
         ValueError, match=f"adv_estimator={name}: the batch has no .*; expected trainer.v1.trainer_mode"

@@ -799,7 +799,7 @@ def test_the_settings_of_a_sweep_that_are_chosen(program, tmp_path):
     write_run(tmp_path / "short", [0.5] * 3, [0.1] * 3, **{"val-aux/a/acc/pass@8": 0.5})
     for more, message in (
         ((tmp_path / "seed2/grpo",), "grpo: seeds 1 and 1 2; expected the same of each setting"),
-        ((tmp_path / "short",), "steps of the runs: grpo_lr2e-4 1, short 2; expected whole runs, of the same length"),
+        ((tmp_path / "short",), "steps of the runs: x_lr1 1, short 2; expected whole runs, of the same length"),
         (("--figure", "pass@9"), "grpo_lr2e-4: no pass@9 at the end; expected whole runs, and a heading of compare_ru"),
     ):
         result = program("choose_settings.py", *runs, *more, "--out", tmp_path / "other")

@@ -37,9 +37,9 @@ from verl.steer.audit.step import audit_step
 from verl.steer.checkpoint_ledger import CheckpointLedger, metric_name, step_of
 from verl.steer.gc_heap import freeze_gc_heap
 from verl.steer.methods.adaptive_entropy import AdaptiveEntropyCoefficient
+from verl.steer.methods.advantages import ESTIMATORS, bind_estimator, estimator_fields
 from verl.steer.methods.aepo import AEPOOptions
 from verl.steer.methods.entropic import EntroPICCoefficient
-from verl.steer.methods.registry import ESTIMATOR_FIELDS, bind_estimator, estimator_fields
 from verl.steer.methods.siren import EntropyAnchor
 from verl.steer.methods.step_state import StepState
 from verl.steer.options import at_step, from_config
@@ -301,7 +301,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
     def _compute_advantage(self, batch: KVBatchMeta, metrics: dict) -> KVBatchMeta:
         """Bind the fields of the batch that an estimator of this fork reads, then compute the advantages."""
         name, fields = self.config.algorithm.adv_estimator, estimator_fields(self.config.algorithm)
-        if name in ESTIMATOR_FIELDS:
+        if name in ESTIMATORS:
             _check_single_outputs(batch.keys, name)
             bound: dict[str, Any] = {"progress": self.global_steps / self.total_training_steps}
             if fields:
@@ -315,7 +315,7 @@ class SteerTrainer(SteerWorkers, RecordsSteps, PPOTrainerSync):
                 metrics["training/temperature"] = max(bound["tempered"].values(), default=0.0)
             bind_estimator(name, bound)
         batch = super()._compute_advantage(batch, metrics)
-        if name in ESTIMATOR_FIELDS:
+        if name in ESTIMATORS:
             bind_estimator(name, {})  # the fields are those of a whole step
         return batch
 

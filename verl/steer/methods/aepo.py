@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from verl.steer.methods.registry import AdvantageInputs, advantage_estimator
+from verl.steer.methods.advantages import AdvantageInputs, advantage_estimator
 from verl.steer.options import AlgorithmOptions, option
 
 #: GRPO's advantage from which on a tempered answer counts, as in the authors' code.

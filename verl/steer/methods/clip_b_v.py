@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from verl.steer.methods.registry import AdvantageInputs, advantage_estimator, policy_loss
+from verl.steer.methods.advantages import AdvantageInputs, advantage_estimator
+from verl.steer.methods.registry import policy_loss
 from verl.steer.options import AlgorithmOptions, from_config, option
 from verl.trainer.ppo.core_algos import (
     EXACT_FIELDS,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor
-from verl.steer.methods.registry import AdvantageInputs, advantage_estimator
+from verl.steer.methods.advantages import AdvantageInputs, advantage_estimator
 from verl.steer.options import AlgorithmOptions, from_config, option
 from verl.utils.torch_functional import masked_mean
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from verl.steer.methods.registry import AdvantageInputs, advantage_estimator
+from verl.steer.methods.advantages import AdvantageInputs, advantage_estimator
 from verl.steer.options import AlgorithmOptions, from_config, option
 from verl.utils import as_torch_index
 

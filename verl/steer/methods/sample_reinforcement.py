@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from verl.steer.methods.registry import AdvantageInputs, advantage_estimator
+from verl.steer.methods.advantages import AdvantageInputs, advantage_estimator
 from verl.steer.options import AlgorithmOptions, from_config, option
 
 

@@ -9,11 +9,10 @@ from difflib import get_close_matches
 from typing import Any
 
 from omegaconf import DictConfig, open_dict
+from verl.steer.methods.advantages import SCORES, estimator_fields
 from verl.steer.methods.registry import (
     POLICY_LOSSES,
-    SCORES,
     base_loss_of,
-    estimator_fields,
     fields_needed,
 )
 from verl.steer.rollout.checks import BATCHED_MANAGER, is_batched

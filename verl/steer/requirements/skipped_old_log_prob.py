@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from omegaconf import DictConfig
-from verl.steer.methods.registry import estimator_fields
+from verl.steer.methods.advantages import estimator_fields
 from verl.steer.requirements.allowed import refuse_others
 from verl.steer.requirements.loss import ENTROPY_STRATEGIES, bypasses_old_log_prob
 from verl.trainer.distillation import is_distillation_enabled

@@ -15,7 +15,8 @@ from omegaconf import DictConfig
 from verl.steer.audit.scores import AuditOptions
 from verl.steer.config import ADVANTAGE_OPTIONS, PolicyLossConfig, SteerOptions
 from verl.steer.entropy_control import EntropyControlOptions
-from verl.steer.methods.registry import POLICY_LOSSES, base_loss_of, module_of
+from verl.steer.methods.advantages import ESTIMATORS
+from verl.steer.methods.registry import POLICY_LOSSES, base_loss_of
 from verl.trainer.ppo.core_algos import CONTROL_MAPS, INFLUENCE
 
 logger = logging.getLogger(__name__)
@@ -45,10 +46,11 @@ def warn_of_unread(config: DictConfig, policy_loss: Any) -> None:
     """Log each option that is set and not read, with the choice that leaves it unread."""
     section, algorithm = config.actor_rollout_ref.actor.policy_loss, config.algorithm
     unread = [f"policy_loss.{key}={section[key]} with {why}" for key, why in _unread_by_loss(section, policy_loss)]
+    estimator = ESTIMATORS.get(algorithm.adv_estimator)
     unread += [
         f"algorithm.{key}={algorithm[key]} with adv_estimator={algorithm.adv_estimator}"
         for options in ADVANTAGE_OPTIONS
-        if options.__module__ != module_of(algorithm.adv_estimator)
+        if estimator is None or options.__module__ != estimator.compute.__module__
         for key in _set_in(algorithm, options)
     ]
     audit = config.trainer.get("entropy_audit") or DictConfig({})

@@ -13,7 +13,7 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import get_class
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from verl.steer.methods.registry import GROUPED
+from verl.steer.methods.advantages import compares_rollouts
 from verl.steer.options import Option
 from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 from verl.trainer.ppo.rollout_corr_helper import (
@@ -132,7 +132,8 @@ def check_verl_values(config: DictConfig) -> None:
             raise ValueError(f"{key}={name}: expected one of {', '.join(map(str, known))}")
     if correction:
         _check_thresholds(correction)
-    if config.actor_rollout_ref.rollout.n == 1 and algorithm.adv_estimator in GROUPED and not config.trainer.val_only:
+    compares = compares_rollouts(algorithm.adv_estimator) and not config.trainer.val_only
+    if config.actor_rollout_ref.rollout.n == 1 and compares:
         raise ValueError(f"rollout.n=1: expected at least 2 with algorithm.adv_estimator={algorithm.adv_estimator}")
     if config.model_engine == "dp":
         _check_optimizer(actor.optim)
