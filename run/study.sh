@@ -14,6 +14,7 @@
 #               sign         weights by the size of the estimate `exact`, by its sign with a strength that stays the
 #                            same, and OPEFO, which adapts it
 #               classes      GTPO and GRPO-S with rewards of right and wrong answers standardised apart, and together
+#               unlikely     less loss for unlikely tokens of wrong answers, and none
 #               trainability the models that field's runs end with, trained by GRPO on problems made without sums
 #               continued    the same models, trained on by GRPO on the countdown task
 #               stable       GRPO's model trained by GRPO and STEER on numbers up to 12, where its entropy does not fall
@@ -97,6 +98,7 @@ members() {
       { echo "study.sh: PARTS=chosen: no $OUTPUT_DIR/chosen.txt; expected that PARTS=sweep has ended" >&2; return 1; } ;;
     sign) echo countdown_{grpo,steer_rank_exact,opefo_0.05,opefo_0.09,opefo} ;;
     classes) echo countdown_{grpo,{gtpo,grpo_s}{,_together}} ;;
+    unlikely) echo countdown_{grpo,negative_unlikely_{0.75,0.5,0.25,0.0}} ;;
     trainability) echo {countdown,second}_{grpo,steer_exp,unlikeliness,opefo,pi_exact,influence_0.2} ;;
     continued) echo {countdown,continued}_{grpo,steer_exp,unlikeliness,opefo,pi_exact,influence_0.2} ;;
     stable) echo countdown_grpo stable_{grpo,steer_exp} ;;
@@ -115,8 +117,8 @@ members() {
     prediction) echo prediction_{1e-6,5e-6,2e-5,1e-4,5e-4} single_tokens ;;
     control) echo grpo_1e-4 influence_{0.35,0.27,0.2,steps} {pi_released,pi_exact,adaptive}_0.27 ;;
     control_others) echo {pi_released,pi_exact,adaptive}_{0.35,0.2} ;;
-    *) echo "study.sh: PARTS names $1; expected collapse, field, sweep, chosen, sign, classes, trainability, continued," \
-      "stable, learned_reward, fidelity, methods, lambda_min, extreme, quadrants, maps, normalizers, lora (these six" \
+    *) echo "study.sh: PARTS names $1; expected collapse, field, sweep, chosen, sign, classes, unlikely, trainability," \
+      "continued, stable, learned_reward, fidelity, methods, lambda_min, extreme, quadrants, maps, normalizers, lora (these six" \
       "also as countdown_lambda_min and so on), prediction, control or control_others" >&2; return 1 ;;
   esac
 }
@@ -241,7 +243,7 @@ for part in $parts; do
   echo "$part"
   options=()
   case $part in
-    collapse | field | sweep | sign | classes) options=(--baseline countdown_grpo) ;;
+    collapse | field | sweep | sign | classes | unlikely) options=(--baseline countdown_grpo) ;;
     trainability) options=(--baseline second_grpo --reach -0.2) ;; # 40 % right
     chosen) options=(--baseline "$(grep -xE 'countdown_grpo(_lr.*)?' "$OUTPUT_DIR/chosen.txt")") ;;
     continued | stable) options=(--baseline "${part}_grpo") ;;

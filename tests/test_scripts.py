@@ -719,12 +719,12 @@ def test_every_run_of_the_study_passes_the_checks(command, root, tmp_path, monke
     """Of all parts that `members` tells apart."""
     cases = (root / "run/study.sh").read_text().partition("members() {")[2].partition("esac")[0]
     parts = [part for names in re.findall(r"^    ([\w |\\\n]+)\)", cases, re.M) for part in re.findall(r"\w+", names)]
-    assert len(parts) == len(set(parts)) == 27 and {"sweep", "countdown_lora", "control_others"} < set(parts)
+    assert len(parts) == len(set(parts)) == 28 and {"sweep", "countdown_lora", "control_others"} < set(parts)
     (tmp_path / "chosen.txt").write_text("countdown_grpo\n")
     listed = command("bash", root / "run/study.sh", "--list", PARTS=" ".join(parts), OUTPUT_DIR=tmp_path)
     assert listed.returncode == 0 and listed.stderr == ""
     runs = dict(line.split(": ") for line in listed.stdout.splitlines())
-    assert len(runs) == len(listed.stdout.splitlines()) == 264
+    assert len(runs) == len(listed.stdout.splitlines()) == 267
     (tmp_path / "reward_model").mkdir()
     (tmp_path / "reward_model/config.json").touch()
     monkeypatch.setenv("TASK_DIR", str(tmp_path))
