@@ -93,8 +93,7 @@ class HeadInfluenceEngine(InfluenceEngine):
             _temperatures(data, valid).to(device),
         )
         head = self._head_weight()
-        weight, index = whole(head.detach()).float(), [id(p) for p in self.trained()].index(id(head))
-        step, state = self.adam_steps()[index], self.optimizer.state.get(head, {})
+        weight, step, state = whole(head.detach()).float(), self.adam_step(), self.optimizer.state.get(head, {})
         if self.head_direction is None or self.mini_batches_since_scheduler_step % refresh == 0:
             entropy_gradient, loss_gradient = self._head_gradients(
                 tokens, weight, int(self.sum_over_ranks(valid.sum()))

@@ -100,7 +100,7 @@ class InfluenceEngine(TokenStatistics):
             self.direction, present = self._find_direction(data, loss_function)
         self.mini_batches_since_scheduler_step += 1
         config = loss_function.keywords["config"]  # type: ignore[attr-defined]
-        steps = self.adam_steps()
+        step = self.adam_step()
         above, below = self._statistics_at(data, self.direction)
         if present is None:
             present = {name: (above[name] + below[name]) / 2 for name in above}
@@ -108,11 +108,11 @@ class InfluenceEngine(TokenStatistics):
         factors = token_factors(inputs, clip_ratios(config)) * self.loss_shares(data, config, inputs)
         contributions = token_contributions(
             above["log_probs"], below["log_probs"], 2 * self.direction.distance, factors,
-            steps[0].gradient_scale * self.direction.clip_factor,
+            step.gradient_scale * self.direction.clip_factor,
         )  # fmt: skip
         momentum = self._sum(
             -step.momentum_scale * (moment * part).sum()
-            for step, moment, part in zip(steps, self._moments("exp_avg"), self.direction.parts, strict=True)
+            for moment, part in zip(self._moments("exp_avg"), self.direction.parts, strict=True)
             if moment is not None
         )
         entropy = self.mean_over_tokens(present["entropy"][inputs.response_mask])
@@ -123,24 +123,24 @@ class InfluenceEngine(TokenStatistics):
         limit = self.optimizer_config.clip_grad
         entropy_gradients, _, outputs = self._gradients(data, _mean_entropy)
         loss_gradients, norm, _ = self._gradients(data, loss_function, limit)
-        steps = self.adam_steps()
+        step = self.adam_step()
         parts = [
             step.precondition(entropy, loss, second)
-            for step, entropy, loss, second in zip(
-                steps, entropy_gradients, loss_gradients, self._moments("exp_avg_sq"), strict=True
+            for entropy, loss, second in zip(
+                entropy_gradients, loss_gradients, self._moments("exp_avg_sq"), strict=True
             )
         ]
         decay_change = self._sum(
             -step.lr * step.decay * (gradient * _local(parameter)).sum()
-            for step, gradient, parameter in zip(steps, entropy_gradients, self.trained(), strict=True)
+            for gradient, parameter in zip(entropy_gradients, self.trained(), strict=True)
         )
         slope = self._sum((gradient * part).sum() for gradient, part in zip(entropy_gradients, parts, strict=True))
         longest = self._norm([_local(p) for p in self.trained()]) / max(self._norm(parts), TINY)
         present = response_statistics(outputs, data)
         mask = data["response_mask"].cpu().to_padded_tensor(0).bool()
         entropy = self.mean_over_tokens(present["entropy"][mask])
-        step = ENTROPY_STEP if self._autocast_dtype == torch.float32 else BF16_ENTROPY_STEP
-        distance = min(max(step * entropy, TINY) / max(slope, TINY), LONGEST_STEP * longest)
+        fraction = ENTROPY_STEP if self._autocast_dtype == torch.float32 else BF16_ENTROPY_STEP
+        distance = min(max(fraction * entropy, TINY) / max(slope, TINY), LONGEST_STEP * longest)
         return Direction(parts, distance, min(1.0, limit / (norm + 1e-6)), decay_change), present
 
     def _gradients(
@@ -221,22 +221,18 @@ class InfluenceEngine(TokenStatistics):
         return torch.autograd.grad(mean, losses)[0]
 
     def trained(self) -> list[torch.nn.Parameter]:
-        """The trained parameters, in the order of the optimizer's groups."""
-        return [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
+        """The trained parameters, which are one group of the optimizer."""
+        (group,) = self.optimizer.param_groups
+        return [p for p in group["params"] if p.requires_grad]
 
     def updates(self) -> int:
         """The number of the optimizer's updates so far."""
         return int(max((float(state["step"]) for state in self.optimizer.state.values()), default=0.0))
 
-    def adam_steps(self) -> list[AdamStep]:
-        """The next step of each trained parameter."""
-        number = self.updates() + 1
-        return [
-            AdamStep.from_group(group, number)
-            for group in self.optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.requires_grad
-        ]
+    def adam_step(self) -> AdamStep:
+        """The optimizer's next step."""
+        (group,) = self.optimizer.param_groups
+        return AdamStep.from_group(group, self.updates() + 1)
 
     def _moments(self, name: str) -> list[Tensor | None]:
         """This rank's part of a moment of each trained parameter; None before the first step."""
