@@ -321,6 +321,8 @@ def test_a_run_that_was_not_validated_after_its_start_has_no_figures_of_its_end(
     assert run_figures(Run("a", None, {0: validation}))["final"] == 0.2
     ended = run_figures(Run("a", None, {0: validation} | steps | {9: validation | {"actor/entropy": None}}))
     assert ended["pass@8"] == 0.4 and ended["distinct right"] == 1.5 and math.isnan(ended["last ten"])
+    lost = run_figures(Run("a", None, {0: validation} | steps | {5: validation, 9: dict.fromkeys(validation)}))
+    assert "pass@8" not in lost and math.isnan(lost["distinct right"]) and math.isnan(lost["final"])
 
 
 def test_an_evaluation_is_no_part_of_a_runs_metrics(tmp_path):
