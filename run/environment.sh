@@ -13,5 +13,5 @@ mkdir -p "$OUTPUT_DIR" 2>/dev/null && [ -w "$OUTPUT_DIR" ] ||
   { echo "$launcher: OUTPUT_DIR=$OUTPUT_DIR: expected a folder to write to" >&2; exit 1; }
 # Not the module, which is also found where this runs in the repository's root.
 "$PYTHON" -c 'import sys; from importlib.metadata import entry_points as found
-sys.exit(not any(one.name == "steer" for one in found(group="verl.plugins")))' ||
+sys.exit(not any(one.name == "steer" for one in found(group="verl.plugins")))' 2>/dev/null ||
   { echo "$launcher: $PYTHON has no verl_steer: run \`bash run/setup.sh\` or set PYTHON" >&2; exit 1; }

@@ -8,9 +8,10 @@ Reads what run/eval.sh writes into the folder: `settings.json`, `BENCHMARK.parqu
 for and the file lacks are counted as lost; the metrics are of the others. Responses to the same prompt with the same
 ground truth are samples of one problem; k is their number in most problems. mean@k is the mean of `acc`. A response is
 right if its `acc` is 1: maj@k is the share of problems whose most frequent answer `pred` is right (the first of
-several; a response without an answer has no vote, a problem without any answer is wrong; none where no response has
-one, as with programs), pass@k that of problems with a right response among k. Intervals are 95 %, over problems:
-Wilson's where each problem has 0 or 1, else by bootstrap.
+several; right answers count as one however they are written, wrong ones apart; a response without an answer has no
+vote, a problem without any answer is wrong; none where no response has one, as with programs), pass@k that of problems
+with a right response among k. Intervals are 95 %, over problems: Wilson's where each problem has 0 or 1, else by
+bootstrap.
 
 `results.json` and `responses.parquet` keep the benchmarks of earlier calls; the average in the file is over all of
 them, the printed one over those of `--only`.
@@ -143,6 +144,11 @@ def averages_of(results: dict[str, dict[str, Any]]) -> dict[str, float]:
     return {name: fmean(values) for name, values in found.items() if values}
 
 
+def _kind(value: Any) -> type:
+    """The type of a value; a list that was read from a table is an array."""
+    return list if isinstance(value, np.ndarray) else type(value)
+
+
 def write(folder: Path, results: dict[str, dict[str, Any]], responses: pd.DataFrame) -> None:
     """Write both files, with the benchmarks of earlier calls that are not among these."""
     file, table_file = folder / "results.json", folder / "responses.parquet"
@@ -152,7 +158,7 @@ def write(folder: Path, results: dict[str, dict[str, Any]], responses: pd.DataFr
         responses = pd.concat([earlier[~earlier["benchmark"].isin(responses["benchmark"].unique())], responses])
     parts = [path.with_name(f".{path.name}") for path in (table_file, file)]
     for name, column in responses.items():  # of benchmarks whose reward functions return other kinds of values
-        if column.dropna().map(type).nunique() > 1:
+        if column.dropna().map(_kind).nunique() > 1:
             responses[name] = column.map(str, na_action="ignore")
     responses.reset_index(drop=True).to_parquet(parts[0])
     parts[1].write_text(json.dumps({"benchmarks": results, "average": averages_of(results)}, indent=2) + "\n")

@@ -791,10 +791,10 @@ def test_what_can_be_served_passes(tmp_path):
         ),
         ({"rollout": {"full_determinism": True, "seed": None}}, "rollout.seed=None: expected an integer of at least 0"),
         ({"rollout": {"full_determinism": True, "seed": -1}}, "rollout.seed=-1: expected an integer of at least 0"),
-        ({"rollout_timeout": 0}, "trainer.rollout_timeout=0: expected a number above 0"),
+        ({"rollout_timeout": 0}, "trainer.rollout_timeout=0: expected seconds, more than 0, or null"),
         ({"rollout_timeout": -1.5}, "trainer.rollout_timeout=-1.5: expected"),
         ({"rollout_timeout": True}, "trainer.rollout_timeout=True: expected"),
-        ({"rollout_timeout": "1h"}, "trainer.rollout_timeout='1h': expected"),
+        ({"rollout_timeout": "1h"}, "trainer.rollout_timeout=1h: expected"),
         ({"rollout_timeout": float("nan")}, "trainer.rollout_timeout=nan: expected"),
     ],
 )

@@ -446,6 +446,22 @@ HEAD = ("entropy_change_estimator=influence", "token_weight_map=target", "influe
             "actor.fsdp_config.dtype=float16: expected actor.fsdp_config.mixed_precision in its place",
         ),
         (
+            ["actor_rollout_ref.ref.fsdp_config.dtype=float16"],
+            "ref.fsdp_config.dtype=float16: expected ref.fsdp_config.mixed_precision in its place",
+        ),
+        (
+            ["actor_rollout_ref.ref.fsdp_config.model_dtype=bf17"],
+            "ref.fsdp_config.model_dtype=bf17: expected one of 16, fp16, ",
+        ),
+        (
+            [f"{ACTOR}.optim.optimizer_impl=torch.optimm"],
+            "actor.optim.optimizer_impl=torch.optimm: expected a module that is installed",
+        ),
+        (
+            ["+reward.reward_kwargs.overlong_buffer_cfg.enable=true", "reward.reward_manager.name=dapo"],
+            "reward.reward_kwargs.max_resp_len=None: expected a finite number above 0",
+        ),
+        (
             [f"{ACTOR}.optim.optimizer_impl=bitsandbites.optim"],
             "actor.optim.optimizer_impl=bitsandbites.optim: expected a module that is installed",
         ),

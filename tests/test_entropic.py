@@ -73,6 +73,9 @@ def test_the_number_of_another_loss_is_left(tmp_path, caplog):
     controller.load(tmp_path)
     assert controller.value == 0.0
     assert f"{tmp_path / STATE_FILE} is of loss_mode=adaptive_entropy: with entropic it starts" in caplog.text
+    (tmp_path / STATE_FILE).write_text("0.3")  # as an earlier version wrote it
+    controller.load(tmp_path)
+    assert controller.value == 0.3
 
 
 def test_an_entropy_that_is_not_finite_stays_without_effect():

@@ -145,11 +145,19 @@ def report(audited_run, tmp_path_factory):
     return write_report([audited_run], tmp_path_factory.mktemp("report"), ReportOptions())
 
 
+def test_the_page_of_a_run_whose_estimates_were_constant_has_no_correlations(tmp_path):
+    """As where no token of an audited step has an advantage."""
+    constant = {"entropy_audit/released/mse": 0.25, "entropy_audit/tokens": 5.0}
+    runs = [Run("run", tmp_path, {step: data | constant for step, data in steer_metrics()})]
+    page = write_report(runs, tmp_path / "report", ReportOptions()).read_text()
+    assert re.search(r"released.*?<td>0\.250</td>\s*<td>–</td>\s*<td>–</td>", page, re.S)
+
+
 def test_the_page_says_which_runs_end_before_others(tmp_path):
     runs = [Run(name, tmp_path, dict(steer_metrics(steps))) for name, steps in (("long", 6), ("short", 4))]
     page = write_report(runs, tmp_path / "report", ReportOptions()).read_text()
     longest, least = (runs[index].last_step for index in (0, 1))
-    assert f"<p>the longest run has {longest} steps; short, ends at step {least}</p>" in page
+    assert f"<p>the longest run has {longest} steps; short ends at step {least}</p>" in page
 
 
 @pytest.fixture(scope="module")
@@ -200,16 +208,18 @@ def test_only_finite_numbers_are_values():
     assert Run("a", None, {step: {"a": value} for step, value in enumerate(values)}).series("a") == {0: 1, 6: 0.5}
 
 
-#: Names of a run's files by the steps that its starts went on from.
+#: Names of a run's files by the steps that its starts went on from, as they are and as they were.
 COUNTED = {0: "metrics.jsonl", 40: "metrics_from_40_start_2.jsonl", 80: "metrics_from_80_start_3.jsonl"}
+UNCOUNTED = {0: "metrics.jsonl", 40: "metrics_from_40.jsonl", 80: "metrics_from_80.jsonl"}
 
 
+@pytest.mark.parametrize("names", [COUNTED, UNCOUNTED])
 @pytest.mark.parametrize("order", list(permutations((0, 40, 80))))
-def test_a_copy_of_a_run_that_was_resumed_twice_is_whole_whatever_its_times(tmp_path, order):
+def test_a_copy_of_a_run_that_was_resumed_twice_is_whole_whatever_its_times(tmp_path, names, order):
     """A copy gives the files times in the order that it reads the folder; steps to 50, 41 to 105 and 81 to 120."""
     for when, start in enumerate(order):
         steps = range(start + 1, {0: 50, 40: 105, 80: 120}[start] + 1)
-        write_metrics(tmp_path, [(step, {"a": 1000 * start + step}) for step in steps], COUNTED[start], when=when)
+        write_metrics(tmp_path, [(step, {"a": 1000 * start + step}) for step in steps], names[start], when=when)
     expected = {step: 1000 * (0 if step <= 40 else 40 if step <= 80 else 80) + step for step in range(1, 121)}
     assert read_run(tmp_path).series("a") == expected
 
@@ -228,7 +238,7 @@ def test_each_start_of_a_run_has_a_metrics_file_of_its_own(tmp_path):
 
 def test_the_first_metrics_file_is_called_as_ever(tmp_path):
     assert next_file(tmp_path, 0).name == "metrics.jsonl"
-    write_metrics(tmp_path, [(1, {})], "metrics.jsonl")
+    write_metrics(tmp_path, [(1, {})], "metrics_from_40.jsonl")
     assert next_file(tmp_path, 40).name == "metrics_from_40_start_2.jsonl"
 
 

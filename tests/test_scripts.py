@@ -203,8 +203,8 @@ def test_comparison_says_of_how_many_seeds_a_figure_is_and_that_data_differ(prog
     write_run(tmp_path / "seed1/steer", [1.0, 0.5], [0.1, 0.3], **{"val-core/b/acc/mean@1": 0.5})
     result = program("compare_runs.py", *sorted(tmp_path.glob("*/*")), "--out", tmp_path / "p.png")
     assert printed_rows(result)[0][6] == "0.750 (1 of 2)", result.stdout
-    assert "the entropy is no number at the end of grpo, seed 2\n" in result.stdout
-    different = "different data, so they cannot be compared: a: grpo, seed 1, grpo, seed 2; a, b: steer, seed 1\n"
+    assert "the entropy is no number at the end of grpo (seed 2)\n" in result.stdout
+    different = "different data, so they cannot be compared: a: grpo (seed 1), grpo (seed 2); a and b: steer (seed 1)\n"
     assert different in result.stdout
 
 
@@ -215,7 +215,7 @@ def test_comparison_names_shorter_runs_and_methods_that_it_does_not_compare(prog
     out = ("--out", tmp_path / "p.png", "--markdown", tmp_path / "t.md", "--baseline", "grpo")
     result = program("compare_runs.py", *sorted(tmp_path.glob("*/*")), *out)
     notes = [
-        "the longest run has 2 steps; two, seed 3, ends at step 1",
+        "the longest run has 2 steps; two (seed 3) ends at step 1",
         "two is not compared with grpo: expected at least 2 seeds in common, found 1",
     ]
     assert [line for line in result.stdout.splitlines() if "│" not in line][-3:-1] == notes
@@ -972,12 +972,14 @@ def test_rewards_that_are_no_grades(program, tmp_path):
 
 
 def test_reward_functions_may_differ_in_what_they_return_beside_the_grade(program, tmp_path):
+    """Another call reads the first one's lists as arrays."""
     for name, feedback in (("words", "well done"), ("numbers", 0.5)):
         write_responses(tmp_path, name, [("p", True, "1")])
         lines = tmp_path / name / "0.jsonl"
-        lines.write_text(json.dumps(json.loads(lines.read_text()) | {"feedback": feedback}) + "\n")
-    summarized(program, tmp_path, "words", "numbers")
-    assert pd.read_parquet(tmp_path / "responses.parquet")["feedback"].tolist() == ["well done", "0.5"]
+        lines.write_text(json.dumps(json.loads(lines.read_text()) | {"feedback": feedback, "tests": [1, 2]}) + "\n")
+        summarized(program, tmp_path, name)
+    found = pd.read_parquet(tmp_path / "responses.parquet")
+    assert found["feedback"].tolist() == ["well done", "0.5"] and [list(one) for one in found["tests"]] == [[1, 2]] * 2
 
 
 def test_programs_have_no_majority(program, tmp_path):

@@ -25,8 +25,8 @@ _UNICODE_TO_LATEX: dict[int, int | str] = {
 }
 
 _UNIT_WORDS = (
-    r"degrees?|radians?|(?:square|cubic|sq\.?) *\w+|units?|millimet(?:er|re)s?|centimet(?:er|re)s?|kilomet(?:er|re)s?"
-    r"|met(?:er|re)s?|mm|cm|km|inch(?:es)?|foot|feet|ft|yards?|miles?|mph|km/h|m/s|milliseconds?|seconds?|secs?"
+    r"deg(?:rees?)?|radians?|(?:square|cubic|sq\.?) *\w+|units?|millimet(?:er|re)s?|centimet(?:er|re)s?"
+    r"|kilomet(?:er|re)s?|met(?:er|re)s?|mm|cm|km|inch(?:es)?|foot|feet|ft|yards?|miles?|mph|km/h|m/s|milliseconds?|seconds?|secs?"
     r"|minutes?|mins?|hours?|hrs?|days?|weeks?|months?|years?|milligrams?|kilograms?|grams?|mg|kg|pounds?|lbs?|ounces?"
     r"|oz|lit(?:er|re)s?|milliliters?|ml|gallons?|dollars?|cents?|euros?|percent|people|students?|points?|ways?|times"
 )
@@ -34,8 +34,10 @@ _UNIT_WORDS = (
 MAGNITUDES = r"(?i:\b(?<!nearest )(?:(?:hundred|thousand|million|billion|trillion|dozen)(?:ths?|s)?|tenths?)\b)"
 _TOKEN = r"(\\[a-zA-Z]+|[^{}\\])"
 
-# A word after a quantity that is its unit.
-_UNIT_WORD: Rule = (rf"(?<=[\d)}}\s])(?<=[\d)}}]) *(?:{_UNIT_WORDS})(?: *\^ *\{{?[23]\}}?)?\.?$", "")
+_UNIT_AT_END = rf"(?:{_UNIT_WORDS})(?: *\^ *\{{?[23]\}}?)?\.?$"
+
+# A letter, or a command that may name something that has a value.
+_NAME = r"(?:[a-zA-Z]|\\(?!(?:[gl]eq?|neq?|pm|mp|pi|infty|[lc]?dots|approx|in)(?![a-zA-Z]))[a-zA-Z]+)"
 
 # A space has no meaning beside anything but a digit, nor after a digit that is the whole argument of a command.
 _IDLE_SPACES = r"(?<!\d)\s+|\s+(?!\d)"
@@ -52,11 +54,11 @@ _NORMALIZING: list[Rule] = [
     (r"[, ]*(?:\\(?:text|mbox|textrm|mathrm)\{ *(?:and|or) *\}|\b(?:and|or)\b)[, ]*", ","),
     # Text after a quantity is its unit.
     (
-        rf"(?<=[^\s{{(,=+\-])\s*\\(?:text|mbox|hbox|textrm|mathrm)\{{(?![^{{}}]*{MAGNITUDES})[^{{}}]*\}}"
+        rf"(?<=[^\s{{(,=+\-])\s*\\(?:text(?:bf|it|rm)?|mbox|hbox|mathrm)\{{(?![^{{}}]*{MAGNITUDES})[^{{}}]*\}}"
         r"(?:\^ *\{?[23]\}?)? *\.?$",
         "",
     ),
-    _UNIT_WORD,
+    (r"(?<=[\d)}\s])(?<=[\d)}]) *" + _UNIT_AT_END, ""),
     (r"\\(?:text|mbox|hbox|textrm|textbf|textit|mathrm|mathbf|mathit|operatorname)\*?\{([^{}]*)\}", r"\1"),
     (r"(?<![ .,;:])[ .,;:]+$", ""),
     # From here on the only spaces are those between digits.
@@ -74,7 +76,7 @@ _NORMALIZING: list[Rule] = [
     (r"\\frac\{-([\w.]+)\}", r"-\\frac{\1}"),
     (r"([\^_])\{(\w)\}", r"\1\2"),
     # A name before the value, as in `x=5`, `f(x)=2x`, `\lambda_{\max}=5` or `x\in[1,2]`, when nothing else is equated.
-    (r"^(?:[a-zA-Z]|\\[a-zA-Z]+)(?:_\w|_\{[^{}=]*\}|\([a-zA-Z]\))?(?:=(?=[^=]+$)|\\in(?=[\[({\\]))", ""),
+    ("^" + _NAME + r"(?:_\w|_\{[^{}=]*\}|\([a-zA-Z]\))?(?:=(?=[^=]+$)|\\in(?=[\[({\\]))", ""),
     (r"(?<![\w.])\.(?=\d)", "0."),
     (r"(\.\d*?)0+(?!\d)", r"\1"),
     (r"(?<=\d)\.(?!\d)", ""),
@@ -180,8 +182,9 @@ def expand_scientific(answer: str) -> str:
 
 
 def without_unit_word(answer: str) -> str:
-    """The answer without a word at its end that is a unit: `5 cm` becomes `5`; `6m` may be a product and stays."""
-    return _apply([_UNIT_WORD], answer)
+    r"""The answer without a unit at its end: of `5cm`, `5 m` and `2\pi cm` stay `5`, `5` and `2\pi`; of `6m` all."""
+    answer = re.sub(r"(?<=\d)(?: |\\[,;:])+[mgshLNJWVAK]$", "", answer)
+    return re.sub(r"(?:(?<=[\d)}\]]) *|(?<=[\w)}\]]) +)" + _UNIT_AT_END, "", answer)
 
 
 def normalize(answer: str) -> str:

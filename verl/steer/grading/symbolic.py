@@ -86,7 +86,7 @@ def _with_cases_apart(*texts: str) -> list[str]:
 def _as_fraction(percentage: re.Match) -> str:
     """The fraction of a percentage, without decimals, which math-verify does not compare with fractions."""
     before, point, decimals = percentage[1].partition(".")
-    exact = point and (before + decimals).isdecimal()
+    exact = point and (before.lstrip("+-") + decimals).isdecimal()
     return (
         rf"\frac{{{before + decimals}}}{{{10 ** (2 + len(decimals))}}}"
         if exact

@@ -64,7 +64,7 @@ def raise_fence() -> None:
 # math-verify leaves out units, and takes letters at the end for some: those of `6m` and of `\frac12 ab`.
 _WITH_UNITS = LatexExtractionConfig()
 _WITHOUT_UNITS = replace(_WITH_UNITS, normalization_config=replace(_WITH_UNITS.normalization_config, units=False))
-_UPRIGHT = re.compile(r"\\(?:text|mbox|hbox|textrm|mathrm)\{")
+_UPRIGHT = re.compile(r"\\(?:text(?:bf|it|rm)?|mbox|hbox|mathrm)\{")
 
 
 def _parse(latex: str) -> list:

@@ -52,6 +52,8 @@ class StepState(ABC):
         if not file.is_file():
             return
         saved = json.loads(file.read_text())
+        if not isinstance(saved, dict):  # of an earlier version, which named no loss
+            saved = {"loss_mode": self.loss_mode, "value": saved}
         if saved["loss_mode"] == self.loss_mode:
             self.value = saved["value"]
         else:

@@ -134,7 +134,9 @@ def score_rows(groups: figures.Groups) -> Iterator[dict[str, Any]]:
                 key[len("entropy_audit/") : -len("/mse")],
                 f"logged, mean of {logged[key].count()} steps",
             )
-            means = {score: logged[key.removesuffix("mse") + score].mean() for score in ("mse", "pearson", "spearman")}
+            # Without correlations where the estimate is constant.
+            scores = logged.reindex(columns=[key.removesuffix("mse") + kind for kind in ("mse", "pearson", "spearman")])
+            means = dict(zip(("mse", "pearson", "spearman"), scores.mean(), strict=True))
             yield {"method": name, "estimator": estimator, "source": source, "sign": None, **means}
         if name in audits:
             for estimator, scores in figures.estimator_scores(audits[name]).iterrows():

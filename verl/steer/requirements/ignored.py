@@ -41,11 +41,13 @@ def check_ignored(config: DictConfig) -> None:
             f"actor.clip_ratio={actor.clip_ratio}: expected clip_ratio_low and clip_ratio_high in its place, which are "
             f"{actor.clip_ratio_low} and {actor.clip_ratio_high}"
         )
-    if config.model_engine == "dp" and actor.fsdp_config.dtype != "bfloat16":
-        raise ValueError(
-            f"actor.fsdp_config.dtype={actor.fsdp_config.dtype}: expected actor.fsdp_config.mixed_precision in its "
-            "place, with param_dtype, reduce_dtype and buffer_dtype"
-        )
+    for section in ("actor", "ref") if config.model_engine == "dp" else ():
+        name = OmegaConf.select(config, f"actor_rollout_ref.{section}.fsdp_config.dtype", default="bfloat16")
+        if name != "bfloat16":
+            raise ValueError(
+                f"{section}.fsdp_config.dtype={name}: expected {section}.fsdp_config.mixed_precision in its place, "
+                "with param_dtype, reduce_dtype and buffer_dtype"
+            )
     sampling = rollout.val_kwargs
     if not sampling.do_sample and sampling.temperature != 0:
         raise ValueError(

@@ -17,7 +17,7 @@ BOUNDS = "algorithm.rollout_correction.rollout_is_threshold"
 #: Texts that are booleans or numbers without the quotes.
 UNQUOTED = re.compile(r"true|false|[-+]?[.\d]+(e[-+]?\d+)?", re.IGNORECASE)
 
-#: Sections that verl reads in any case.
+#: Sections that verl or this fork reads in any case.
 NEEDED = (
     *(f"actor_rollout_ref.actor.{name}" for name in ("policy_loss", "checkpoint", "optim")),
     *("actor_rollout_ref.model.override_config", "actor_rollout_ref.rollout.agent"),

@@ -14,7 +14,7 @@ from verl.steer.data_files import column_values
 from verl.steer.grading import sandbox
 from verl.steer.grading.code import TRAINING_SOURCES, CodeOptions, is_code
 from verl.steer.grading.score import is_own_source
-from verl.steer.options import from_config
+from verl.steer.options import Option, from_config
 from verl.utils.reward_score import default_compute_score
 
 #: The reward function of this fork.
@@ -24,6 +24,10 @@ LEARNED = "pkg://verl.steer.grading.learned"
 
 #: Values of `algorithm.filter_groups.metric`: a response's reward, and numbers that this fork's graders return.
 FILTER_METRICS = ("reward", "score", "acc")
+
+
+#: The section of the penalty for long responses.
+PENALTY = "overlong_buffer_cfg"
 
 
 def check_reward_manager(config: DictConfig) -> None:
@@ -41,11 +45,14 @@ def check_reward_manager(config: DictConfig) -> None:
     if manager.name not in REWARD_MANAGER:
         known = ", ".join(sorted(REWARD_MANAGER))
         raise ValueError(f"reward.reward_manager.name={manager.name}: expected one of {known}")
-    if OmegaConf.select(reward, "reward_kwargs.overlong_buffer_cfg.enable") and manager.name != "dapo":
-        raise ValueError(
-            f"reward.reward_manager.name={manager.name}: expected dapo with "
-            "reward.reward_kwargs.overlong_buffer_cfg.enable=true, which it alone reads"
-        )
+    if OmegaConf.select(reward, f"reward_kwargs.{PENALTY}.enable"):
+        if manager.name != "dapo":
+            raise ValueError(
+                f"reward.reward_manager.name={manager.name}: expected dapo with reward.reward_kwargs.{PENALTY}."
+                "enable=true, which it alone reads"
+            )
+        for key in ("max_resp_len", f"{PENALTY}.len", f"{PENALTY}.penalty_factor"):
+            Option(1, above=0.0).check(f"reward.reward_kwargs.{key}", OmegaConf.select(reward.reward_kwargs, key))
     by_this_fork = reward.custom_reward_function.path in (GRADING, LEARNED)
     if groups and groups.enable and by_this_fork and groups.metric not in FILTER_METRICS:
         raise ValueError(

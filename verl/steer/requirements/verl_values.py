@@ -114,9 +114,10 @@ def check_verl_values(config: DictConfig) -> None:
     if config.model_engine == "dp":
         names.append(("actor.optim.lr_scheduler_type", actor.optim.lr_scheduler_type, ("constant", "cosine")))
         names += [
-            (f"actor.fsdp_config.{key}", str(name), TYPES)
+            (f"{section}.fsdp_config.{key}", str(name), TYPES)
+            for section in ("actor", "ref")
             for key in ("model_dtype", *(f"mixed_precision.{kind}_dtype" for kind in ("param", "reduce", "buffer")))
-            if (name := OmegaConf.select(actor.fsdp_config, key)) is not None
+            if (name := OmegaConf.select(config, f"actor_rollout_ref.{section}.fsdp_config.{key}")) is not None
         ]
     if correction := algorithm.get("rollout_correction"):
         criteria = str(correction.rollout_rs).split(",") if correction.rollout_rs else ()
@@ -173,7 +174,7 @@ def _check_adapter(model: DictConfig) -> None:
 def _check_optimizer(optim: DictConfig) -> None:
     """verl looks its class up in a worker, and gives betas to the kinds of Adam."""
     name, module = str(optim.optimizer), str(optim.optimizer_impl)
-    if find_spec(module.partition(".")[0]) is None:
+    if not _is_installed(module):
         raise ValueError(f"actor.optim.optimizer_impl={module}: expected a module that is installed")
     known = [one for one, found in vars(torch.optim).items() if isinstance(found, type) and one != "Optimizer"]
     if module == torch.optim.__name__ and name not in known:
@@ -184,6 +185,13 @@ def _check_optimizer(optim: DictConfig) -> None:
             raise ValueError(f"actor.optim.betas={optim.betas}: expected two numbers")
         for i, beta in enumerate(optim.betas):
             BETA.check(f"actor.optim.betas[{i}]", beta)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of the package in which it would be
+        return False
 
 
 def _check_lengths(config: DictConfig) -> None:

@@ -15,9 +15,6 @@ BATCHED_MANAGER = "verl.steer.rollout.batched_manager.BatchedAgentLoopManager"
 #: Default of `trainer.rollout_timeout`, in seconds: more than a chunk of long responses takes.
 ROLLOUT_TIMEOUT = 3600.0
 
-#: Its range; null: no limit.
-TIMEOUT = Option(above=0.0, at_most=math.inf)
-
 #: Column of a batch of prompts with a temperature for each, which only the batched manager reads.
 TEMPERATURE = "__temperature__"
 
@@ -47,7 +44,9 @@ def check_rollouts(config: DictConfig) -> None:
     Raises:
         ValueError: if not.
     """
-    TIMEOUT.check("trainer.rollout_timeout", config.trainer.get("rollout_timeout"))
+    timeout = config.trainer.get("rollout_timeout")
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0):
+        raise ValueError(f"trainer.rollout_timeout={timeout}: expected seconds, more than 0, or null for no limit")
     if not is_batched(config):
         return
     rollout = config.actor_rollout_ref.rollout
