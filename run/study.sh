@@ -118,8 +118,8 @@ members() {
     control) echo grpo_1e-4 influence_{0.35,0.27,0.2,steps} {pi_released,pi_exact,adaptive}_0.27 ;;
     control_others) echo {pi_released,pi_exact,adaptive}_{0.35,0.2} ;;
     *) echo "study.sh: PARTS names $1; expected collapse, field, sweep, chosen, sign, classes, unlikely, trainability," \
-      "continued, stable, learned_reward, fidelity, methods, lambda_min, extreme, quadrants, maps, normalizers, lora (these six" \
-      "also as countdown_lambda_min and so on), prediction, control or control_others" >&2; return 1 ;;
+      "continued, stable, learned_reward, fidelity, methods, lambda_min, extreme, quadrants, maps, normalizers, lora" \
+      "(these six also as countdown_lambda_min and so on), prediction, control or control_others" >&2; return 1 ;;
   esac
 }
 

@@ -25,7 +25,6 @@ LEARNED = "pkg://verl.steer.grading.learned"
 #: Values of `algorithm.filter_groups.metric`: a response's reward, and numbers that this fork's graders return.
 FILTER_METRICS = ("reward", "score", "acc")
 
-
 #: The section of the penalty for long responses.
 PENALTY = "overlong_buffer_cfg"
 
