@@ -21,7 +21,6 @@ from verl.utils.reward_score import default_compute_score
 GRADING = "pkg://verl.steer.grading.score"
 LEARNED = "pkg://verl.steer.grading.learned"
 
-
 #: Values of `algorithm.filter_groups.metric`: a response's reward, and numbers that this fork's graders return.
 FILTER_METRICS = ("reward", "score", "acc")
 
