@@ -20,7 +20,7 @@ AUDIT = "trainer.entropy_audit"
             [f"{ACTOR}.optim.optimizer=SGD"],
             "actor.optim.optimizer=SGD: expected AdamW with entropy_change",
         ),
-        ("influence_band", [f"{ACTOR}.optim.optimizer_impl=bitsandbytes.optim"], "expected torch.optim with"),
+        ("influence_band", [f"{ACTOR}.optim.optimizer_impl=torch.optim.adamw"], "expected torch.optim with"),
         ("influence_band", [f"+{ACTOR}.optim.override_optimizer_config.amsgrad=true"], "amsgrad=True: expected false"),
         ("influence_target", [f"{ACTOR}.fsdp_config.model_dtype=bf16"], "model_dtype=bf16: expected fp32 or float32"),
         (
