@@ -264,6 +264,7 @@ TABLE = [
     (r"\frac{10}{2}", "5 m", False, True),
     (r"\frac{10}{2}", r"5\, m", False, True),
     ("6m", "6 m", True, True),
+    ("3", "1+2 m", False, False),
     (r"12\pi", r"12\pi cm", False, True),
     ("2n", "2n ways", False, True),
     ("[-2,7]", "[-2,7] cm", False, True),

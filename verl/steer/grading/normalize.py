@@ -181,9 +181,12 @@ def expand_scientific(answer: str) -> str:
     return _SCIENTIFIC.sub(lambda number: rf"{number[1]} \cdot 10^{{{int(number[2])}}}", answer)
 
 
-def without_unit_word(answer: str) -> str:
-    r"""The answer without a unit at its end: of `5cm`, `5 m` and `2\pi cm` stay `5`, `5` and `2\pi`; of `6m` all."""
-    answer = re.sub(r"(?<=\d)(?: |\\[,;:])+[mgshLNJWVAK]$", "", answer)
+def without_unit(answer: str) -> str:
+    r"""The answer without a unit at its end: `5cm`, `5 m` and `2\pi cm` become `5`, `5` and `2\pi`.
+
+    A letter beside a number or in a longer expression is rather a factor: `6m` and `1+2 m` stay as they are.
+    """
+    answer = re.sub(r"^([-+]?[\d.,]+)(?: |\\[,;:])+[mgshLNJWVAK]$", r"\1", answer)
     return re.sub(r"(?:(?<=[\d)}\]]) *|(?<=[\w)}\]]) +)" + _UNIT_AT_END, "", answer)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import NamedTuple
 
-from verl.steer.grading.normalize import MAGNITUDES, without_unit_word
+from verl.steer.grading.normalize import MAGNITUDES, without_unit
 
 MAX_LENGTH = 512  # characters of one answer
 MAX_DEPTH = 20  # nested brackets
@@ -32,6 +32,7 @@ ATTEMPTS = 2  # at a comparison that exceeded its wall time
 
 _SERVER = Path(__file__).with_name("symbolic_server.py")
 _INTEGER = re.compile(r"-?\d+")
+_DECIMAL = re.compile(r"[-+]?\d*\.\d+")
 _PERCENTAGE = re.compile(r"\A([^,%]+?) *\\?%\Z")
 # A symbol, or what contains no symbols.
 _SYMBOL = re.compile(r"\\(?:mathbb|begin|end|text|mbox|hbox|textrm|operatorname)\{[^{}]*\}|\\[a-zA-Z]+|[a-zA-Z]")
@@ -85,13 +86,11 @@ def _with_cases_apart(*texts: str) -> list[str]:
 
 def _as_fraction(percentage: re.Match) -> str:
     """The fraction of a percentage, without decimals, which math-verify does not compare with fractions."""
-    before, point, decimals = percentage[1].partition(".")
-    exact = point and (before.lstrip("+-") + decimals).isdecimal()
-    return (
-        rf"\frac{{{before + decimals}}}{{{10 ** (2 + len(decimals))}}}"
-        if exact
-        else rf"\frac{{{percentage[1]}}}{{100}}"
-    )
+    number, places = percentage[1], 2
+    if _DECIMAL.fullmatch(number):
+        before, _, decimals = number.partition(".")
+        number, places = before + decimals, 2 + len(decimals)
+    return rf"\frac{{{number}}}{{{10**places}}}"
 
 
 def _depth(text: str) -> int:
@@ -126,7 +125,7 @@ class SymbolicComparer:
         """
         if not _may_be_equal(truth, answer):
             return False
-        sides = (_PERCENTAGE.sub(_as_fraction, without_unit_word(text)) for text in (truth, answer))
+        sides = (_PERCENTAGE.sub(_as_fraction, without_unit(text)) for text in (truth, answer))
         request = (*_with_cases_apart(*sides), timeout)
         with self._lock:
             for _ in range(ATTEMPTS):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -134,4 +135,4 @@ def compares_rollouts(name: str) -> bool:
 
 def bind_estimator(name: str, batch: Mapping[str, Any]) -> None:
     """Have verl call an estimator of this fork with these fields of the batch, until the next call."""
-    ADV_ESTIMATOR_REGISTRY[name] = lambda **arguments: ESTIMATORS[name](**arguments, **batch)
+    ADV_ESTIMATOR_REGISTRY[name] = partial(ESTIMATORS[name], **batch)
