@@ -13,7 +13,7 @@ from test_batched_rollouts import PROMPTS, ROLLOUTS, prompts, run  # noqa: F401 
 from test_configuration import MANAGER, validated
 from test_interventions import advantages_of, registered_estimators  # noqa: F401 - a fixture
 from verl.steer import trainer as trainer_steer
-from verl.steer.methods.aepo import AEPOOptions
+from verl.steer.methods.aepo import AEPOOptions, Tempering
 from verl.steer.rollout.checks import TEMPERATURE
 from verl.steer.trainer import SteerTrainer
 from verl.trainer.ppo.core_algos import get_adv_estimator_fn
@@ -80,7 +80,7 @@ def test_from_submission_to_advantages(monkeypatch):
             "data": {"train_batch_size": 4},
         }
     )
-    trainer.rollouts_asked, trainer.tempered, trainer.last_entropy = {}, {}, 0.7
+    trainer.rollouts_asked, trainer.tempering, trainer.last_entropy = {}, Tempering(trainer.config), 0.7
     trainer.global_steps = trainer.total_training_steps = 1
 
     def compute(self, batch, metrics):

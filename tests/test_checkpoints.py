@@ -17,13 +17,15 @@ import torch
 from omegaconf import OmegaConf
 from test_configuration import TARGET, resolved
 from verl.steer import trainer as trainer_steer
+from verl.steer import validation
 from verl.steer.checkpoint_ledger import UNFINISHED, CheckpointLedger, step_of
 from verl.steer.methods.adaptive_entropy import AdaptiveEntropyCoefficient
 from verl.steer.methods.entropic import EntroPICCoefficient
 from verl.steer.methods.siren import EntropyAnchor
 from verl.steer.methods.step_state import STATE_FILE
 from verl.steer.step_record import STEP_RECORD, StepRecord
-from verl.steer.trainer import SteerTrainer, metrics_of_files
+from verl.steer.trainer import SteerTrainer
+from verl.steer.validation import metrics_of_files
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.utils.checkpoint.checkpoint_manager import BaseCheckpointManager, find_latest_ckpt_path
@@ -422,7 +424,7 @@ def test_an_evaluation_takes_val_max_samples_of_each_file(tmp_path, monkeypatch)
         self.agent_loop_manager.submitted[True, 0] += 7
         return {METRIC: 0.5}
 
-    monkeypatch.setattr(trainer_steer, "create_rl_dataset", dataset)
+    monkeypatch.setattr(validation, "create_rl_dataset", dataset)
     monkeypatch.setattr(PPOTrainer, "_validate", validate)
     trainer = trainer_of(tmp_path, val_only=True, validation_data_dir=str(tmp_path))
     trainer.config.data = {"val_max_samples": 7}

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
+from omegaconf import DictConfig
+from tensordict import TensorDict
 from torch import Tensor
 from verl.steer.methods.advantages import AdvantageInputs, advantage_estimator
-from verl.steer.options import AlgorithmOptions, option
+from verl.steer.options import AlgorithmOptions, from_config, option
+from verl.steer.rollout.checks import TEMPERATURE
 
 #: GRPO's advantage from which on a tempered answer counts, as in the authors' code.
 LEAST_ADVANTAGE = 0.05
@@ -44,6 +48,47 @@ class AEPOOptions(AlgorithmOptions):
         # The margin is for products such as 0.07 * 100 = 7.000000000000001.
         count = max(math.ceil(share * batch_size - 1e-6), math.floor(share * prompts + 1e-6))
         return count, self.aepo_temperature_low if too_high else self.aepo_temperature_high
+
+
+class Tempering:
+    """The prompts of a step whose answers are sampled at another temperature.
+
+    Args:
+        config: the run's; `data.train_batch_size` prompts are a step's, and the other prompts have
+            `rollout.temperature`.
+    """
+
+    def __init__(self, config: DictConfig) -> None:
+        self.options = from_config(AEPOOptions, config.algorithm)
+        self.batch_size = config.data.train_batch_size
+        self.usual = config.actor_rollout_ref.rollout.temperature
+        self.tempered: dict[str, float] = {}
+
+    def temper(self, batch: TensorDict, entropy: float | None, step_prompts: int) -> None:
+        """Have the first prompts of a batch sampled at AEPO's temperature, as many as the step still lacks.
+
+        Args:
+            batch: prompts with their `uid`; it gets the column `TEMPERATURE`.
+            entropy: the policy's, in nats, or None.
+            step_prompts: prompts that the step has asked for, with these.
+        """
+        uids = list(batch["uid"])
+        wanted, temperature = self.options.tempered(entropy, self.batch_size, step_prompts)
+        count = wanted - len(self.tempered)
+        batch[TEMPERATURE] = torch.tensor([temperature] * count + [self.usual] * (len(uids) - count))
+        self.tempered |= dict.fromkeys(uids[:count], temperature)
+
+    def end_step(self, prompts: set[str], metrics: dict[str, Any]) -> dict[str, float]:
+        """The step's tempered prompts with their temperature; the next step has none yet.
+
+        Args:
+            prompts: those of the step's batch, of which `metrics` gets the number that is tempered.
+            metrics: the step's.
+        """
+        tempered, self.tempered = self.tempered, {}
+        metrics["training/tempered_prompts"] = len(tempered.keys() & prompts)
+        metrics["training/temperature"] = max(tempered.values(), default=0.0)
+        return tempered
 
 
 @advantage_estimator("aepo")
