@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,25 @@ ENGINE_STATE = (
 )  # fmt: skip
 
 
+@dataclass
+class Measurements:
+    """What is measured of the update of a mini-batch; the tensors are (batch, response_length).
+
+    Args:
+        before: statistics before the update, by name.
+        true_change: of the entropy, in nats.
+        weights: of the loss, 0 on tokens that are not valid; None: 1 on valid ones.
+        influence: of the tokens, by the name of the way.
+        one_token: effects of single tokens, if they were measured.
+    """
+
+    before: dict[str, Tensor]
+    true_change: Tensor
+    weights: Tensor | None
+    influence: dict[str, Influence]
+    one_token: Tensor | None
+
+
 class EntropyAudit(EntropyControl):
     """verl's engine, which audits the updates of mini-batches that request it."""
 
@@ -64,14 +84,14 @@ class EntropyAudit(EntropyControl):
         before = self.token_statistics(data, with_squares=True)
         if self.audited_step != request.step:
             self.audited_step, self.audited_tokens, self.audited_updates = request.step, [], []
-        measured: dict[str, Influence] = {}
+        influence: dict[str, Influence] = {}
         effects = None
         controlled = weighs_mini_batches(config.policy_loss)
         with self.left_as_it_was():
             if request.influence and not controlled:
-                measured["influence"] = self.measure_influence(data, loss_function)
+                influence["influence"] = self.measure_influence(data, loss_function)
                 if not self.obstacles_to_head_influence():
-                    measured["influence_head"] = self.measure_head_influence(data, loss_function)
+                    influence["influence_head"] = self.measure_head_influence(data, loss_function)
             if request.one_token and not self.audited_updates:
                 update = partial(super().train_batch, loss_function=loss_function)
                 effects = one_token_effects(self, data, update, request.one_token, self.get_data_parallel_rank())
@@ -83,9 +103,9 @@ class EntropyAudit(EntropyControl):
             weights = weights.cpu().to_padded_tensor(0.0)
         if controlled and self.measured is not None:
             way = config.policy_loss.influence_way
-            measured["influence_head" if way == "head" else "influence"] = self.measured
-        true_change = after["entropy"] - before["entropy"]
-        scores = self._audit(data, config, before, true_change, weights, request, measured, effects)
+            influence["influence_head" if way == "head" else "influence"] = self.measured
+        measured = Measurements(before, after["entropy"] - before["entropy"], weights, influence, effects)
+        scores = self._audit(data, config, request, measured)
         named: dict[str, Any] = {f"entropy_audit/{name}": score for name, score in scores.items()}
         output["metrics"] |= Metric.from_dict(named, AggregationType.MEAN)
         return output
@@ -99,28 +119,9 @@ class EntropyAudit(EntropyControl):
             yield
         vars(self).update(kept)
 
-    def _audit(
-        self,
-        data: TensorDict,
-        config: Any,
-        before: dict[str, Tensor],
-        true_change: Tensor,
-        weights: Tensor | None,
-        request: AuditRequest,
-        measured: dict[str, Influence],
-        effects: Tensor | None,
-    ) -> dict[str, float]:
-        """Score the estimates of a mini-batch over all ranks, and save the update and some of this rank's tokens.
-
-        Args:
-            data, config, request: as in `train_batch`.
-            before: statistics before the update.
-            true_change: of the entropy, (batch, response_length).
-            weights: of the loss, 0 on tokens that are not valid; None: 1 on valid ones.
-            measured: influence of the tokens, by the name of the way.
-            effects: of single tokens, if they were measured.
-        """
-        inputs = self.estimate_inputs_of(data, before)
+    def _audit(self, data: TensorDict, config: Any, request: AuditRequest, measured: Measurements) -> dict[str, float]:
+        """Score the estimates of a mini-batch over all ranks, and save the update and some of this rank's tokens."""
+        inputs = self.estimate_inputs_of(data, measured.before)
         valid, group = inputs.response_mask, self.get_data_parallel_group()
         log_prob, advantages, clip = inputs.log_prob, inputs.advantages, clip_of(config)
         estimates = signed_estimates(inputs, clip)
@@ -129,19 +130,19 @@ class EntropyAudit(EntropyControl):
         tokens = {
             "token_id": data["responses"].cpu().to_padded_tensor(0),
             "prob": log_prob.exp(),
-            "entropy": before["entropy"],
+            "entropy": measured.before["entropy"],
             "advantage": advantages,
             "ratio": (log_prob - inputs.old_log_prob).exp(),
             **({"clipped": torch.stack(ppo_clipped(inputs, clip)).any(0)} if clip else {}),
             **{f"omega_{name}": estimate for name, estimate in estimates.items()},
-            "weight": valid.float() if weights is None else weights,
-            "true_change": true_change,
-            **{name: influence.contributions for name, influence in measured.items()},
-            **({} if effects is None else {"one_token": effects}),
+            "weight": valid.float() if measured.weights is None else measured.weights,
+            "true_change": measured.true_change,
+            **{name: influence.contributions for name, influence in measured.influence.items()},
+            **({} if measured.one_token is None else {"one_token": measured.one_token}),
         }
-        self._save_update(tokens, valid, estimates, measured, request)
+        self._save_update(tokens, valid, estimates, measured.influence, request)
         self._save(tokens, valid, request)
-        compared = torch.stack([true_change[valid], *(estimate[valid] for estimate in estimates.values())], 1)
+        compared = torch.stack([measured.true_change[valid], *(estimate[valid] for estimate in estimates.values())], 1)
         compared = compared[compared.isfinite().all(1)]
         truth, *gathered = gather(compared.flatten(), group).cpu().view(-1, compared.shape[1]).unbind(1)
         return score_estimates(dict(zip(estimates, gathered, strict=True)), truth)
@@ -151,7 +152,7 @@ class EntropyAudit(EntropyControl):
         tokens: dict[str, Tensor],
         valid: Tensor,
         estimates: dict[str, Tensor],
-        measured: dict[str, Influence],
+        influences: dict[str, Influence],
         request: AuditRequest,
     ) -> None:
         """Add a row for the update to those of the step, and write all of them: the mean entropy's true change, and
@@ -165,7 +166,7 @@ class EntropyAudit(EntropyControl):
             **{name: self.mean_over_tokens((weights * values)[valid]) for name, values in estimates.items()},
         }
         count = float(self.sum_over_ranks(valid.sum()))
-        for name, influence in measured.items():
+        for name, influence in influences.items():
             tokens_part = count * self.mean_over_tokens((weights * influence.contributions)[valid])
             row |= {name: influence.known + tokens_part, f"{name}_without_momentum": tokens_part}
         self.audited_updates.append(row)
