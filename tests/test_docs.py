@@ -189,7 +189,7 @@ def test_readme_has_its_commands():
 
 
 def test_the_study_has_the_figures_of_the_runs_that_are_kept():
-    text = (ROOT / "docs/study.md").read_text().replace("**", "")  # without bold type
+    text = (ROOT / "docs/study_countdown.md").read_text().replace("**", "")  # without bold type
     files = sorted((ROOT / "docs/study_runs").rglob("*.jsonl"))
     assert files
     for file in files:
