@@ -31,8 +31,8 @@
 #               lora         GRPO and STEER with full fine-tuning and LoRA: does the estimate hold?
 #               prediction   predicted against true changes by whole updates, over learning rates; and single tokens
 #               control      entropy held at targets by influence; by plain controllers, an adaptive bonus and GRPO
-#               control_others  the last at two more targets
-#               (fidelity methods lambda_min extreme)
+#               control_others  `pi_released`, `pi_exact` and `adaptive_entropy` at targets of 0.35 and 0.2
+#               default: fidelity methods lambda_min extreme
 #   SEEDS       seeds of the data order and the rollouts ("42 43 44")
 #   OUTPUT_DIR  where results go (outputs/study in the repository): runs as seed42/steer_exp, a part's results as
 #               methods.md, methods.png and methods/report.html

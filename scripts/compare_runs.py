@@ -291,7 +291,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, or its .jsonl file")
     parser.add_argument("--out", type=picture, required=True, help="the picture, .png or .svg")
-    parser.add_argument("--markdown", type=Path, help="also write the table into this file")
+    parser.add_argument("--markdown", type=Path, help="also write the tables into this file")
     parser.add_argument("--baseline", metavar="METHOD", help="the method that the others are compared with")
     parser.add_argument(
         "--compare", action="append", metavar="FIGURE",

@@ -97,7 +97,12 @@ def name_of(model: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of all evaluations")
-    parser.add_argument("benchmarks", type=Path, nargs="+", help="parquet files")
+    parser.add_argument(
+        "benchmarks",
+        type=Path,
+        nargs="+",
+        help="parquet files, then -- and the overrides of the evaluation, if there are any",
+    )
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     args, overrides = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
     for override in overrides:

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make a laptop task: problems, and a tiny Qwen2 model that solves some of them by sampling.
 
-The folder given by ``--out`` receives ``train.parquet``, ``test.parquet``, ``model/`` (a Hugging Face folder)
-and ``laptop_task.json`` (the settings that it was made with). A folder already made with the same settings is
-left as it is.
+The folder given by `--out` receives `train.parquet`, `test.parquet`, `model/` (a Hugging Face folder) and
+`laptop_task.json` (the settings that it was made with). A folder already made with the same settings is left as it is.
 """
 
 import argparse
@@ -57,13 +56,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the data, the model and its training")
     # The defaults of these four depend on the task.
     own: dict[str, Any] = {"default": argparse.SUPPRESS}
-    parser.add_argument("--difficulty", type=int, help=f"a level of the task {by_task('difficulty')}", **own)
+    parser.add_argument(
+        "--difficulty",
+        type=int,
+        **own,
+        help=f"a level of the task, a key of its `DIFFICULTIES` {by_task('difficulty')}",
+    )
     parser.add_argument("--train-size", type=int, default=4096, help="rows of train.parquet")
     parser.add_argument("--test-size", type=int, **own, help=f"rows of test.parquet {by_task('test_size')}")
     parser.add_argument(
         "--steps", type=int, **own, help=f"pre-training steps of {BATCH_SIZE} solutions {by_task('steps')}"
     )
-    parser.add_argument("--slip", type=float, **own, help=f"noise in these: `noisy_solution` {by_task('slip')}")
+    parser.add_argument("--slip", type=float, **own, help=f"share of wrong or aimless steps in these {by_task('slip')}")
     parser.add_argument("--layers", type=int, default=2, help="of the model")
     parser.add_argument("--hidden-size", type=int, default=128, help="of the model, a multiple of 64")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")

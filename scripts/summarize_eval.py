@@ -168,7 +168,7 @@ def write(folder: Path, results: dict[str, dict[str, Any]], responses: pd.DataFr
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="results of one model")
+    parser.add_argument("folder", type=Path, help="the folder that run/eval.sh prints")
     parser.add_argument("--only", nargs="+", required=True, metavar="NAME", help="benchmarks")
     args = parser.parse_args()
     frames, results = {}, {}

@@ -51,7 +51,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--log", type=Path, required=True, help="file for the command's output")
     parser.add_argument("--metrics", type=Path, required=True, help="folder where metrics*.jsonl appear")
-    parser.add_argument("--title", default="training")
+    parser.add_argument("--title", default="training", help="name shown beside the progress bar")
     parser.add_argument("command", nargs="+", help="after --: the command")
     args = parser.parse_args()
     if not shutil.which(args.command[0]):

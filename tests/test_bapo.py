@@ -12,7 +12,7 @@ from loss_properties import loss_of, row, token_gradients
 from test_policy_loss import actor_config, gradient
 from test_token_weights import random_batch
 from verl.steer.config import PolicyLossConfig
-from verl.steer.methods.bapo import bapo_bounds, find_bounds
+from verl.steer.methods.bapo import bapo_bounds, find_bounds, pairs_of_bounds
 from verl.steer.methods.registry import POLICY_LOSSES
 from verl.trainer.ppo.core_algos import LossInputs, compute_policy_loss_vanilla
 
@@ -44,17 +44,23 @@ def search(ratios, advantages, share, low, low_max, low_step, high, high_max, hi
     return low, high
 
 
+def tried_pairs(options):
+    """Lower and upper bounds of the pairs in their order."""
+    bounds = bapo_bounds(options)
+    return [of_kind[index] for of_kind, index in zip(bounds, pairs_of_bounds(*bounds), strict=True)]
+
+
 def test_the_bounds_in_their_order():
     options = PolicyLossConfig(
         bapo_low=0.6, bapo_low_max=0.75, bapo_low_step=0.1, bapo_high=1.2, bapo_high_max=1.5, bapo_high_step=0.1
     )
-    lows, highs = bapo_bounds(options)
+    lows, highs = tried_pairs(options)
     torch.testing.assert_close(lows, torch.tensor([0.6, 0.7, 0.75, 0.75, 0.75, 0.75]))
     torch.testing.assert_close(highs, torch.tensor([1.2, 1.2, 1.2, 1.3, 1.4, 1.5]))
-    lows, highs = bapo_bounds(PolicyLossConfig())
+    lows, highs = tried_pairs(PolicyLossConfig())
     assert len(lows) == len(highs) == 1 + 6 + 36
     fixed = PolicyLossConfig(bapo_low=0.9, bapo_high=3.0)
-    assert [bounds.tolist() for bounds in bapo_bounds(fixed)] == [[pytest.approx(0.9)], [3.0]]
+    assert [bounds.tolist() for bounds in tried_pairs(fixed)] == [[pytest.approx(0.9)], [3.0]]
 
 
 def test_bapo_by_hand():
@@ -93,7 +99,7 @@ def test_the_search_is_the_loop(seed, share):
     expected = search(ratios, chosen, share, 0.6, 0.9, 0.05, 1.2, 3.0, 0.05)
     shares = [
         share_of_positive(ratios, chosen, low, high)
-        for low, high in zip(*map(torch.Tensor.tolist, bapo_bounds(options)), strict=True)
+        for low, high in zip(*map(torch.Tensor.tolist, tried_pairs(options)), strict=True)
     ]
     if all(abs(positive - share * total) > 1e-4 for positive, total in shares):
         assert (low.item(), high.item()) == pytest.approx(expected, abs=1e-5)

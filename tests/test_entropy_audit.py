@@ -209,6 +209,7 @@ def train(model_folder, request=None, half=None, dropout=0.0, **options):
         ({"token_weight_normalizer": "ema"}, 0.5, {}),
         ({"loss_mode": "vanilla"}, 0.5, {}),
         ({"token_weight_normalizer": "ema"}, 0.5, {"influence": True, "one_token": 2}),
+        ({"token_weight_map": "target", "target_controller": "pi"}, 0.5, {"influence": True}),
     ],
 )
 def test_training_is_the_same_bit_for_bit_with_and_without_the_audit(
@@ -248,6 +249,28 @@ def test_the_file_has_its_columns_and_every_valid_token(audit):
     assert tokens["position"].tolist() == [place for length in lengths for place in range(length)]
     assert set(tokens["step"]) == {4} and tokens.groupby("mini_batch").size().tolist() == [sum(lengths) // 2] * 2
     assert tokens["text"].map(type).eq(str).all() and tokens["clipped"].dtype == bool and tokens["clipped"].any()
+
+
+def test_a_mini_batch_whose_responses_do_not_fit_has_no_rows(model_folder, tmp_path):
+    """Of two tokens the first mini-batch has one, and a response of five does not fit into it."""
+    train(model_folder, AuditRequest(4, str(tmp_path), 2, MINI_BATCHES))
+    tokens = pd.read_parquet(tmp_path / "step_4_rank_0.parquet")
+    assert tokens["mini_batch"].tolist() == [1, 1] and tokens["token_id"].dtype == int
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"token_weight_map": "target", "target_controller": "pi"},
+        {"token_weight_map": "target", "entropy_change_estimator": "influence"},
+        {"token_weight_map": "target", "entropy_change_estimator": "influence", "influence_way": "head"},
+    ],
+    ids=["pi", "parameters", "head"],
+)
+def test_both_ways_of_the_influence_are_measured_whatever_controls(model_folder, tmp_path, options):
+    train(model_folder, AuditRequest(4, str(tmp_path), 1000, MINI_BATCHES, influence=True), **options)
+    tokens = pd.read_parquet(tmp_path / "step_4_rank_0.parquet")
+    assert (tokens[["influence", "influence_head"]].abs().max() > 0).all()
 
 
 @pytest.mark.parametrize("options", [{"loss_mode": "cispo"}, {"base_loss": "gspo"}], ids=str)

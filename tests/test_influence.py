@@ -488,7 +488,7 @@ def test_a_mini_batch_without_a_token_is_left_alone(model_folder):
         config = actor_config(**options)
         with engine.train_mode():
             metrics = engine.train_batch(batch.copy(), partial(ppo_loss, config=config))["metrics"]
-        assert not any(name.endswith(("multiplier", "shortfall")) for name in metrics)
+        assert not any(name.startswith("entropy_control/") for name in metrics)
     assert engine.integral_of_errors == 0.5
 
 
@@ -550,6 +550,30 @@ def test_an_old_direction_serves_until_it_is_refreshed(model_folder):
         engine.measure_head_influence(second, loss, refresh=2)
         engine.lr_scheduler_step()
         assert engine.direction is None and engine.head_direction is None
+
+
+@pytest.mark.parametrize("way", ["parameters", "head"])
+@pytest.mark.parametrize("useless", [0.0, math.inf], ids=["all rejected", "infinite"])
+def test_a_useless_direction_serves_no_other_mini_batch(model_folder, way, useless):
+    """The first of two mini-batches that share a direction is rejected whole, or its loss is infinite."""
+    engine, (first, second) = make_engine(model_folder, lr=1e-5), mini_batches()
+    config = actor_config(**CONTROL, influence_way=way, influence_refresh=2)
+    if useless:
+        first["advantages"] = first["advantages"] + useless
+    else:
+        first["response_mask"] = first["response_mask"] * 0
+    update(engine, first, config, target_entropy=5.3)
+    found, _ = update(engine, second, config, target_entropy=5.3)
+    assert found["predicted_change_unweighted"] != 0 and found["actor/token_weights_std"] > 0
+
+
+def test_a_direction_is_kept_for_other_mini_batches_only(model_folder):
+    """It is as large as the parameters, and the update itself needs memory."""
+    engine, (batch, _) = make_engine(model_folder), mini_batches()
+    with engine.train_mode():
+        engine.measure_influence(batch, VANILLA)
+        engine.measure_head_influence(batch, VANILLA)
+    assert engine.direction is None and engine.head_direction is None
 
 
 def controlled(model_folder, half=None, dynamic=False, way="parameters"):

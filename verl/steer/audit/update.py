@@ -28,7 +28,7 @@ from verl.steer.audit.scores import (
     write_table,
     write_tokens,
 )
-from verl.steer.engine.entropy_control import EntropyControl
+from verl.steer.engine.entropy_control import EntropyControl, weights_of_one
 from verl.steer.engine.influence import Influence
 from verl.steer.engine.normalizer import gather
 from verl.steer.methods.registry import clip_of
@@ -86,12 +86,13 @@ class EntropyAudit(EntropyControl):
             self.audited_step, self.audited_tokens, self.audited_updates = request.step, [], []
         influence: dict[str, Influence] = {}
         effects = None
-        controlled = weighs_mini_batches(config.policy_loss)
+        options = config.policy_loss
+        by_control = None
+        if options.entropy_change_estimator == "influence":
+            by_control = "influence_head" if options.influence_way == "head" else "influence"
         with self.left_as_it_was():
-            if request.influence and not controlled:
-                influence["influence"] = self.measure_influence(data, loss_function)
-                if not self.obstacles_to_head_influence():
-                    influence["influence_head"] = self.measure_head_influence(data, loss_function)
+            if request.influence:
+                influence = self._measure_influences(data, loss_function, by_control)
             if request.one_token and not self.audited_updates:
                 update = partial(super().train_batch, loss_function=loss_function)
                 effects = one_token_effects(self, data, update, request.one_token, self.get_data_parallel_rank())
@@ -101,14 +102,26 @@ class EntropyAudit(EntropyControl):
         weights = output["model_output"].get("token_weights")
         if weights is not None:
             weights = weights.cpu().to_padded_tensor(0.0)
-        if controlled and self.measured is not None:
-            way = config.policy_loss.influence_way
-            influence["influence_head" if way == "head" else "influence"] = self.measured
+        if by_control and self.measured is not None:
+            influence[by_control] = self.measured
         measured = Measurements(before, after["entropy"] - before["entropy"], weights, influence, effects)
         scores = self._audit(data, config, request, measured)
         named: dict[str, Any] = {f"entropy_audit/{name}": score for name, score in scores.items()}
         output["metrics"] |= Metric.from_dict(named, AggregationType.MEAN)
         return output
+
+    def _measure_influences(
+        self, data: TensorDict, loss_function: Callable, by_control: str | None
+    ) -> dict[str, Influence]:
+        """The tokens' influence by the name of the way: each that the model allows and no control will measure."""
+        if weighs_mini_batches(loss_function.keywords["config"].policy_loss):  # type: ignore[attr-defined]
+            data["token_weights"] = weights_of_one(data)  # else the loss has none yet
+        found = {}
+        if by_control != "influence":
+            found["influence"] = self.measure_influence(data, loss_function)
+        if by_control != "influence_head" and not self.obstacles_to_head_influence():
+            found["influence_head"] = self.measure_head_influence(data, loss_function)
+        return found
 
     @contextmanager
     def left_as_it_was(self) -> Iterator[None]:
@@ -191,8 +204,9 @@ class EntropyAudit(EntropyControl):
             }
             | {name: values[response, position].numpy() for name, values in tokens.items()}
         )
-        text = self.model_config.tokenizer.batch_decode([[token] for token in frame["token_id"]])
-        frame.insert(2, "text", text)
+        tokens_alone = [[token] for token in frame["token_id"]]
+        # Of no tokens `batch_decode` makes one empty text.
+        frame.insert(2, "text", self.model_config.tokenizer.batch_decode(tokens_alone) if tokens_alone else [])
         self.audited_tokens.append(frame)
         if self.is_mp_src_rank_with_outputs():
             write_tokens(pd.concat(self.audited_tokens, ignore_index=True), request, rank)

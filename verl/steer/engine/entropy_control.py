@@ -58,10 +58,7 @@ class EntropyControl(HeadInfluenceEngine, TokenWeightNormalizer):
         if not hasattr(config, "policy_loss") or not weighs_mini_batches(config.policy_loss):
             return super().train_batch(data, loss_function)
         self.controlled, options = True, config.policy_loss
-        mask = data["response_mask"]
-        data["token_weights"] = torch.nested.nested_tensor_from_jagged(
-            torch.ones_like(mask.values(), dtype=torch.float32), mask.offsets()
-        )
+        data["token_weights"] = weights_of_one(data)
         if options.entropy_change_estimator == "influence":
             measure = self.measure_head_influence if options.influence_way == "head" else self.measure_influence
             measured = self.measured = measure(data, loss_function, options.influence_refresh)
@@ -78,9 +75,10 @@ class EntropyControl(HeadInfluenceEngine, TokenWeightNormalizer):
             weights, metrics = self._control(measured, gathered, target, options)
         else:
             weights = _map(measured, gathered, options)
-        data["token_weights"] = response_to_nested(weights * measured.valid, mask)
+        data["token_weights"] = response_to_nested(weights * measured.valid, data["response_mask"])
         output = super().train_batch(data, loss_function)
-        metrics["entropy"] = measured.entropy
+        if len(gathered):
+            metrics["entropy"] = measured.entropy
         named: dict[str, Any] = {f"entropy_control/{name}": value for name, value in metrics.items()}
         output["metrics"] |= Metric.from_dict(named, AggregationType.MEAN)
         return output
@@ -140,6 +138,13 @@ class EntropyControl(HeadInfluenceEngine, TokenWeightNormalizer):
             self.controlled, state = True, json.loads(file.read_text())
             self.integral_of_errors, self.last_clip_factor = state["integral_of_errors"], state["last_clip_factor"]
         super().load_checkpoint(local_path, *args, **kwargs)
+
+
+def weights_of_one(data: TensorDict) -> Tensor:
+    """A weight of 1 for each token of a mini-batch's responses, nested."""
+    mask = data["response_mask"]
+    ones = torch.ones_like(mask.values(), dtype=torch.float32)
+    return torch.nested.nested_tensor_from_jagged(ones, mask.offsets())
 
 
 def _map(measured: Influence, gathered: Tensor, options: Any) -> PerToken:

@@ -94,22 +94,25 @@ class HeadInfluenceEngine(InfluenceEngine):
         )
         head = self._head_weight()
         weight, step, state = whole(head.detach()).float(), self.adam_step(), self.optimizer.state.get(head, {})
-        if self.head_direction is None or self.mini_batches_since_scheduler_step % refresh == 0:
-            entropy_gradient, loss_gradient = self._head_gradients(
-                tokens, weight, int(self.sum_over_ranks(valid.sum()))
-            )
+        direction = self.head_direction
+        if direction is None or self.mini_batches_since_scheduler_step % refresh == 0:
+            direction = self.head_direction = None
+            count = int(self.sum_over_ranks(valid.sum()))
+            entropy_gradient, loss_gradient = self._head_gradients(tokens, weight, count)
             second = whole(state["exp_avg_sq"]) if state else None
             u = step.precondition(entropy_gradient, loss_gradient * self.last_clip_factor, second)
             decay = -step.lr * step.decay * float((entropy_gradient * weight).sum())
-            self.head_direction = HeadDirection(u, decay)
+            direction = HeadDirection(u, decay)
+            if refresh > 1 and count and bool(u.isfinite().all()):  # one that serves other mini-batches
+                self.head_direction = direction
         self.mini_batches_since_scheduler_step += 1
-        u = self.head_direction.values
+        u = direction.values
         slopes = torch.cat([_slopes(chunk, weight, u) for chunk in tokens.chunks(len(weight))])
         contributions = torch.zeros(valid.shape)
         contributions[valid] = (slopes * tokens.factor * step.gradient_scale * self.last_clip_factor).cpu()
         momentum = -step.momentum_scale * float((whole(state["exp_avg"]) * u).sum()) if state else 0.0
         entropy = self.mean_over_tokens(found["entropy"][valid])
-        return Influence(contributions, momentum + self.head_direction.decay_change, entropy, valid)
+        return Influence(contributions, momentum + direction.decay_change, entropy, valid)
 
     def obstacles_to_head_influence(self) -> list[str]:
         """What a model has whose logits are not W h with a trained weight W of the last layer on the device."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,12 +65,15 @@ class Direction:
         distance: of a step along it, as `ENTROPY_STEP` and `LONGEST_STEP` define it.
         clip_factor: factor of gradient clipping, at most 1.
         decay_change: change of the mean entropy by weight decay, in nats.
+        slope: derivative of the mean entropy along u, in nats; 0 where no token is valid, not finite where a gradient
+            is not.
     """
 
     parts: list[Tensor]
     distance: float
     clip_factor: float
     decay_change: float
+    slope: float
 
 
 class InfluenceEngine(TokenStatistics):
@@ -94,29 +98,32 @@ class InfluenceEngine(TokenStatistics):
             refresh: compute the direction anew at the first mini-batch of a training step and every so many after it.
                 Where it is kept, the present log-probs and the entropy are means of those a step to either side.
         """
-        present = None
-        if self.direction is None or self.mini_batches_since_scheduler_step % refresh == 0:
-            self.direction = None  # before the gradients that make another one
-            self.direction, present = self._find_direction(data, loss_function)
+        direction, present = self.direction, None
+        if direction is None or self.mini_batches_since_scheduler_step % refresh == 0:
+            direction = self.direction = None  # before the gradients that make another one
+            direction, present = self._find_direction(data, loss_function)
+            # Rejected tokens alone, or an infinite loss, have no direction that would serve other mini-batches.
+            if refresh > 1 and 0 < direction.slope < math.inf and direction.clip_factor > 0:
+                self.direction = direction
         self.mini_batches_since_scheduler_step += 1
         config = loss_function.keywords["config"]  # type: ignore[attr-defined]
         step = self.adam_step()
-        above, below = self._statistics_at(data, self.direction)
+        above, below = self._statistics_at(data, direction)
         if present is None:
             present = {name: (above[name] + below[name]) / 2 for name in above}
         inputs = self.loss_inputs_of(data, present["log_probs"])
         factors = token_factors(inputs, clip_ratios(config)) * self.loss_shares(data, config, inputs)
         contributions = token_contributions(
-            above["log_probs"], below["log_probs"], 2 * self.direction.distance, factors,
-            step.gradient_scale * self.direction.clip_factor,
+            above["log_probs"], below["log_probs"], 2 * direction.distance, factors,
+            step.gradient_scale * direction.clip_factor,
         )  # fmt: skip
         momentum = self._sum(
             -step.momentum_scale * (moment * part).sum()
-            for moment, part in zip(self._moments("exp_avg"), self.direction.parts, strict=True)
+            for moment, part in zip(self._moments("exp_avg"), direction.parts, strict=True)
             if moment is not None
         )
         entropy = self.mean_over_tokens(present["entropy"][inputs.response_mask])
-        return Influence(contributions, momentum + self.direction.decay_change, entropy, inputs.response_mask)
+        return Influence(contributions, momentum + direction.decay_change, entropy, inputs.response_mask)
 
     def _find_direction(self, data: TensorDict, loss_function: Callable) -> tuple[Direction, dict[str, Tensor]]:
         """Two passes with gradient, of the mean entropy and of the loss; also the tokens' statistics."""
@@ -141,7 +148,7 @@ class InfluenceEngine(TokenStatistics):
         entropy = self.mean_over_tokens(present["entropy"][mask])
         fraction = ENTROPY_STEP if self._autocast_dtype == torch.float32 else BF16_ENTROPY_STEP
         distance = min(max(fraction * entropy, TINY) / max(slope, TINY), LONGEST_STEP * longest)
-        return Direction(parts, distance, min(1.0, limit / (norm + 1e-6)), decay_change), present
+        return Direction(parts, distance, min(1.0, limit / (norm + 1e-6)), decay_change, slope), present
 
     def _gradients(
         self, data: TensorDict, loss_function: Callable, clip: float | None = None

@@ -5,7 +5,7 @@ STEER places a token's estimated entropy change between the smallest and the lar
 authors' release that set is a micro-batch on one rank, so the weights depend on how a mini-batch is split. An engine
 processes one micro-batch after another and takes the first one's gradient before the last one's forward pass. So the
 range of a whole mini-batch is computed from the old policy's estimates, at a ratio of 1, which need fields of the batch
-alone. Tokens that the current policy has moved out of the range get the weight of its nearer end.
+alone. The linear map gives tokens that the current policy has moved out of the range the weight of its nearer end.
 
     global    the range of the mini-batch, over all data-parallel ranks
     ema       a running mean of these ranges over mini-batches, part of the checkpoint

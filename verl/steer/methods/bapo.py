@@ -47,27 +47,33 @@ def check_bapo(options: BapoOptions) -> None:
 
 
 def bapo_bounds(options: BapoOptions, device: Any = None) -> tuple[Tensor, Tensor]:
-    """The pairs of bounds in the order in which they are tried: first the lower one rises, then the upper one.
+    """Lower bounds, (lows,), and upper bounds, (highs,), each from the first to the last."""
+
+    def bounds(first: float, last: float, step: float) -> Tensor:
+        # The margin keeps a rounded quotient from adding a step.
+        steps = math.ceil((last - first) / step - 1e-6)
+        return (first + step * torch.arange(1 + steps, device=device)).clamp_max(last)
+
+    return (
+        bounds(options.bapo_low, options.bapo_low_max, options.bapo_low_step),
+        bounds(options.bapo_high, options.bapo_high_max, options.bapo_high_step),
+    )
+
+
+def pairs_of_bounds(lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
+    """The pairs in the order in which they are tried: first the lower bound rises, then the upper one.
 
     Returns:
-        Lower and upper bounds, each (pairs,).
+        Indices into `lows` and into `highs`, each (pairs,).
     """
-
-    def steps(first: float, last: float, step: float) -> int:
-        # The margin keeps a rounded quotient from adding a step.
-        return math.ceil((last - first) / step - 1e-6)
-
-    rises = steps(options.bapo_low, options.bapo_low_max, options.bapo_low_step)
-    pairs = 1 + rises + steps(options.bapo_high, options.bapo_high_max, options.bapo_high_step)
-    step = torch.arange(pairs, device=device)
-    lows = options.bapo_low + options.bapo_low_step * step
-    highs = options.bapo_high + options.bapo_high_step * (step - rises).clamp_min(0)
-    return lows.clamp_max(options.bapo_low_max), highs.clamp_max(options.bapo_high_max)
+    rises = len(lows) - 1
+    step = torch.arange(rises + len(highs), device=lows.device)
+    return step.clamp_max(rises), (step - rises).clamp_min(0)
 
 
 @torch.no_grad()
 def find_bounds(inputs: LossInputs, options: BapoOptions) -> tuple[Scalar, Scalar, Scalar]:
-    """The first of `bapo_bounds` with which positive tokens have the wanted share of a micro-batch's loss, or the last.
+    """The first pair with which positive tokens have the wanted share of a micro-batch's loss, or the last one.
 
     With r the ratio, positive tokens have the loss sum A min(r, high) and negative ones sum -A max(r, low); no token is
     left out of the sums where it loses its gradient.
@@ -78,14 +84,15 @@ def find_bounds(inputs: LossInputs, options: BapoOptions) -> tuple[Scalar, Scala
     ratio = inputs.ratio.flatten()
     advantages = inputs.advantages.float().masked_fill(~inputs.response_mask.bool(), 0.0).flatten()
     lows, highs = bapo_bounds(options, ratio.device)
+    low, high = pairs_of_bounds(lows, highs)
     # Not a product of matrices, which a GPU or autocast may round.
-    positive = (torch.minimum(ratio, highs[:, None]) * advantages.clamp_min(0.0)).sum(1)
-    negative = (torch.maximum(ratio, lows[:, None]) * advantages.clamp_max(0.0)).sum(1).neg()
+    positive = (torch.minimum(ratio, highs[:, None]) * advantages.clamp_min(0.0)).sum(1)[high]
+    negative = (torch.maximum(ratio, lows[:, None]) * advantages.clamp_max(0.0)).sum(1).neg()[low]
     total = positive + negative
     # The number of bounds before the first that reaches the share is the index of that one.
-    missed = (positive < options.bapo_share * total).cumprod(0).sum().clamp_max(len(lows) - 1)
+    missed = (positive < options.bapo_share * total).cumprod(0).sum().clamp_max(len(low) - 1)
     share = positive / total.clamp_min(torch.finfo(total.dtype).tiny)
-    return lows.take(missed), highs.take(missed), share.take(missed)
+    return lows.take(low.take(missed)), highs.take(high.take(missed)), share.take(missed)
 
 
 @policy_loss("bapo", clips_as_ppo=False)

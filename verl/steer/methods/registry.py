@@ -36,7 +36,7 @@ class PolicyLoss:
     Args:
         compute: from inputs and `ActorConfig` to outputs.
         needs: fields of `LossInputs` beside verl's own that it reads.
-        clips_as_ppo: whether a token has no gradient exactly where `ppo_clipped` holds.
+        clips_as_ppo: whether PPO's clip, `ppo_clipped`, and no other removes gradients; weights of 0 may as well.
     """
 
     compute: LossFunction
@@ -84,7 +84,7 @@ def base_loss_of(options: Any) -> str:
 
 
 def clips_as_ppo(options: Any) -> bool:
-    """Whether a loss, given by `actor.policy_loss`, removes gradients exactly where `ppo_clipped` holds."""
+    """Whether a loss, given by `actor.policy_loss`, clips where `ppo_clipped` holds and nowhere else."""
     name = base_loss_of(options)
     return name == "vanilla" or name in POLICY_LOSSES and POLICY_LOSSES[name].clips_as_ppo
 

@@ -3,7 +3,7 @@
 
 A policy-gradient step on a sampled token changes the entropy of the policy in that token's state. STEER estimates the
 change from four factors (PPO's clipping, the advantage, the token's probability, the state's entropy) and multiplies
-the token's loss by a weight that falls as the estimate grows. No single update then collapses or inflates the entropy.
+the token's loss by a weight that falls as the estimate grows: the tokens that change the entropy most count less.
 
     signed_entropy_change               how much does the update raise or lower the entropy at each token?
     weighted_change                     its magnitude, or minus the change: what the weights fall with
@@ -271,7 +271,7 @@ def exact_entropy_change(inputs: LossInputs, clip: ClipRatios) -> PerToken:
 
         -w [ prob (ln prob + H) - sum over a' of pi(a')^2 (ln pi(a') + H) ],
 
-    where H is the entropy of the policy being updated.
+    where H is the entropy of the policy being updated. `rollout_is_weights`, which multiply the loss, are not counted.
 
     Raises:
         ValueError: if `current_entropys` or a sum over the vocabulary is None.
@@ -387,8 +387,8 @@ def map_to_token_weights(
         linear: the linear map, else the exponential one, where `token_weight_map` is None.
         token_weight_map: one of `TOKEN_WEIGHT_MAPS`.
         quantile: as in `entropy_change_range`; only the threshold map reads it.
-        change_range: the range that the changes are measured by; None: that of the valid tokens given. Changes outside
-            it get the weight of its nearer end.
+        change_range: the range that the changes are measured by; None: that of the valid tokens given. The
+            linear map gives changes outside it the weight of its nearer end.
 
     Returns:
         Weights, float32, 0 on tokens that are not valid.
