@@ -17,6 +17,7 @@ bash "$root/run/setup.sh"
 export OUTPUT_DIR=${OUTPUT_DIR:-$root/outputs/quickstart} PYTHON=${STEER_VENV:-$root/.venv}/bin/python
 source "$root/run/environment.sh"
 source "$root/run/laptop_task.sh"
+source "$root/run/check_idle.sh"
 
 seed=${SEED:-42}
 overrides=(
@@ -33,6 +34,7 @@ for method in $methods; do
     echo "$method is trained already; delete $run to train it again"
     continue
   fi
+  check_idle "$run"
   rm -rf "$finished" "$run"/metrics*.jsonl "$run/audit"
   "$PYTHON" "$root/scripts/watch.py" --title "$method" --log "$run/train.log" --metrics "$run" -- \
     bash "$root/run/launch.sh" "$method" "${overrides[@]}" trainer.experiment_name="$method"

@@ -8,6 +8,7 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 source "$root/run/help.sh"
 source "$root/run/quoted.sh"
+source "$root/run/check_idle.sh"
 
 if [ $# -lt 2 ]; then
   echo "train_once.sh: expected a folder for the run and the name of a configuration, such as steer_exp" >&2
@@ -30,11 +31,12 @@ if [ -f "$run/finished" ]; then
   echo "$title: trained already; delete $run to train it again"
   exit 0
 fi
+source "$root/run/environment.sh"
+check_idle "$run"
 mkdir -p "$run"
 echo "$settings" >"$run/settings"
 # A run without a checkpoint starts again, and so do its metrics.
 [ "$begun" ] || rm -rf "$run"/metrics*.jsonl "$run/audit"
-source "$root/run/environment.sh"
 bash "$root/run/launch.sh" "$config" "${overrides[@]}" --cfg job --resolve >"$run/config.yaml"
 "$PYTHON" "$root/scripts/watch.py" \
   --title "$title" --log "$run/train.log" --metrics "$run" -- bash "$root/run/launch.sh" "$config" "${overrides[@]}"

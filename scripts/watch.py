@@ -125,9 +125,13 @@ def new_records(folder: Path, before: States) -> Iterator[dict[str, Any] | None]
     offsets: dict[Path, int] = {}
     while True:
         for file in sorted(folder.glob("metrics*.jsonl")):
-            if state(file) == before.get(file):
+            try:
+                stream = None if state(file) == before.get(file) else file.open("rb")
+            except OSError:  # deleted since, or a file server's fault; no reason to end the training
                 continue
-            with file.open("rb") as stream:
+            if stream is None:
+                continue
+            with stream:
                 stream.seek(offsets.get(file, 0))
                 for line in stream:
                     if not line.endswith(b"\n"):

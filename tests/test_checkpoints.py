@@ -11,6 +11,7 @@ from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from test_configuration import TARGET, resolved
 from verl.steer import trainer as trainer_steer
 from verl.steer import validation
 from verl.steer.checkpoint_ledger import UNFINISHED, CheckpointLedger, step_of
+from verl.steer.checkpoints import NoSteps
 from verl.steer.methods.adaptive_entropy import AdaptiveEntropyCoefficient
 from verl.steer.methods.entropic import EntroPICCoefficient
 from verl.steer.methods.siren import EntropyAnchor
@@ -62,7 +64,7 @@ def origin(path):
     return run, int(step)
 
 
-def trainer_of(folder, run="new", values=(), steps=4, **options):
+def trainer_of(folder, run="new", values=(), steps=4, data=None, **options):
     """A trainer whose validation at each step gives `values`, from step 1 on; the last again and again."""
     trainer = SteerTrainer.__new__(SteerTrainer)
     defaults = {
@@ -71,7 +73,9 @@ def trainer_of(folder, run="new", values=(), steps=4, **options):
         "save_freq": 1, "test_freq": 1, "save_after": 0, "save_best_only": False, "best_metric_key": METRIC,
         "delete_old_best_checkpoint": False, "val_only": False, "total_epochs": 1,
     }  # fmt: skip
-    trainer.config = OmegaConf.create({"trainer": {**defaults, **options}, "actor_rollout_ref": {"actor": {}}})
+    trainer.config = OmegaConf.create(
+        {"trainer": {**defaults, **options}, "actor_rollout_ref": {"actor": {}}, "data": data or {}}
+    )
     trainer.folder, trainer.trainer_mode, trainer.use_critic = Path(folder), "sync", True
     trainer.folder.mkdir(parents=True, exist_ok=True)
     trainer.actor_rollout_wg, trainer.critic_wg = Worker(run), Worker(run)
@@ -393,6 +397,34 @@ def test_an_evaluation_changes_nothing_in_the_folder_of_a_run(tmp_path):
     evaluation._mark_logged()  # at the end of `fit`
     assert (tmp_path / "global_step_5" / UNFINISHED).exists()
     assert StepRecord.read(tmp_path / "global_step_4") == record
+
+
+def test_an_epoch_without_a_whole_batch_is_refused(tmp_path):
+    """The data set is without its prompts that are too long."""
+    with patch.object(SteerTrainer, "train_dataset", [None] * 3, create=True):
+        data = {"train_batch_size": 4, "max_prompt_length": 9}
+        with pytest.raises(NoSteps, match="^data.train_batch_size=4: expected at most 3, the rows of .*=9 tok"):
+            trainer_of(tmp_path, steps=0, data=data)
+    trainer_of(tmp_path, steps=0, val_only=True)
+
+
+def test_a_validation_that_lost_samples_is_not_the_best(tmp_path, monkeypatch):
+    """Step 2 lost 2 of 100 samples, step 3 one."""
+    upstream = PPOTrainer._validate
+
+    def validate(self):
+        lost = {2: 2, 3: 1}.get(self.global_steps, 0)
+        return upstream(self) | {"val-aux/a/num_lost": lost, "val-aux/a/num_samples": 100 - lost}
+
+    monkeypatch.setattr(PPOTrainer, "_validate", validate)
+    trainer = train(trainer_of(tmp_path, values=[0.2, 0.9, 0.4, 0.3], save_best_only=True))
+    assert trainer.ledger.best_value == 0.4 and set(saved(tmp_path)) == {1, 3}
+
+
+def test_an_evaluation_of_an_own_data_set_is_verls(tmp_path):
+    trainer = trainer_of(tmp_path, val_only=True)
+    trainer.global_steps, trainer.val_dataset = 0, []
+    assert trainer._validate() == {METRIC: 0.0}
 
 
 def test_two_files_of_one_data_source_keep_both_results():

@@ -1053,6 +1053,22 @@ DYNAMIC = [f"{ACTOR}.use_dynamic_bsz=true", f"{ROLLOUT}.log_prob_use_dynamic_bsz
             "rollout.pipeline_model_parallel_size=1: expected sizes whose product divides the 1 devices",
         ),
         (
+            [f"{ROLLOUT}.tensor_model_parallel_size=4", "trainer.n_gpus_per_node=6", "trainer.nnodes=2"],
+            "rollout.tensor_model_parallel_size=4, rollout.data_parallel_size=1, "
+            "rollout.pipeline_model_parallel_size=1: expected sizes whose product divides trainer.n_gpus_per_node=6 or is a multiple of it",
+        ),
+        (["algorithm.adv_estimator=remax"], "algorithm.adv_estimator=remax: expected another with trainer.use_v1=true"),
+        (["trainer.v1.trainer_mode=stear"], "trainer.v1.trainer_mode=stear: expected one of steer, sync, colocate_"),
+        (["trainer.default_hdfs_dir=hdfs://x"], "trainer.default_hdfs_dir=hdfs://x: expected null: verl's FSDP engine"),
+        (
+            [f"{ACTOR}.use_dynamic_bsz=true"],
+            "rollout.log_prob_use_dynamic_bsz=False: expected actor.use_dynamic_bsz=True",
+        ),
+        (
+            ["trainer.n_gpus_per_node=8", f"{ACTOR}.fsdp_config.fsdp_size=3"],
+            "actor.fsdp_config.fsdp_size=3: expected -1 or a divisor of the 8 ranks",
+        ),
+        (
             [f"{ROLLOUT}.pipeline_model_parallel_size=2"],
             "rollout.tensor_model_parallel_size=1, rollout.data_parallel_size=1, "
             "rollout.pipeline_model_parallel_size=2: expected sizes whose product divides the 1 devices",
@@ -1630,6 +1646,7 @@ def test_a_folder_whose_path_looks_like_a_name_on_the_hub_is_a_folder(laptop_fil
         ["actor_rollout_ref.model.path=hdfs://cluster/models/qwen"],
         ["data.train_batch_size=40", "data.gen_batch_size=1"],
         ["data.gen_batch_size=5", "trainer.v1.trainer_mode=separate_async"],
+        ["data.gen_batch_size=48", "algorithm.filter_groups.enable=true"],
         ["data.train_batch_size=41", "trainer.val_only=true"],
     ],
 )

@@ -61,6 +61,7 @@ def test_a_checkpoint_has_a_part_for_each_rank(run, tmp_path, mode):
         ("steer_exp", f"+{LOSS}.target_entropy={{1:0.3,9:0.2}}", "actor.policy_loss.target_entropy.9=None (now 0.2)"),
         ("steer_exp", "actor_rollout_ref.actor.optim.lr=5e-5", "actor.optim.lr=0.0002 (now 5e-05)"),
         ("steer_exp", "actor_rollout_ref.actor.optim.betas=[0.9,0.95]", "actor.optim.betas=[0.9, 0.999] (now"),
+        ("steer_exp", "+reward.reward_kwargs.max_resp_len=9", "reward.reward_kwargs.max_resp_len=None (now 9)"),
         ("steer_exp", "+seed=7", "actor.data_loader_seed=42 (now 7)"),
         ("steer_exp", "actor_rollout_ref.rollout.n=16", "rollout.n=8 (now 16)"),
         ("steer_exp", "data.train_batch_size=32", "data.train_batch_size=16 (now 32)"),

@@ -27,6 +27,7 @@ from tabular_audit import tabular_audit
 from test_configuration import validated
 from test_report import updates, write_metrics
 from verl.steer.report.run_metrics import read_run, run_figures
+from verl.steer.run_lock import lock_folder
 
 RUN = """
 import json, sys, time
@@ -107,6 +108,11 @@ def test_watch_passes_over_a_line_that_is_no_record(command, root, tmp_path):
     script = f'printf \'{{"step\n{{"step": 1, "data": {{"actor/entropy": 0.5}}}}\n\' >{tmp_path}/metrics.jsonl'
     result = command(*watch(root, tmp_path, "bash", "-c", script))
     assert result.returncode == 0 and "step   1/?  entropy 0.500" in result.stdout, result.stdout + result.stderr
+
+
+def test_watch_passes_over_a_file_that_vanishes(command, root, tmp_path):
+    result = command(*watch(root, tmp_path, "bash", "-c", f"ln -s nowhere {tmp_path}/metrics.jsonl; sleep 1; exit 7"))
+    assert result.returncode == 7, result.stdout + result.stderr
 
 
 def test_watch_names_a_command_that_is_missing(command, root, tmp_path):
@@ -581,6 +587,18 @@ def test_the_folder_of_a_run_may_have_characters_of_hydras_grammar(command, root
     words = [word for word in (folder / "config.yaml").read_text().splitlines() if word.startswith("trainer.")]
     options = {option.get_key_element(): option.value() for option in OverridesParser.create().parse_overrides(words)}
     assert options["trainer.default_local_dir"] == str(folder) and options["trainer.experiment_name"] == folder.name
+
+
+def test_a_second_start_leaves_the_metrics_of_a_run_alone(launched, tmp_path):
+    run = tmp_path / "out/seed1/grpo"
+    run.mkdir(parents=True)
+    (run / "metrics.jsonl").touch()
+    with lock_folder(run):
+        result, trained = launched("compare.sh", METHODS="grpo", SEEDS="1")
+        assert result.returncode == 1 and not trained and (run / "metrics.jsonl").exists()
+        assert f"train_once.sh: {run}: a training runs in it; wait for its end or" in result.stderr
+    result, trained = launched("compare.sh", METHODS="grpo", SEEDS="1")
+    assert result.returncode == 0 and len(trained) == 1, result.stderr
 
 
 def test_a_run_is_finished_where_its_folder_has_brackets(launched, tmp_path):

@@ -23,6 +23,14 @@ from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
 
 logger = logging.getLogger(__name__)
 
+#: Share of a validation's samples that may be lost where its metric is compared with the best: the samples that are
+#: left may be the easy ones.
+MOST_LOST = 0.01
+
+
+class NoSteps(ValueError):
+    """An epoch has no whole batch."""
+
 
 class SavesCheckpoints(RecordsSteps):
     """Mix-in for a trainer: whole checkpoints with the loss's state, the best one, and safe resuming."""
@@ -37,9 +45,18 @@ class SavesCheckpoints(RecordsSteps):
         """Set the last step and the first step that may be saved as well.
 
         verl neither saves nor validates at a last step that results from `trainer.total_epochs`.
+
+        Raises:
+            NoSteps: if too few prompts are short enough for a batch.
         """
         super()._init_dataloader()
         options = self.config.trainer
+        if not self.steps_per_epoch and not options.val_only:
+            raise NoSteps(
+                f"data.train_batch_size={self.config.data.train_batch_size}: expected at most "
+                f"{len(self.train_dataset)}, the rows of data.train_files whose prompts have up to "
+                f"data.max_prompt_length={self.config.data.max_prompt_length} tokens"
+            )
         asked, self.total_training_steps = (
             self.total_training_steps,
             min(self.total_training_steps, self.steps_per_epoch * options.total_epochs),
@@ -130,7 +147,12 @@ class SavesCheckpoints(RecordsSteps):
         name = metric_name(metrics, options.best_metric_key)
         value = float(metrics[name])
         self.ledger.measure_by(name)
-        if self.global_steps >= max(1, self.save_after) and self.ledger.is_best(value):
+        lost = sum(count for key, count in metrics.items() if key.endswith("/num_lost"))
+        asked = lost + sum(count for key, count in metrics.items() if key.endswith("/num_samples"))
+        compared = lost <= MOST_LOST * asked
+        if not compared:
+            logger.warning("%s=%s: not the best, as %d of %d samples were lost", name, value, lost, asked)
+        if self.global_steps >= max(1, self.save_after) and compared and self.ledger.is_best(value):
             if self.ledger.latest_step != self.global_steps:
                 self._save_whole_checkpoint()
             self.ledger.saved_best(self.global_steps, value, delete_old=options.delete_old_best_checkpoint)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -55,6 +56,8 @@ def main(config: DictConfig) -> None:
     verl_steer.check()
     try:
         check_run(config)
+        # The workers of a Ray that runs already may have another working folder.
+        config.trainer.default_local_dir = os.path.abspath(config.trainer.default_local_dir)
         for key in ("train_files", "val_files"):
             check_data(config, key)
         check_model(config)
@@ -76,9 +79,10 @@ def _run(config: DictConfig) -> None:
     except (ray.exceptions.RayError, ActorsDied) as error:
         # Their modules import the trainers, which this process does not need before.
         from verl.steer.checkpoint_ledger import UnknownMetric
+        from verl.steer.checkpoints import NoSteps
         from verl.steer.rollout.wait import RolloutsFailed
 
-        reason = reason_of(error, explained_by=(UnknownMetric, RolloutsFailed))
+        reason = reason_of(error, explained_by=(UnknownMetric, NoSteps, RolloutsFailed))
         if reason is None:
             raise
         # Ray passes on the workers' output until it has ended; end it first, so that the line below is the last one.

@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import logging
+
 import ray
 from omegaconf import DictConfig, open_dict
 from ray._private import services
 from ray._private.utils import get_num_cpus
 from verl.single_controller.ray.base import ResourcePoolManager
 from verl.trainer.distillation import is_distillation_enabled
+
+logger = logging.getLogger(__name__)
 
 #: A standalone rollout server reserves these with each GPU; `RolloutReplica.init_standalone` has the number.
 STANDALONE_CPUS = 2
@@ -57,11 +61,23 @@ def joins_running_ray(config: DictConfig) -> bool:
     return address is None and services.canonicalize_bootstrap_address(None) is not None
 
 
+def warn_of_few_cpus(config: DictConfig) -> None:
+    """Log a warning if the Ray to which this process is connected lacks CPUs that the run reserves.
+
+    It may still get them, as one that starts nodes on demand does; else the run waits for ever.
+    """
+    reserved = reserved_cpus(config)
+    has, needed = int(ray.cluster_resources().get("CPU", 0)), sum(reserved.values())
+    if has < needed:
+        parts = ", ".join(f"{cpus} for {key}" for key, cpus in reserved.items())
+        logger.warning("Ray has %d CPUs: the run waits until it has %d: %s", has, needed, parts)
+
+
 def check_cpus(config: DictConfig) -> None:
     """Check that the Ray that this run starts on its machine has the CPUs that the run reserves.
 
-    Where the run joins a running Ray nothing is checked, and the options that only a Ray of its own takes are removed:
-    `hardware=cpu` sets some.
+    Where the run joins a running Ray this is left to `warn_of_few_cpus`, and the options that only a Ray of its own
+    takes are removed: `hardware=cpu` sets some.
 
     Raises:
         ValueError: if it has not.

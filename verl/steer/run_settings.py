@@ -37,8 +37,8 @@ KEYS = (
     *(f"actor_rollout_ref.rollout.{name}" for name in ("n", "temperature", "top_p", "top_k", "seed")),
     *(f"data.{name}" for name in ("train_batch_size", "max_prompt_length", "max_response_length", "seed", "shuffle")),
     *("data.train_max_samples", "trainer.critic_warmup"),
-    # Not its `reward_kwargs`, which may have paths.
-    *("reward.custom_reward_function.name", "reward.reward_manager.name"),
+    # Not `custom_reward_function.reward_kwargs`, which may have paths.
+    *("reward.custom_reward_function.name", "reward.reward_manager.name", "reward.reward_kwargs"),
 )
 
 

@@ -122,4 +122,5 @@ class RecordsSteps(PPOTrainer):
     def _mark_logged(self) -> None:
         if record := self._unlogged():
             record.logged = True
-            record.write()
+            if record.file.parent.is_dir():  # a user's callback may have moved the checkpoint
+                record.write()

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import ray
 import transfer_queue as tq
 from omegaconf import DictConfig
+from verl.steer.ray_cpus import warn_of_few_cpus
 from verl.steer.rollout.checks import devices_of_server, is_batched
 from verl.steer.rollout.server_actor import start_servers
 
@@ -21,6 +22,7 @@ class SteerTaskRunner:
 
     def run(self, config: DictConfig) -> None:
         """Train or evaluate."""
+        warn_of_few_cpus(config)
         config.transfer_queue.enable = True
         batched = is_batched(config)
         with ThreadPoolExecutor(max_workers=1) as executor:

@@ -46,7 +46,8 @@ class Validates(PPOTrainer):
     val_prompts: list[str]
 
     def _validate(self) -> dict[str, float]:
-        return self._validate_one_file_after_another() if self.config.trainer.val_only else super()._validate()
+        by_file = self.config.trainer.val_only and hasattr(self.val_dataset, "data_files")  # not of each own class
+        return self._validate_one_file_after_another() if by_file else super()._validate()
 
     def _maybe_log_val_generations(self, inputs: list[str], outputs: list[str], scores: list[float]) -> None:
         """Keep the prompts of the stored samples. verl computes the samples' metrics after this call."""

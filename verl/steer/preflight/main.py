@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -64,6 +65,9 @@ def checks_in_processes(config: DictConfig, folder: Path, end: float) -> list[Ro
 @hydra.main(config_path="../../trainer/config", config_name="steer", version_base=None)
 def main(config: DictConfig) -> None:
     """Check, print the table and the line, and exit with 1 if a check failed."""
+    # As Ctrl-C does, these leave none of the processes behind that the checks start.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     end = time.monotonic() + float(os.environ.get("PREFLIGHT_SECONDS", SECONDS))
     folder = Path(os.environ.get("OUTPUT_DIR", "outputs"), "preflight").absolute()
     folder.mkdir(parents=True, exist_ok=True)

@@ -182,7 +182,7 @@ def tradeoff(groups: Groups) -> Drawing | None:
             axis.plot(*table.loc[name, [measure, share]], label=label(name), **style)
         others = table.drop(index=named)
         if len(others):
-            axis.plot(others[measure], others[share], ".", color=INK, alpha=0.5, label="other methods")
+            axis.plot(others[measure], others[share], ".", color=INK, alpha=0.5, label="others")
         axis.set(xlabel=f"{text} at the end")
     drawing.axes[0, 0].set(ylabel=f"{share} at the end")
     drawing.axes[0, 1].set_xscale("log", base=2)

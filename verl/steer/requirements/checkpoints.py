@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections import defaultdict
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from verl.steer.options import from_config, option, resolve_options
 from verl.steer.rollout.checks import ROLLOUT_TIMEOUT
 from verl.steer.run_settings import check_settings
 from verl.trainer.ppo.utils import need_critic
+
+logger = logging.getLogger(__name__)
 
 #: Keys below `trainer` that only this fork's trainer reads, with the values that leave all as it is.
 TRAINER_KEYS = {
@@ -132,6 +135,12 @@ def _check_contents(checkpoint: DictConfig, trainer: DictConfig) -> None:
         for part in parts:
             if part not in CONTENTS:
                 raise ValueError(f"actor.checkpoint.{key}={parts}: expected some of {', '.join(CONTENTS)}")
+        lacks = [part for part in ("optimizer", "extra") if part not in parts]
+        if lacks and trainer.resume_mode != "disable" and not trainer.val_only:
+            logger.warning(
+                "actor.checkpoint.%s=%s: without %s a resumed run begins with new moments or learning rates",
+                key, parts, " and ".join(lacks),
+            )  # fmt: skip
         if "model" not in parts and trainer.resume_mode != "disable":
             raise ValueError(
                 f"actor.checkpoint.{key}={parts}: expected model among them, or trainer.resume_mode=disable: a resumed "

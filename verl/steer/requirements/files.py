@@ -36,9 +36,18 @@ def _check_rows(config: DictConfig, rows: int | None) -> None:
         return
     most = config.data.train_max_samples
     rows = min(rows, most) if most > 0 else rows
-    for name in ("train_batch_size", "gen_batch_size"):
+    for name in ("train_batch_size", *(() if _loads_single_prompts(config) else ("gen_batch_size",))):
         if rows < (config.data[name] or 0):
             raise ValueError(f"data.{name}={config.data[name]}: expected at most {rows}, the rows of data.train_files")
     loaded, wanted = config.data.gen_batch_size, config.data.train_batch_size
-    if loaded and wanted % loaded and config.trainer.v1.trainer_mode != "separate_async":
+    if loaded and wanted % loaded and not _loads_single_prompts(config):
         raise ValueError(f"data.gen_batch_size={loaded}: expected a divisor of data.train_batch_size={wanted}")
+
+
+def _loads_single_prompts(config: DictConfig) -> bool:
+    """Whether verl sets `data.gen_batch_size` to 1 whatever it is, so that it can ask for any number of prompts."""
+    trainer, filter_groups = config.trainer, config.algorithm.get("filter_groups") or {}
+    if not trainer.use_v1:
+        return False
+    refills = OmegaConf.select(trainer, "v1.sampler.sync_refill_failed_groups")
+    return bool(trainer.v1.trainer_mode not in ("steer", "sync") or filter_groups.get("enable") or refills)

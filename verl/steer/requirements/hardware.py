@@ -133,6 +133,14 @@ def check_micro_batches(config: DictConfig) -> None:
             f"actor.ppo_mini_batch_size={actor.ppo_mini_batch_size}: expected a number whose product with "
             f"rollout.n={rollout.n} the {ranks} ranks divide"
         )
+    if actor.use_dynamic_bsz != rollout.log_prob_use_dynamic_bsz:
+        raise ValueError(
+            f"rollout.log_prob_use_dynamic_bsz={rollout.log_prob_use_dynamic_bsz}: expected "
+            f"actor.use_dynamic_bsz={actor.use_dynamic_bsz}"
+        )
+    size = OmegaConf.select(actor, "fsdp_config.fsdp_size", default=-1)
+    if actor.strategy in FSDP_STRATEGIES and 0 <= size < ranks and (size == 0 or ranks % size):
+        raise ValueError(f"actor.fsdp_config.fsdp_size={size}: expected -1 or a divisor of the {ranks} ranks")
     longest = config.data.max_prompt_length + config.data.max_response_length
     for key, dynamic, most in (
         ("actor.ppo_max_token_len", actor.use_dynamic_bsz, actor.ppo_max_token_len_per_gpu),

@@ -48,6 +48,11 @@ def check_ignored(config: DictConfig) -> None:
                 f"{section}.fsdp_config.dtype={name}: expected {section}.fsdp_config.mixed_precision in its place, "
                 "with param_dtype, reduce_dtype and buffer_dtype"
             )
+    if config.model_engine == "dp" and trainer.get("default_hdfs_dir") is not None:
+        raise ValueError(
+            f"trainer.default_hdfs_dir={trainer.default_hdfs_dir}: expected null: verl's FSDP engine copies no "
+            "checkpoint there; a class that trainer.checkpoint_callback_class names can"
+        )
     sampling = rollout.val_kwargs
     if not sampling.do_sample and sampling.temperature != 0:
         raise ValueError(

@@ -73,6 +73,17 @@ NUMBERS = {
     "trainer.total_training_steps": Option(at_least=1, integer=True),
 }
 
+#: Estimators whose inputs verl's trainers of `trainer.use_v1` do not compute, and what that is.
+WITHOUT_INPUTS_IN_V1 = {
+    "remax": "the rewards of greedy answers",
+    "gdpo": "the parts of the reward",
+    "optimal_token_baseline": "the sums of the squared probabilities",
+    "tir_optimal_token_baseline": "the sums of the squared probabilities",
+}
+
+#: Values of `trainer.v1.trainer_mode`.
+TRAINER_MODES = ("steer", "sync", "colocate_async", "separate_async")
+
 #: Values of `rollout.dtype`, by vLLM's names.
 VLLM_TYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 
@@ -106,6 +117,8 @@ def check_verl_values(config: DictConfig) -> None:
         ("rollout.dtype", config.actor_rollout_ref.rollout.dtype, VLLM_TYPES),
     ]
     kl_estimates = (*KL_ESTIMATES, *(f"{name}+" for name in KL_ESTIMATES))
+    if config.trainer.use_v1:
+        names.append(("trainer.v1.trainer_mode", config.trainer.v1.trainer_mode, TRAINER_MODES))
     if actor.use_kl_loss:
         names.append(("actor.kl_loss_type", actor.kl_loss_type, kl_estimates))
     if algorithm.use_kl_in_reward:
@@ -133,6 +146,11 @@ def check_verl_values(config: DictConfig) -> None:
             raise ValueError(f"{key}={name}: expected one of {', '.join(map(str, known))}")
     if correction:
         _check_thresholds(correction)
+    if config.trainer.use_v1 and algorithm.adv_estimator in WITHOUT_INPUTS_IN_V1:
+        raise ValueError(
+            f"algorithm.adv_estimator={algorithm.adv_estimator}: expected another with trainer.use_v1=true, whose "
+            f"trainers do not compute {WITHOUT_INPUTS_IN_V1[algorithm.adv_estimator]}"
+        )
     compares = compares_rollouts(algorithm.adv_estimator) and not config.trainer.val_only
     if config.actor_rollout_ref.rollout.n == 1 and compares:
         raise ValueError(f"rollout.n=1: expected at least 2 with algorithm.adv_estimator={algorithm.adv_estimator}")

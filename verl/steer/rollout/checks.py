@@ -78,10 +78,18 @@ def check_servers(config: DictConfig) -> None:
     """Check the devices of the servers.
 
     Raises:
-        ValueError: if those of a server do not divide the number of all.
+        ValueError: if those of a server do not divide the number of all, or lie on two nodes in part.
     """
     trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
     devices = trainer.nnodes * trainer.n_gpus_per_node
-    if trainer.v1.trainer_mode != "separate_async" and devices % devices_of_server(rollout):
-        sizes = ", ".join(f"rollout.{kind}={rollout[kind]}" for kind in PARALLEL_SIZES)
+    if trainer.v1.trainer_mode == "separate_async":
+        return
+    size, of_node = devices_of_server(rollout), trainer.n_gpus_per_node
+    sizes = ", ".join(f"rollout.{kind}={rollout[kind]}" for kind in PARALLEL_SIZES)
+    if devices % size:
         raise ValueError(f"{sizes}: expected sizes whose product divides the {devices} devices")
+    if size % of_node and of_node % size:
+        raise ValueError(
+            f"{sizes}: expected sizes whose product divides trainer.n_gpus_per_node={of_node} or is a multiple of it: "
+            "verl would give devices of two nodes to a server of one"
+        )

@@ -22,11 +22,11 @@ def lost_rollouts(asked: Mapping[str, int], failed: Iterable[str], keys: Iterabl
 
     Args:
         asked: prompt -> number of rollouts requested.
-        failed: prompts with status `failure`; the others lack no rollout.
+        failed: prompts with status `failure`, also those of earlier steps; the others lack no rollout.
         keys: `{prompt}_{rollout}_{output}` of the stored outputs.
     """
     stored = Counter(session.partition("_")[0] for session in {key.rpartition("_")[0] for key in keys})
-    return sum(asked[uid] - stored[uid] for uid in failed)
+    return sum(asked[uid] - stored[uid] for uid in failed if uid in asked)
 
 
 def stored_samples(

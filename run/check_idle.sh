@@ -1,0 +1,13 @@
+# Sourced by launchers that know `root` and PYTHON: `check_idle FOLDER` ends a launcher if a training runs in the folder,
+# whose metrics a new start would delete.
+check_idle() {
+  [ -e "$1/.lock" ] || return 0
+  "$PYTHON" -c 'import fcntl, sys
+try:
+    fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    sys.exit(1)
+except OSError:
+    pass  # a file system without locks' "$1/.lock" ||
+    { echo "$(basename "$0"): $1: a training runs in it; wait for its end or choose another folder" >&2; exit 1; }
+}
