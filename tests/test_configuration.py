@@ -1055,13 +1055,13 @@ DYNAMIC = [f"{ACTOR}.use_dynamic_bsz=true", f"{ROLLOUT}.log_prob_use_dynamic_bsz
         (
             [f"{ROLLOUT}.tensor_model_parallel_size=4", "trainer.n_gpus_per_node=6", "trainer.nnodes=2"],
             "rollout.tensor_model_parallel_size=4, rollout.data_parallel_size=1, "
-            "rollout.pipeline_model_parallel_size=1: expected sizes whose product divides trainer.n_gpus_per_node=6 or is a multiple of it",
+            "rollout.pipeline_model_parallel_size=1: expected sizes whose product divides trainer.n_gpus_per_node=6 or",
         ),
         (["algorithm.adv_estimator=remax"], "algorithm.adv_estimator=remax: expected another with trainer.use_v1=true"),
         (["trainer.v1.trainer_mode=stear"], "trainer.v1.trainer_mode=stear: expected one of steer, sync, colocate_"),
         (["trainer.default_hdfs_dir=hdfs://x"], "trainer.default_hdfs_dir=hdfs://x: expected null: verl's FSDP engine"),
         (
-            [f"{ACTOR}.use_dynamic_bsz=true"],
+            [f"{ACTOR}.use_dynamic_bsz=true", f"{ROLLOUT}.log_prob_use_dynamic_bsz=false"],
             "rollout.log_prob_use_dynamic_bsz=False: expected actor.use_dynamic_bsz=True",
         ),
         (

@@ -133,11 +133,6 @@ def check_micro_batches(config: DictConfig) -> None:
             f"actor.ppo_mini_batch_size={actor.ppo_mini_batch_size}: expected a number whose product with "
             f"rollout.n={rollout.n} the {ranks} ranks divide"
         )
-    if actor.use_dynamic_bsz != rollout.log_prob_use_dynamic_bsz:
-        raise ValueError(
-            f"rollout.log_prob_use_dynamic_bsz={rollout.log_prob_use_dynamic_bsz}: expected "
-            f"actor.use_dynamic_bsz={actor.use_dynamic_bsz}"
-        )
     size = OmegaConf.select(actor, "fsdp_config.fsdp_size", default=-1)
     if actor.strategy in FSDP_STRATEGIES and 0 <= size < ranks and (size == 0 or ranks % size):
         raise ValueError(f"actor.fsdp_config.fsdp_size={size}: expected -1 or a divisor of the {ranks} ranks")
@@ -149,6 +144,11 @@ def check_micro_batches(config: DictConfig) -> None:
         if dynamic and (most or 0) * shared < longest:  # verl stops at the first rollout that is longer
             expected = math.ceil(longest / shared)
             raise ValueError(f"{key}_per_gpu={most}: expected at least {expected}, for rollouts of {longest} tokens")
+    if actor.use_dynamic_bsz != rollout.log_prob_use_dynamic_bsz:
+        raise ValueError(
+            f"rollout.log_prob_use_dynamic_bsz={rollout.log_prob_use_dynamic_bsz}: expected "
+            f"actor.use_dynamic_bsz={actor.use_dynamic_bsz}"
+        )
     if not rollout.log_prob_use_dynamic_bsz:
         size, prompts = rollout.log_prob_micro_batch_size_per_gpu, config.data.train_batch_size
         _check_divisor("rollout.log_prob", size, "data.train_batch_size", prompts, rollout.n, ranks)
