@@ -34,6 +34,7 @@ from verl.steer.requirements.files import check_data
 from verl.steer.requirements.model import check_model
 from verl.steer.requirements.rewards import check_data_sources
 from verl.steer.requirements.verl_values import check_verl_values
+from verl.steer.rollout.checks import check_servers
 from verl.steer.run_lock import lock_folder
 from verl.trainer.ppo.core_algos import (
     ADV_ESTIMATOR_REGISTRY,
@@ -1052,11 +1053,6 @@ DYNAMIC = [f"{ACTOR}.use_dynamic_bsz=true", f"{ROLLOUT}.log_prob_use_dynamic_bsz
             "rollout.tensor_model_parallel_size=2, rollout.data_parallel_size=1, "
             "rollout.pipeline_model_parallel_size=1: expected sizes whose product divides the 1 devices",
         ),
-        (
-            [f"{ROLLOUT}.tensor_model_parallel_size=4", "trainer.n_gpus_per_node=6", "trainer.nnodes=2"],
-            "rollout.tensor_model_parallel_size=4, rollout.data_parallel_size=1, "
-            "rollout.pipeline_model_parallel_size=1: expected sizes whose product divides trainer.n_gpus_per_node=6 or",
-        ),
         (["algorithm.adv_estimator=remax"], "algorithm.adv_estimator=remax: expected another with trainer.use_v1=true"),
         (["trainer.v1.trainer_mode=stear"], "trainer.v1.trainer_mode=stear: expected one of steer, sync, colocate_"),
         (["trainer.default_hdfs_dir=hdfs://x"], "trainer.default_hdfs_dir=hdfs://x: expected null: verl's FSDP engine"),
@@ -1155,6 +1151,17 @@ DYNAMIC = [f"{ACTOR}.use_dynamic_bsz=true", f"{ROLLOUT}.log_prob_use_dynamic_bsz
 def test_values_that_verl_takes_as_they_are_are_checked(overrides, message):
     with pytest.raises(ValueError, match="^" + re.escape(message)):
         check_and_complete(resolved("grpo", "hardware=cpu", "task=arithmetic", *overrides))
+
+
+def test_a_server_has_whole_nodes_or_lies_in_one():
+    def check(nodes, size):
+        sizes = (f"trainer.nnodes={nodes}", "trainer.n_gpus_per_node=6", f"{ROLLOUT}.tensor_model_parallel_size={size}")
+        check_servers(resolved("grpo", *sizes))
+
+    for nodes, size in ((2, 3), (2, 6), (2, 12), (1, 1)):
+        check(nodes, size)
+    with pytest.raises(ValueError, match="^rollout.tensor_model_parallel_size=4, .* trainer.n_gpus_per_node=6 or"):
+        check(2, 4)
 
 
 @pytest.mark.parametrize(

@@ -328,7 +328,7 @@ def test_the_step_is_a_fraction_of_the_entropy(saved, steps):
     """Of entropies of 5 and of 0.5 nats; a fixed number of nats would be too long a step for the lower one."""
     engine, batch = make_engine(saved(steps=steps), lr=1e-6), mini_batches()[0]
     with engine.train_mode():
-        measured = engine.measure_influence(batch.copy(), VANILLA)
+        measured = engine.measure_influence(batch.copy(), VANILLA, refresh=2)  # which keeps the direction
         above, below = engine._statistics_at(batch.copy(), engine.direction)
     assert (measured.entropy < 1) == (steps > 0)
     change = (above["entropy"] - below["entropy"])[measured.valid].double().mean() / 2
@@ -434,7 +434,7 @@ def test_frozen_parameters_have_no_direction(model_folder):
     frozen.requires_grad_(False)
     with engine.train_mode():
         engine.train_batch(batch.copy(), VANILLA)
-        engine.measure_influence(batch, VANILLA)
+        engine.measure_influence(batch, VANILLA, refresh=2)
     parameters = list(engine.module.parameters())
     assert [part.shape for part in engine.direction.parts] == [p.shape for p in parameters if p is not frozen]
 
