@@ -350,7 +350,7 @@ def test_both_directions_round_with_the_same_numbers_and_each_update_with_others
     """Without a step the two differ in nothing; and the parameters come back."""
     engine, batch = make_engine(model_folder, dtype="bf16"), mini_batches()[0]
     before = [influence.whole(p).clone() for p in engine.trained()]
-    nowhere = influence.Direction([torch.zeros_like(influence._local(p)) for p in engine.trained()], 1.0, 1.0, 0.0)
+    nowhere = influence.Direction([torch.zeros_like(influence._local(p)) for p in engine.trained()], 1.0, 1.0, 0.0, 0.0)
     found = []
     with engine.train_mode():
         for updates in (0, 1):
