@@ -28,7 +28,7 @@ from verl.steer.replacements import balanced_partitions
 from verl.steer.rollout import batched_manager
 from verl.steer.rollout.batched_manager import BatchedAgentLoopManager
 from verl.steer.rollout.checks import BATCHED_MANAGER, check_rollouts
-from verl.steer.rollout.lost_rollouts import LOST_IN_TRAINING
+from verl.steer.rollout.lost_rollouts import LOST_IN_TRAINING, lost_rollouts
 from verl.steer.rollout.wait import RolloutsFailed, RolloutWait
 from verl.steer.trainer import SteerTrainer
 from verl.trainer.ppo import padding_utils
@@ -643,6 +643,10 @@ def test_a_whole_step_is_as_upstreams(run, trainer, monkeypatch):
     assert trainer._balance_batch(batch, metrics).keys == KEYS
     assert metrics[LOST_IN_TRAINING] == 0
     assert trainer.rollouts_asked == {}, "the next step would count this one's prompts as its own"
+
+
+def test_prompts_that_failed_in_earlier_steps_are_not_counted():
+    assert lost_rollouts({"a": 4}, ["a", "earlier"], ["a_0_0", "a_1_0", "a_1_1"]) == 2
 
 
 def test_lost_are_those_of_the_number_that_a_prompt_has_asked_for(trainer, monkeypatch):

@@ -1318,10 +1318,11 @@ def test_an_error_of_the_run_that_explains_itself_ends_it_in_one_line(monkeypatc
 
 
 def test_the_launching_process_resolves_its_variables(laptop_files, monkeypatch, tmp_path):
-    """Where Ray runs already, the trainer's process has other ones."""
+    """Where Ray runs already, the trainer's process has other ones, and another working folder."""
     started = []
     monkeypatch.setattr(entry_point.main_ppo, "run_ppo", lambda config, task_runner_class: started.append(config))
-    monkeypatch.setenv("OUTPUT_DIR", str(tmp_path))
+    monkeypatch.setenv("OUTPUT_DIR", str(tmp_path.relative_to("/")))
+    monkeypatch.chdir("/")
     run_main(resolved("steer_exp", "hardware=cpu", "task=arithmetic"))
     monkeypatch.undo()
     (config,) = started

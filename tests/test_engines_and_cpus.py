@@ -244,3 +244,10 @@ def test_the_laptop_reserves_no_more_than_it_says():
     config = resolved("grpo", "hardware=cpu", "trainer.n_gpus_per_node=5")
     with pytest.raises(ValueError, match="num_cpus=16: Ray would have 16 CPUs, .* at least 18: 15 for trainer.n_gpus"):
         ray_cpus.check_cpus(config)
+
+
+@pytest.mark.parametrize("has, told", [(5, "Ray has 5 CPUs: the run waits until it has 6: 3 for "), (6, "")])
+def test_a_running_ray_with_too_few_cpus_is_told_of(monkeypatch, caplog, has, told):
+    monkeypatch.setattr(ray_cpus.ray, "cluster_resources", lambda: {"CPU": float(has)})
+    ray_cpus.warn_of_few_cpus(resolved("grpo", "hardware=cpu"))
+    assert [record.getMessage()[: len(told)] for record in caplog.records] == [told][: bool(told)]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The checks before training: estimates by hand, what a failed check leads to, and its one line."""
 
+import signal
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -617,3 +618,24 @@ def test_help(command, root):
     result = command("bash", root / "run/preflight.sh", "-h", cwd="/")
     assert result.returncode == 0 and result.stdout.startswith("Checks this machine for a run")
     assert "bash run/preflight.sh [--cpu] [Hydra overrides" in result.stdout and "set -euo" not in result.stdout
+
+
+def test_a_cancelled_job_ends_the_checks_as_ctrl_c_does(monkeypatch, tmp_path):
+    """By an exception, which ends the processes of `run_group`."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+
+    def cancelled(config, folder, end):
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setenv("OUTPUT_DIR", str(tmp_path))
+    monkeypatch.setattr(main, "CHECKS", {})
+    monkeypatch.setattr(main, "checks_in_processes", cancelled)
+    # Else the signal would end the tests.
+    signal.signal(signal.SIGTERM, lambda number, _: None)
+    try:
+        with pytest.raises(SystemExit) as end:
+            main.main.__wrapped__(None)
+        assert end.value.code == 128 + signal.SIGTERM
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)

@@ -38,6 +38,14 @@ def test_the_same_run_goes_on_also_for_longer_on_other_hardware_and_elsewhere(ru
     assert all(settings_of(resolved("steer_exp", f"hardware={name}", *run[1:])) == kept for name in ("gpu1", "gpu8"))
 
 
+def test_a_checkpoint_without_the_optimizer_is_told_of(run, caplog):
+    contents = "actor_rollout_ref.actor.checkpoint.save_contents"
+    for parts, told in (("[model,optimizer,extra]", ""), ("[model,extra]", "without optimizer a resumed run")):
+        caplog.clear()
+        check_checkpoints(resolved("steer_exp", *run, f"{contents}={parts}"))
+        assert told in caplog.text and bool(told) == bool(caplog.text)
+
+
 @pytest.mark.parametrize("mode", ["auto", "resume_path"])
 def test_a_checkpoint_has_a_part_for_each_rank(run, tmp_path, mode):
     """verl loads those of as many ranks as the run has."""

@@ -172,3 +172,10 @@ def test_checkpoint_without_a_record(run, tmp_path):
     (tmp_path / "global_step_4" / STEP_RECORD).unlink()
     _, trainer = run()
     assert trainer.step_record is None
+
+
+def test_the_record_of_a_checkpoint_that_was_moved_is_not_written_again(tmp_path):
+    """A user's callback may do so."""
+    record = StepRecord(tmp_path / "moved" / STEP_RECORD, {})
+    RecordsSteps._mark_logged(SimpleNamespace(_unlogged=lambda: record))
+    assert record.logged and not (tmp_path / "moved").exists()
