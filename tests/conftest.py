@@ -12,7 +12,19 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from hypothesis import settings
+
+#: Variables of a user's shell by which launchers and programs would do something else than the tests expect.
+VARIABLES = (
+    *("DATA_DIR", "HARDWARE", "METHOD", "METHODS", "MODEL_PATH", "OUTPUT_DIR", "PARTS", "SEED", "SEEDS", "TASK"),
+    *("TASK_DIR", "ROLLOUT_OMP_NUM_THREADS", "STEER_VENV", "FORCE_COLOR"),
+)
+for name in VARIABLES:
+    os.environ.pop(name, None)
+
+# The tests' models are so small that a second thread would only wait, and two processes share the cores.
+torch.set_num_threads(1)
 
 # The same cases in every run, and no deadline: whether a test passes must not depend on how busy the machine is.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
@@ -51,8 +63,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """The same random numbers in every run, of tests that draw some without a generator."""
-    if torch := sys.modules.get("torch"):
-        torch.manual_seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -403,18 +403,19 @@ def test_an_epoch_without_a_whole_batch_is_refused(tmp_path):
     """The data set is without its prompts that are too long."""
     with patch.object(SteerTrainer, "train_dataset", [None] * 3, create=True):
         data = {"train_batch_size": 4, "max_prompt_length": 9}
-        with pytest.raises(NoSteps, match="^data.train_batch_size=4: expected at most 3, the rows of .*=9 tok"):
+        with pytest.raises(NoSteps, match="^data.train_batch_size=4: expected at most 3, the rows .* more than 9 tok"):
             trainer_of(tmp_path, steps=0, data=data)
     trainer_of(tmp_path, steps=0, val_only=True)
 
 
 def test_a_validation_that_lost_samples_is_not_the_best(tmp_path, monkeypatch):
-    """Step 2 lost 2 of 100 samples, step 3 one."""
+    """Step 2 lost 2 of 100 samples, step 3 one, and another data source half of its samples."""
     upstream = PPOTrainer._validate
 
     def validate(self):
         lost = {2: 2, 3: 1}.get(self.global_steps, 0)
-        return upstream(self) | {"val-aux/a/num_lost": lost, "val-aux/a/num_samples": 100 - lost}
+        others = {"val-aux/b/num_lost": 50, "val-aux/b/num_samples": 50}
+        return upstream(self) | others | {"val-aux/a/num_lost": lost, "val-aux/a/num_samples": 100 - lost}
 
     monkeypatch.setattr(PPOTrainer, "_validate", validate)
     trainer = train(trainer_of(tmp_path, values=[0.2, 0.9, 0.4, 0.3], save_best_only=True))

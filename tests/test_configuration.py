@@ -398,11 +398,11 @@ def test_an_estimator_that_reads_ppos_clip_goes_with_ppos_loss_only(base_loss, e
             PolicyLossConfig(**options)
 
 
-def test_bad_value_ends_a_launcher_in_one_line(command, root):
+def test_bad_value_ends_a_launcher_in_one_line(command, root, tmp_path):
     """From the command line to the message, without Ray."""
     overrides = ("hardware=cpu", f"+{POLICY_LOSS}.token_weight_min=-1")
-    result = command("bash", root / "run/run_exp.sh", *overrides, cwd="/")
-    assert result.returncode == 1 and "ray" not in result.stdout.lower()
+    result = command("bash", root / "run/run_exp.sh", *overrides, cwd="/", OUTPUT_DIR=str(tmp_path))
+    assert result.returncode == 1 and "Ray" not in result.stdout
     assert result.stderr.strip().splitlines()[-1].startswith("steer-verl: policy_loss.token_weight_min=-1: expected")
     assert "Traceback" not in result.stderr
 
@@ -1663,6 +1663,7 @@ def test_files_that_verl_finds_are_accepted(laptop_files, overrides):
 
 
 def test_a_missing_file_ends_a_launcher_in_one_line(command, root, tmp_path):
-    result = command("bash", root / "run/run_grpo.sh", "hardware=cpu", "task=arithmetic", TASK_DIR=str(tmp_path))
+    folders = {"TASK_DIR": str(tmp_path), "OUTPUT_DIR": str(tmp_path / "outputs")}
+    result = command("bash", root / "run/run_grpo.sh", "hardware=cpu", "task=arithmetic", **folders)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith(f"steer-verl: data.train_files: no file {tmp_path}/")

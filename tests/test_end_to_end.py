@@ -34,10 +34,10 @@ GREEDY = (
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory, command, root):
-    """The laptop task with a model that has been trained until it solves a few problems, so that advantages differ."""
+    """The laptop task; its model solves a quarter of the problems, so that a step without advantages is rare."""
     folder = tmp_path_factory.mktemp("task") / "laptop"
     program = root / "scripts/make_laptop_task.py"
-    result = command(sys.executable, program, "--out", folder, "--quiet", "--steps", 300, "--train-size", 64)
+    result = command(sys.executable, program, "--out", folder, "--quiet", "--train-size", 64)
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -298,7 +298,7 @@ def test_evaluation_of_the_best_checkpoint(trained, command, root, task, tmp_pat
     responses = pd.read_parquet(folder / "responses.parquet")
     assert len(responses) == 72 and {"input", "output", "gts", "score", "acc", "pred", "benchmark"} <= set(responses)
     again = command(*arguments, **environment)
-    assert again.returncode == 0 and "average" in again.stdout and "ray" not in again.stdout.lower()
+    assert again.returncode == 0 and "average" in again.stdout and "Ray" not in again.stdout
 
 
 # Those of the extreme clip range differ in numbers only.

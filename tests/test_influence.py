@@ -80,8 +80,7 @@ def test_without_any_contribution_all_weights_are_one(c):
     assert (bounded_weights(c, solve_multiplier(c, 0.1, 0.0, 2.0), 0.0, 2.0) == 1).all()
 
 
-@pytest.mark.parametrize("agg", ["token-mean", "seq-mean-token-mean"])
-def test_the_factors_are_minus_the_gradient_of_verls_loss_by_the_log_prob(agg):
+def test_the_factors_are_minus_the_gradient_of_verls_loss_by_the_log_prob():
     generator = torch.Generator().manual_seed(0)
     shape = (6, 9)
     old = -2 * torch.rand(shape, generator=generator)

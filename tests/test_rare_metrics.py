@@ -9,7 +9,7 @@ import torch
 from loss_properties import loss_of, row
 from test_entropy_audit import Queue
 from test_interventions import advantages_of, registered_estimators  # noqa: F401 - a fixture
-from test_siren import ENTROPYS, MASK, penalty
+from test_siren import MASK, penalty
 from test_token_weights import loss_inputs
 from transfer_queue import KVBatchMeta
 from verl.steer.audit import step as step_entropy_audit
@@ -73,7 +73,6 @@ def test_the_share_of_micro_batches_with_a_peak():
     assert penalty(None)[0].metrics["actor/peak_share"] == 1.0
     assert penalty(None, entropys=torch.ones(3, 5))[0].metrics["actor/peak_share"] == 0.0
     assert penalty(None, mask=torch.zeros_like(MASK))[0].metrics["actor/peak_share"] == 0.0
-    assert ENTROPYS.shape == MASK.shape
 
 
 def test_tokens_without_an_advantage_keep_a_weight_of_one():

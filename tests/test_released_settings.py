@@ -4,7 +4,6 @@
 import re
 from pathlib import Path
 
-import pytest
 import yaml
 from omegaconf import OmegaConf
 from test_configuration import configuration_of, resolved
@@ -58,12 +57,6 @@ EVALUATION = yaml.safe_load("""
     trainer: {logger: [console, wandb], project_name: STEER_evaluation, total_epochs: 50, val_only: true,
       resume_mode: disable}
 """)
-
-
-@pytest.fixture(autouse=True)
-def no_paths_of_the_environment(monkeypatch):
-    for name in ("DATA_DIR", "MODEL_PATH", "OUTPUT_DIR"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def flat(node, path=""):

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 from verl.steer.checkpoint_ledger import CheckpointLedger, metric_name, step_of
 from verl.steer.methods.step_state import StepState
+from verl.steer.rollout.lost_rollouts import lost_share
 from verl.steer.run_settings import save_settings
 from verl.steer.step_record import RecordsSteps
 from verl.trainer.ppo.checkpoint_callback import CheckpointCallback
@@ -47,15 +48,15 @@ class SavesCheckpoints(RecordsSteps):
         verl neither saves nor validates at a last step that results from `trainer.total_epochs`.
 
         Raises:
-            NoSteps: if too few prompts are short enough for a batch.
+            NoSteps: if there are too few rows for a batch.
         """
         super()._init_dataloader()
         options = self.config.trainer
         if not self.steps_per_epoch and not options.val_only:
             raise NoSteps(
                 f"data.train_batch_size={self.config.data.train_batch_size}: expected at most "
-                f"{len(self.train_dataset)}, the rows of data.train_files whose prompts have up to "
-                f"data.max_prompt_length={self.config.data.max_prompt_length} tokens"
+                f"{len(self.train_dataset)}, the rows that the training data have; with data.filter_overlong_prompts "
+                f"none is left whose prompt has more than {self.config.data.max_prompt_length} tokens"
             )
         asked, self.total_training_steps = (
             self.total_training_steps,
@@ -147,11 +148,10 @@ class SavesCheckpoints(RecordsSteps):
         name = metric_name(metrics, options.best_metric_key)
         value = float(metrics[name])
         self.ledger.measure_by(name)
-        lost = sum(count for key, count in metrics.items() if key.endswith("/num_lost"))
-        asked = lost + sum(count for key, count in metrics.items() if key.endswith("/num_samples"))
-        compared = lost <= MOST_LOST * asked
+        lost = lost_share(metrics, name)
+        compared = lost <= MOST_LOST
         if not compared:
-            logger.warning("%s=%s: not the best, as %d of %d samples were lost", name, value, lost, asked)
+            logger.warning("%s=%s: never the best, as %.0f %% of its samples were lost", name, value, 100 * lost)
         if self.global_steps >= max(1, self.save_after) and compared and self.ledger.is_best(value):
             if self.ledger.latest_step != self.global_steps:
                 self._save_whole_checkpoint()

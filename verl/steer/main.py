@@ -37,6 +37,9 @@ class VerlConfigs(SearchPathPlugin):
 Plugins.instance().register(VerlConfigs)
 
 
+#: Keys below `trainer` that name folders.
+FOLDERS = ("default_local_dir", "resume_from_path", "rollout_data_dir", "validation_data_dir")
+
 #: Hydra's flags whose value is a word of its own.
 VALUED = frozenset("--config-dir -cd --config-path -cp --config-name -cn --package -p --cfg -c".split())
 
@@ -57,7 +60,9 @@ def main(config: DictConfig) -> None:
     try:
         check_run(config)
         # The workers of a Ray that runs already may have another working folder.
-        config.trainer.default_local_dir = os.path.abspath(config.trainer.default_local_dir)
+        for key in FOLDERS:
+            if config.trainer.get(key):
+                config.trainer[key] = os.path.abspath(config.trainer[key])
         for key in ("train_files", "val_files"):
             check_data(config, key)
         check_model(config)

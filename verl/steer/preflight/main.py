@@ -65,9 +65,10 @@ def checks_in_processes(config: DictConfig, folder: Path, end: float) -> list[Ro
 @hydra.main(config_path="../../trainer/config", config_name="steer", version_base=None)
 def main(config: DictConfig) -> None:
     """Check, print the table and the line, and exit with 1 if a check failed."""
-    # As Ctrl-C does, these leave none of the processes behind that the checks start.
+    # As Ctrl-C does, these leave none of the processes behind that the checks start. `nohup` ignores SIGHUP.
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     end = time.monotonic() + float(os.environ.get("PREFLIGHT_SECONDS", SECONDS))
     folder = Path(os.environ.get("OUTPUT_DIR", "outputs"), "preflight").absolute()
     folder.mkdir(parents=True, exist_ok=True)

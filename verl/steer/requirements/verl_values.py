@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -117,7 +118,7 @@ def check_verl_values(config: DictConfig) -> None:
         ("rollout.dtype", config.actor_rollout_ref.rollout.dtype, VLLM_TYPES),
     ]
     kl_estimates = (*KL_ESTIMATES, *(f"{name}+" for name in KL_ESTIMATES))
-    if config.trainer.use_v1:
+    if config.trainer.use_v1 and not os.environ.get("VERL_USE_EXTERNAL_MODULES"):  # which may register others
         names.append(("trainer.v1.trainer_mode", config.trainer.v1.trainer_mode, TRAINER_MODES))
     if actor.use_kl_loss:
         names.append(("actor.kl_loss_type", actor.kl_loss_type, kl_estimates))
@@ -146,7 +147,8 @@ def check_verl_values(config: DictConfig) -> None:
             raise ValueError(f"{key}={name}: expected one of {', '.join(map(str, known))}")
     if correction:
         _check_thresholds(correction)
-    if config.trainer.use_v1 and algorithm.adv_estimator in WITHOUT_INPUTS_IN_V1:
+    trains = config.trainer.use_v1 and not config.trainer.val_only
+    if trains and algorithm.adv_estimator in WITHOUT_INPUTS_IN_V1:
         raise ValueError(
             f"algorithm.adv_estimator={algorithm.adv_estimator}: expected another with trainer.use_v1=true, whose "
             f"trainers do not compute {WITHOUT_INPUTS_IN_V1[algorithm.adv_estimator]}"

@@ -51,6 +51,22 @@ def stored_samples(
     return stored, dict(metrics)
 
 
+def lost_share(metrics: Mapping[str, float], name: str) -> float:
+    """The share of samples that a validation lost, of the data source of one of its metrics; 0 if it has none.
+
+    Args:
+        metrics: the validation's, with those of `stored_samples`.
+        name: of a metric, `val-(core|aux)/{data source}/...`.
+    """
+    measured = name.partition("/")[2]
+    sources = [key.removeprefix("val-aux/").removesuffix("/num_lost") for key in metrics if key.endswith("/num_lost")]
+    source = max((one for one in sources if measured.startswith(f"{one}/")), key=len, default=None)
+    if source is None:
+        return 0.0
+    lost, stored = (metrics[f"val-aux/{source}/{count}"] for count in ("num_lost", "num_samples"))
+    return lost / max(1, lost + stored)
+
+
 def means_over_stored_samples(
     metrics: Mapping[str, float],
     data_sources: Sequence[str],
