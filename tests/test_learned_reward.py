@@ -22,7 +22,7 @@ ROW = ("countdown", "3*8=24;24-7=17;17+2=19", "3,7,8,2=19", {"raw_problem": "3,7
 @pytest.fixture(scope="module")
 def task(tmp_path_factory, root, command):
     folder = tmp_path_factory.mktemp("learned") / "task"
-    sizes = ["--train-size", "64", "--test-size", "32", "--steps", "60", "--quiet"]
+    sizes = ["--train-size", "64", "--test-size", "32", "--steps", "300", "--quiet"]
     command(sys.executable, root / "scripts/make_laptop_task.py", "--task", "countdown", "--out", folder, *sizes)
     return folder
 

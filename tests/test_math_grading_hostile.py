@@ -107,6 +107,8 @@ HOSTILE = {
     "an answer line with code": "Answer: exec(open('pwned','w'))",
 }
 TRUTHS = ["7", r"\frac{x^2+1}{2}"]
+#: These say 7, by either rule, but for null bytes: of them the training rule reads the last 300 alone.
+RIGHT = {"a box closed too often", "lone surrogates", "null bytes"}
 
 
 def grade(response: str, truth: str, rule: str = "eval", timeout: float = TIMEOUT) -> dict:
@@ -125,13 +127,15 @@ def thread():
         yield pool
 
 
-@pytest.mark.parametrize("response", HOSTILE.values(), ids=HOSTILE.keys())
-def test_a_hostile_response_is_graded_and_the_next_one_too(thread, response, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_response_is_graded_and_the_next_one_too(thread, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for truth in TRUTHS:
         for rule in ("train", "eval"):
             starts = symbolic.comparer.starts
-            result = thread.submit(grade, response, truth, rule).result(timeout=RETURNS)
+            result = thread.submit(grade, HOSTILE[name], truth, rule).result(timeout=RETURNS)
+            right = name in RIGHT and truth == "7" and (name, rule) != ("null bytes", "train")
+            assert result["acc"] is right
             assert result.keys() == {"score", "acc", "pred", "timed_out"}
             json.dumps(result, ensure_ascii=False).encode()
             assert len(result["pred"]) <= score.MAX_PRED
