@@ -452,7 +452,7 @@ def test_tradeoff_names_the_first_method_and_those_that_no_other_equals_or_surpa
         }
     )
     accuracy, entropy = drawing.figure.axes
-    names = ["grpo", "exploits", "explores", "both", "other methods"]
+    names = ["grpo", "exploits", "explores", "both", "others"]
     assert [line.get_label() for line in accuracy.lines] == names == [line.get_label() for line in entropy.lines]
     assert np.allclose(accuracy.lines[0].get_xydata(), [(0.3, 0.4)])
     assert np.allclose(entropy.lines[0].get_xydata(), [(0.2, 0.4)])
@@ -473,7 +473,7 @@ def test_tradeoff_is_by_the_greatest_k_of_any_run():
 def test_tradeoff_of_equals_and_of_runs_without_pass_at_k():
     runs = {name: [sampled(name, 0.5, 0.6, 0.2)] for name in ("a", "b")}
     axis, _ = figures.tradeoff(runs).figure.axes
-    assert [line.get_label() for line in axis.lines] == ["a", "other methods"]
+    assert [line.get_label() for line in axis.lines] == ["a", "others"]
     axis, _ = figures.tradeoff({"a": runs["a"]}).figure.axes
     assert [line.get_label() for line in axis.lines] == ["a"]
     assert figures.tradeoff({"grpo": [Run("grpo", None, dict(steer_metrics()))]}) is None
