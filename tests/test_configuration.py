@@ -679,7 +679,9 @@ HEAD = ("entropy_change_estimator=influence", "token_weight_map=target", "influe
         (["trainer.entropy_audit=5"], "trainer.entropy_audit=5: expected a section of keys below it"),
     ],
 )
-def test_runs_that_cannot_work_are_refused(overrides, message):
+def test_runs_that_cannot_work_are_refused(monkeypatch, overrides, message):
+    """Where flash-attn is not installed."""
+    monkeypatch.setattr(hardware, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=re.escape(message)):
         check_and_complete(resolved("steer_exp", "hardware=cpu", *overrides))
 

@@ -190,11 +190,17 @@ def test_a_child_that_was_killed_from_outside_is_replaced():
     assert_grading_works()
 
 
-def test_a_comparison_that_ends_the_child_counts_as_different():
+def test_a_comparison_that_ends_the_child_counts_as_different(monkeypatch):
     comparer = symbolic.SymbolicComparer()
     assert comparer.equivalent("1/2", "0.5", timeout=60.0)
-    killer = threading.Timer(0.3, comparer._child.process.send_signal, [signal.SIGSEGV])
-    killer.start()
+    child = comparer._child
+    send = child.connection.send
+
+    def send_and_end(request):
+        send(request)
+        threading.Timer(0.3, child.process.send_signal, [signal.SIGSEGV]).start()
+
+    monkeypatch.setattr(child.connection, "send", send_and_end)
     assert comparer.equivalent("5", "(10^{9})!", timeout=60.0) is False
     assert comparer.equivalent("1/2", "0.5", timeout=60.0)
     assert comparer.starts == 2
