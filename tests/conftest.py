@@ -4,7 +4,6 @@
 import atexit
 import contextlib
 import io
-import logging
 import os
 import runpy
 import subprocess
@@ -65,12 +64,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def seed() -> None:
     """The same random numbers in every run, of tests that draw some without a generator."""
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def logs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`caplog` sees what verl's modules log, also after verl has kept it from the root logger."""
-    monkeypatch.setattr(logging.getLogger("verl"), "propagate", True)
 
 
 @pytest.fixture(scope="session")

@@ -134,7 +134,7 @@ def check_micro_batches(config: DictConfig) -> None:
             f"rollout.n={rollout.n} the {ranks} ranks divide"
         )
     size = OmegaConf.select(actor, "fsdp_config.fsdp_size", default=-1)
-    if actor.strategy in FSDP_STRATEGIES and 0 <= size < ranks and (size == 0 or ranks % size):
+    if actor.strategy in FSDP_STRATEGIES and (size is None or 0 <= size < ranks and (size == 0 or ranks % size)):
         raise ValueError(f"actor.fsdp_config.fsdp_size={size}: expected -1 or a divisor of the {ranks} ranks")
     longest = config.data.max_prompt_length + config.data.max_response_length
     for key, dynamic, most in (
