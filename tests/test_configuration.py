@@ -220,7 +220,7 @@ LAPTOP_TASKS = ["arithmetic", "countdown"]
 @pytest.fixture
 def any_machine(monkeypatch):
     """One with the hardware and the CPUs of any configuration."""
-    for check in ("check_platform", "check_cpus"):
+    for check in ("check_platform", "check_gpus", "check_cpus"):
         monkeypatch.setattr(requirements, check, lambda config: None)
 
 

@@ -163,7 +163,7 @@ def runs_of(page):
 @pages
 def test_runs_pass_the_checks(page, monkeypatch, tmp_path):
     """On their hardware, but for what this machine has."""
-    for check in ("check_platform", "check_cpus"):
+    for check in ("check_platform", "check_gpus", "check_cpus"):
         monkeypatch.setattr(requirements, check, lambda config: None)
     monkeypatch.setenv("MODEL_PATH", "model")
     (tmp_path / "my_reward.py").write_text("def compute_score(**_): ...")  # README's own reward function

@@ -10,7 +10,7 @@ from test_configuration import ACTOR, METHODS, POLICY_LOSS, resolved
 from transfer_queue.controller import TransferQueueController
 from transfer_queue.storage.simple_storage import SimpleStorageUnit
 from verl.experimental.reward_loop.reward_manager.remote import RewardComputeWorker
-from verl.steer import ray_cpus
+from verl.steer import ray_resources
 from verl.steer.cpu.platform import PlatformCPU
 from verl.steer.methods.registry import fields_needed
 from verl.steer.requirements import check_and_complete, hardware
@@ -24,11 +24,12 @@ SERVED_BY_VERL = {"entropys", "current_entropys", "entropy_coeff"}
 
 @pytest.fixture(autouse=True)
 def gpu_machine(monkeypatch):
-    """verl's platform is CUDA with flash-attn, and Ray would count 30 CPUs; `monkeypatch` sets another number."""
+    """verl's platform is CUDA with flash-attn, and Ray would count 8 GPUs and 30 CPUs; `monkeypatch` sets others."""
     monkeypatch.setattr(hardware, "get_platform", lambda: SimpleNamespace(device_name="cuda"))
     monkeypatch.setattr(hardware, "find_spec", lambda _: True)
-    monkeypatch.setattr(ray_cpus, "get_num_cpus", lambda _: 30)
-    monkeypatch.setattr(ray_cpus.services, "canonicalize_bootstrap_address", lambda _: None)
+    monkeypatch.setattr(ray_resources, "get_num_cpus", lambda _: 30)
+    monkeypatch.setattr(ray_resources.torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(ray_resources.services, "canonicalize_bootstrap_address", lambda _: None)
 
 
 def checked(name, *overrides):
@@ -168,7 +169,7 @@ def test_what_verls_actors_reserve():
     """The numbers behind the counts below."""
     for actor in (SimpleStorageUnit, TransferQueueController, RewardComputeWorker):
         assert actor._default_options["num_cpus"] == 1
-    assert ray_cpus.ResourcePoolManager.max_colocate_count == 3
+    assert ray_resources.ResourcePoolManager.max_colocate_count == 3
     assert not TaskRunnerV1._default_options.get("num_cpus")
 
 
@@ -200,17 +201,17 @@ def test_what_verls_actors_reserve():
 )
 def test_the_cpus_of_a_run_are_counted(monkeypatch, overrides, needed):
     config = resolved("grpo", *overrides, "trainer.save_after=0")
-    assert sum(ray_cpus.reserved_cpus(config).values()) == needed
+    assert sum(ray_resources.reserved_cpus(config).values()) == needed
     for has in (needed - 1, needed):
-        monkeypatch.setattr(ray_cpus, "get_num_cpus", lambda _, has=has: has)
+        monkeypatch.setattr(ray_resources, "get_num_cpus", lambda _, has=has: has)
         given = resolved("grpo", *overrides, f"ray_kwargs.ray_init.num_cpus={has}")
         for one, said in ((config, "null"), (given, has)):
             if has == needed:
-                ray_cpus.check_cpus(one)
+                ray_resources.check_cpus(one)
             else:
                 message = f"^ray_kwargs.ray_init.num_cpus={said}: Ray would have {has} CPUs, .* least {needed}: .*\\Z"
                 with pytest.raises(ValueError, match=message):
-                    ray_cpus.check_cpus(one)
+                    ray_resources.check_cpus(one)
 
 
 def test_too_few_cpus_end_a_run_before_its_other_checks():
@@ -220,12 +221,43 @@ def test_too_few_cpus_end_a_run_before_its_other_checks():
     checked("steer_exp")
 
 
+SEPARATE = ["trainer.v1.trainer_mode=separate_async", "actor_rollout_ref.rollout.nnodes=1"]
+REWARD_POOL = ["reward.reward_model.enable_resource_pool=true", "reward.reward_model.nnodes=1"]
+
+
+@pytest.mark.parametrize(
+    "has, overrides, named",
+    [
+        (8, [], None),
+        (7, [], "trainer.n_gpus_per_node=8 on 1 node(s)"),
+        (8, ["trainer.nnodes=2"], "trainer.n_gpus_per_node=8 on 2 node(s)"),
+        (7, ["+ray_kwargs.ray_init.num_gpus=8"], None),
+        (8, ["+ray_kwargs.ray_init.num_gpus=4"], "trainer.n_gpus_per_node=8 on 1 node(s)"),
+        (8, ["trainer.n_gpus_per_node=4", *SEPARATE], None),
+        (7, ["trainer.n_gpus_per_node=4", *SEPARATE], "trainer.n_gpus_per_node=4 on 1 node(s), rollout.n_gpus_per_"),
+        (8, [*REWARD_POOL, "reward.reward_model.n_gpus_per_node=1"], "trainer.n_gpus_per_node=8 on 1 node(s), reward"),
+        (0, ["hardware=cpu"], None),
+        (0, ["+ray_kwargs.ray_init.address=auto"], None),
+    ],
+)
+def test_a_run_has_the_gpus_that_it_asks_for(monkeypatch, has, overrides, named):
+    monkeypatch.setattr(ray_resources.torch.cuda, "device_count", lambda: has)
+    config = resolved("grpo", *overrides)
+    if named is None:
+        ray_resources.check_gpus(config)
+        return
+    with pytest.raises(
+        ValueError, match="^" + re.escape(named) + ".*: expected at most [4-8] GPUs, those of this mach"
+    ):
+        ray_resources.check_gpus(config)
+
+
 def test_a_running_rays_cpus_are_not_this_machines(monkeypatch):
-    monkeypatch.setattr(ray_cpus, "get_num_cpus", lambda _: 2)
+    monkeypatch.setattr(ray_resources, "get_num_cpus", lambda _: 2)
     checked("steer_exp", "+ray_kwargs.ray_init.address=auto")
     with pytest.raises(ValueError, match="num_cpus=null: Ray would have 2 CPUs"):
         checked("steer_exp", "+ray_kwargs.ray_init.address=local")
-    monkeypatch.setattr(ray_cpus.services, "canonicalize_bootstrap_address", lambda _: "10.0.0.1:6379")
+    monkeypatch.setattr(ray_resources.services, "canonicalize_bootstrap_address", lambda _: "10.0.0.1:6379")
     checked("steer_exp")
 
 
@@ -234,22 +266,22 @@ def test_a_run_that_joins_a_ray_has_no_options_of_its_own_ray():
     kept, own = {"include_dashboard", "runtime_env"}, {"num_cpus", "num_gpus", "_system_config"}
     for address, expected in (("auto", kept), ("local", kept | own)):
         config = resolved("steer_exp", "hardware=cpu", f"+ray_kwargs.ray_init.address={address}")
-        ray_cpus.check_cpus(config)
+        ray_resources.check_cpus(config)
         assert config.ray_kwargs.ray_init.keys() == expected | {"address"}
 
 
 def test_the_laptop_reserves_no_more_than_it_says():
     config = resolved("grpo", "hardware=cpu")
-    assert sum(ray_cpus.reserved_cpus(config).values()) == 6 <= config.ray_kwargs.ray_init.num_cpus
+    assert sum(ray_resources.reserved_cpus(config).values()) == 6 <= config.ray_kwargs.ray_init.num_cpus
     config = resolved("grpo", "hardware=cpu", "trainer.n_gpus_per_node=5")
     with pytest.raises(ValueError, match="num_cpus=16: Ray would have 16 CPUs, .* at least 18: 15 for trainer.n_gpus"):
-        ray_cpus.check_cpus(config)
+        ray_resources.check_cpus(config)
 
 
 @pytest.mark.parametrize("has, told", [(5, "Ray has 5 CPUs: the run waits until it has 6: 3 for "), (6, "")])
 def test_a_running_ray_with_too_few_cpus_is_told_of(monkeypatch, has, told):
     found = []
-    monkeypatch.setattr(ray_cpus.logger, "warning", lambda text, *values: found.append(text % values))
-    monkeypatch.setattr(ray_cpus.ray, "cluster_resources", lambda: {"CPU": float(has)})
-    ray_cpus.warn_of_few_cpus(resolved("grpo", "hardware=cpu"))
+    monkeypatch.setattr(ray_resources.logger, "warning", lambda text, *values: found.append(text % values))
+    monkeypatch.setattr(ray_resources.ray, "cluster_resources", lambda: {"CPU": float(has)})
+    ray_resources.warn_of_few_cpus(resolved("grpo", "hardware=cpu"))
     assert [one[: len(told)] for one in found] == [told][: bool(told)]

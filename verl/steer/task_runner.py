@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import ray
 import transfer_queue as tq
 from omegaconf import DictConfig
-from verl.steer.ray_cpus import warn_of_few_cpus
+from verl.steer.ray_resources import warn_of_few_cpus
 from verl.steer.rollout.checks import devices_of_server, is_batched
 from verl.steer.rollout.server_actor import start_servers
 

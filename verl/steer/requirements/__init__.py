@@ -7,7 +7,7 @@ import verl.steer.methods  # noqa: F401 - registers the losses and estimators
 from omegaconf import DictConfig
 from verl.steer.config import ADVANTAGE_OPTIONS
 from verl.steer.options import from_config
-from verl.steer.ray_cpus import check_cpus
+from verl.steer.ray_resources import check_cpus, check_gpus
 from verl.steer.requirements.checkpoints import check_checkpoints, check_evaluation
 from verl.steer.requirements.entropy_control import check_entropy_audit, check_entropy_control
 from verl.steer.requirements.hardware import (
@@ -18,6 +18,7 @@ from verl.steer.requirements.hardware import (
 )
 from verl.steer.requirements.ignored import check_ignored
 from verl.steer.requirements.loss import check_clip, check_engine, check_trainer, inputs_needed, switch_on
+from verl.steer.requirements.own_code import check_own_code
 from verl.steer.requirements.rewards import (
     check_code_rewards,
     check_data_sources,
@@ -45,6 +46,8 @@ def check_and_complete(config: DictConfig) -> None:
     check_platform(config)
     check_verl_values(config)
     check_ignored(config)
+    check_own_code(config)
+    check_gpus(config)
     check_cpus(config)
     check_model_engine(config)
     check_attention(config)

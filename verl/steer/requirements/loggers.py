@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 
 from omegaconf import DictConfig, OmegaConf
-from verl.steer.ray_cpus import joins_running_ray
+from verl.steer.ray_resources import joins_running_ray
 
 #: Modules of the loggers that need one.
 MODULES = {

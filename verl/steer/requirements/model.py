@@ -32,9 +32,14 @@ def check_model(config: DictConfig) -> None:
     _check_chat_template(config)
 
 
+def _is_folder(path: str) -> bool:
+    """Whether a path means a folder, there or not, rather than a name on the Hugging Face Hub, AUTHOR/MODEL."""
+    return path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).is_dir()
+
+
 def _configuration_file(path: str) -> Path:
-    """The model's `config.json`; of a name on the Hugging Face Hub, AUTHOR/MODEL, from its cache or from there."""
-    if path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).is_dir():
+    """The model's `config.json`; of a name on the Hugging Face Hub from its cache or from there."""
+    if _is_folder(path):
         if not Path(path, "config.json").is_file():
             raise ValueError(
                 f"{MODEL}={path}: expected the folder of a model, with its config.json, or a name on the Hugging Face "
@@ -109,6 +114,8 @@ def _check_chat_template(config: DictConfig) -> None:
     """
     model = config.actor_rollout_ref.model
     folder = Path(model.tokenizer_path or model.path)
+    if "://" not in str(folder) and _is_folder(str(folder)) and not folder.is_dir():
+        raise ValueError(f"actor_rollout_ref.model.tokenizer_path={folder}: expected the folder of a tokenizer")
     own_data = OmegaConf.select(config, "data.custom_cls.path")
     if not folder.is_dir() or model.custom_chat_template or model.trust_remote_code or own_data:
         return

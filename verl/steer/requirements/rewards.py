@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -15,6 +13,7 @@ from verl.steer.grading import sandbox
 from verl.steer.grading.code import TRAINING_SOURCES, CodeOptions, is_code
 from verl.steer.grading.score import is_own_source
 from verl.steer.options import Option, from_config
+from verl.steer.requirements.own_code import module_with
 from verl.utils.reward_score import default_compute_score
 
 #: The reward function of this fork.
@@ -23,6 +22,9 @@ LEARNED = "pkg://verl.steer.grading.learned"
 
 #: Values of `algorithm.filter_groups.metric`: a response's reward, and numbers that this fork's graders return.
 FILTER_METRICS = ("reward", "score", "acc")
+
+#: The section of the reward function.
+FUNCTION = "reward.custom_reward_function"
 
 #: The section of the penalty for long responses.
 PENALTY = "overlong_buffer_cfg"
@@ -38,7 +40,10 @@ def check_reward_manager(config: DictConfig) -> None:
     reward, manager, groups = config.reward, config.reward.reward_manager, config.algorithm.get("filter_groups")
     if manager.source not in ("register", "importlib"):
         raise ValueError(f"reward.reward_manager.source={manager.source}: expected register or importlib")
-    if manager.source != "register":
+    if manager.source == "importlib":
+        if not OmegaConf.select(manager, "module.path"):
+            raise ValueError("reward.reward_manager.module.path=null: expected a file, or pkg:// and a module")
+        module_with(config, "reward.reward_manager.module.path", "reward.reward_manager.name", "a class")
         return
     if manager.name not in REWARD_MANAGER:
         known = ", ".join(sorted(REWARD_MANAGER))
@@ -60,26 +65,15 @@ def check_reward_manager(config: DictConfig) -> None:
 
 
 def check_reward_function(config: DictConfig) -> None:
-    """Check, without running its module, that the file of the reward function is there and defines the function.
+    """Check that the reward function is there and takes what verl gives it.
 
     Raises:
-        ValueError: if it does not.
+        ValueError: if not.
     """
     function = config.reward.custom_reward_function
-    if not function.path:
+    module = module_with(config, f"{FUNCTION}.path", f"{FUNCTION}.name", "a function")
+    if module is None:
         return
-    file = _source_of(str(function.path))
-    if file is None or not file.is_file():
-        raise ValueError(f"reward.custom_reward_function.path={function.path}: expected a file, or pkg:// and a module")
-    if file.suffix != ".py":  # compiled
-        return
-    try:
-        module = ast.parse(file.read_bytes(), str(file))
-    except SyntaxError as error:
-        raise ValueError(f"reward.custom_reward_function.path={function.path}: expected Python: {error}") from error
-    names = set(_names(module))
-    if not names & {function.name, "*", "__getattr__"}:
-        raise ValueError(f"reward.custom_reward_function.name={function.name}: expected a function of {file}")
     if config.reward.reward_manager.source != "register" or config.reward.reward_model.enable:
         return  # which give it other arguments too
     functions = [node for node in module.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
@@ -100,35 +94,6 @@ def _check_parameters(node: ast.FunctionDef | ast.AsyncFunctionDef, function: Di
             f"reward.custom_reward_function.name={function.name}: expected the parameters data_source, solution_str, "
             f"ground_truth and extra_info, by name, and those of reward_kwargs; it differs in {', '.join(wrong)}"
         )
-
-
-def _source_of(path: str) -> Path | None:
-    """The file of `reward.custom_reward_function.path`; None for a module that is not installed.
-
-    Raises:
-        ValueError: if the module's package, which is imported, fails.
-    """
-    module = path.removeprefix("pkg://")
-    if module == path:
-        return Path(path.removeprefix("file://"))
-    try:
-        found = find_spec(module.replace("/", "."))
-    except ModuleNotFoundError:  # of the package in which the module would be
-        return None
-    except Exception as error:  # the package's own
-        raise ValueError(f"reward.custom_reward_function.path={path}: {type(error).__name__}: {error}") from error
-    return Path(found.origin) if found and found.origin else None
-
-
-def _names(module: ast.Module) -> Iterator[str]:
-    """All names that a module or a part of it may define."""
-    for node in ast.walk(module):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield node.name
-        elif isinstance(node, ast.alias):
-            yield node.asname or node.name
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            yield node.id
 
 
 def check_data_sources(config: DictConfig) -> None:

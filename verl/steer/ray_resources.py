@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options of the Ray that a run starts, and the CPUs that it needs: a run without them would wait for ever."""
+"""The options of the Ray that a run starts, and the GPUs and CPUs that it needs, without which it fails or waits."""
 
 from __future__ import annotations
 
 import logging
 
 import ray
+import torch
 from omegaconf import DictConfig, open_dict
 from ray._private import services
 from ray._private.utils import get_num_cpus
@@ -21,26 +22,33 @@ STANDALONE_CPUS = 2
 OWN_RAY_OPTIONS = ("num_cpus", "num_gpus", "_system_config")
 
 
+def device_pools(config: DictConfig) -> dict[str, DictConfig]:
+    """The sections with `n_gpus_per_node` and `nnodes` of verl's placement groups, by their key."""
+    trainer, reward_model = config.trainer, config.reward.reward_model
+    pools = {"trainer": trainer}
+    if reward_model.enable_resource_pool:
+        pools["reward.reward_model"] = reward_model
+    if is_distillation_enabled(config.get("distillation")):
+        pools["distillation"] = config.distillation
+    if trainer.use_v1 and trainer.v1.trainer_mode == "separate_async":
+        pools["rollout"] = config.actor_rollout_ref.rollout
+    return pools
+
+
 def reserved_cpus(config: DictConfig) -> dict[str, int]:
     """CPUs that verl's placement groups and actors keep for the whole run, by the key that sets their number.
 
     Actors without a number of CPUs of their own keep none. A task takes one while it runs, so one is left for tasks.
     """
-    trainer, reward, rollout = config.trainer, config.reward, config.actor_rollout_ref.rollout
-    pools = {"trainer": trainer}
-    if reward.reward_model.enable_resource_pool:
-        pools["reward.reward_model"] = reward.reward_model
-    if is_distillation_enabled(config.get("distillation")):
-        pools["distillation"] = config.distillation
+    trainer, reward = config.trainer, config.reward
     reserved = {
         f"{key}.n_gpus_per_node={pool.n_gpus_per_node} on {pool.nnodes} node(s)": (
-            ResourcePoolManager.max_colocate_count * pool.n_gpus_per_node * pool.nnodes
+            (STANDALONE_CPUS if key == "rollout" else ResourcePoolManager.max_colocate_count)
+            * pool.n_gpus_per_node
+            * pool.nnodes
         )
-        for key, pool in pools.items()
+        for key, pool in device_pools(config).items()
     }
-    if trainer.use_v1 and trainer.v1.trainer_mode == "separate_async":
-        gpus = rollout.n_gpus_per_node * rollout.nnodes
-        reserved[f"rollout.n_gpus_per_node={rollout.n_gpus_per_node}"] = STANDALONE_CPUS * gpus
     backend = config.transfer_queue.backend
     if trainer.use_v1 and backend.storage_backend == "SimpleStorage":
         units = backend.SimpleStorage.num_data_storage_units
@@ -59,6 +67,27 @@ def joins_running_ray(config: DictConfig) -> bool:
     if ray.is_initialized() or address not in (None, "local"):
         return True
     return address is None and services.canonicalize_bootstrap_address(None) is not None
+
+
+def check_gpus(config: DictConfig) -> None:
+    """Check that the Ray that this run starts on its machine has the GPUs of the run.
+
+    Raises:
+        ValueError: if it has not.
+    """
+    if config.trainer.device != "cuda" or joins_running_ray(config):
+        return
+    given = config.ray_kwargs.get("ray_init", {}).get("num_gpus")
+    has = torch.cuda.device_count() if given is None else given
+    needed = {
+        f"{key}.n_gpus_per_node={pool.n_gpus_per_node} on {pool.nnodes} node(s)": pool.n_gpus_per_node * pool.nnodes
+        for key, pool in device_pools(config).items()
+    }
+    if sum(needed.values()) > has:
+        raise ValueError(
+            f"{', '.join(needed)}: expected at most {has} GPUs, those of this machine, or a Ray of several nodes that "
+            "runs already"
+        )
 
 
 def warn_of_few_cpus(config: DictConfig) -> None:
