@@ -163,3 +163,20 @@ def one_rank(tmp_path_factory):
     torch.distributed.init_process_group(backend, init_method=f"file://{store}", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def laptop_files(tmp_path, monkeypatch):
+    """A task's folder with 40 rows for training and a model's configuration."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from configurations import ROW
+
+    for name, rows in (("train", 40), ("test", 8)):
+        pq.write_table(
+            pa.table({column: [value] * rows for column, value in ROW.items()}), tmp_path / f"{name}.parquet"
+        )
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text('{"max_position_embeddings": 96}')
+    monkeypatch.setenv("TASK_DIR", str(tmp_path))
+    return tmp_path

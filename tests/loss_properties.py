@@ -2,8 +2,7 @@
 """Properties that every policy loss of this fork has, for the test files of single losses."""
 
 import torch
-from test_policy_loss import actor_config, gradient
-from test_token_weights import random_batch
+from losses import actor_config, gradient, random_batch
 from verl.steer.methods.registry import POLICY_LOSSES
 from verl.trainer.ppo.core_algos import LossInputs
 

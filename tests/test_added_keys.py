@@ -5,10 +5,10 @@ import runpy
 import sys
 
 import pytest
+from configurations import read_file_once
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_repository import ConfigRepository
 from hydra.core.hydra_config import HydraConfig
-from test_configuration import read_file_once
 from verl.steer.requirements.added_keys import check_added_keys
 from verl.steer.requirements.kinds import check_kinds
 

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from configurations import MANAGER, validated
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 from tensordict.tensorclass import NonTensorStack
 from test_batched_rollouts import PROMPTS, ROLLOUTS, prompts, run  # noqa: F401 - a fixture
-from test_configuration import MANAGER, validated
 from test_interventions import advantages_of, registered_estimators  # noqa: F401 - a fixture
 from verl.steer import trainer as trainer_steer
 from verl.steer.methods.aepo import AEPOOptions, Tempering

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_properties import loss_of, row, token_gradients
-from test_policy_loss import actor_config, gradient, micro_batch
-from test_token_weights import random_batch
+from losses import actor_config, gradient, micro_batch, random_batch
 from verl.steer.loss import ppo_loss
 from verl.steer.methods.registry import POLICY_LOSSES
 from verl.steer.methods.response_quantile import above_response_quantile

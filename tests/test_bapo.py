@@ -9,8 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_properties import loss_of, row, token_gradients
-from test_policy_loss import actor_config, gradient
-from test_token_weights import random_batch
+from losses import actor_config, gradient, random_batch
 from verl.steer.config import PolicyLossConfig
 from verl.steer.methods.bapo import bapo_bounds, find_bounds, pairs_of_bounds
 from verl.steer.methods.registry import POLICY_LOSSES

@@ -6,8 +6,7 @@ import math
 import pytest
 import torch
 from loss_properties import loss_of, row, token_gradients
-from test_policy_loss import actor_config, gradient
-from test_token_weights import random_batch
+from losses import actor_config, gradient, random_batch
 from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla
 
 # The clip is 0.2 below, 0.28 above, and 10.

@@ -15,8 +15,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from configurations import TARGET, resolved
 from omegaconf import OmegaConf
-from test_configuration import TARGET, resolved
 from verl.steer import trainer as trainer_steer
 from verl.steer import validation
 from verl.steer.checkpoint_ledger import UNFINISHED, CheckpointLedger, step_of

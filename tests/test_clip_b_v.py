@@ -7,12 +7,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from configurations import validated
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from losses import actor_config, gradient
 from small_engine import make_engine, mini_batches
-from test_configuration import validated
 from test_interventions import advantages_of
-from test_policy_loss import actor_config, gradient
 from verl.steer.loss import ppo_loss
 from verl.steer.methods.clip_b_v import clip_v_tokens, discriminant_score
 from verl.steer.methods.registry import POLICY_LOSSES

@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pandas as pd
 import pytest
+from configurations import resolved
 from omegaconf import OmegaConf
-from test_configuration import resolved
 from verl.steer.grading import code, code_driver, sandbox
 from verl.steer.grading.score import compute_score
 from verl.steer.requirements import check_and_complete

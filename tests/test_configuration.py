@@ -1,24 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configurations and launchers: what they resolve to, and that a bad value gives one clear line."""
 
-import json
 import math
 import re
 import runpy
 import sys
-from copy import deepcopy
 from dataclasses import fields
-from functools import cache
-from pathlib import Path
 from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from configurations import (
+    ACTOR,
+    INFLUENCE,
+    LAUNCHERS,
+    MANAGER,
+    METHODS,
+    MODEL,
+    POLICY_LOSS,
+    ROLLOUT,
+    ROW,
+    TARGET,
+    configuration_of,
+    resolved,
+    validated,
+)
 from hydra import compose, initialize_config_dir
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.config_repository import ConfigRepository
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from ray.exceptions import RayTaskError
 from verl.steer import main as entry_point  # puts verl's configurations on Hydra's path
@@ -28,11 +36,8 @@ from verl.steer.checkpoint_ledger import UnknownMetric
 from verl.steer.config import ADVANTAGE_OPTIONS, PolicyLossConfig
 from verl.steer.methods.registry import POLICY_LOSSES
 from verl.steer.options import from_config
-from verl.steer.requirements import check_and_complete, hardware, loggers, rewards
+from verl.steer.requirements import check_and_complete, hardware, loggers
 from verl.steer.requirements import run as run_checks
-from verl.steer.requirements.files import check_data
-from verl.steer.requirements.model import check_model
-from verl.steer.requirements.rewards import check_data_sources
 from verl.steer.requirements.verl_values import WITHOUT_INPUTS_IN_V1, check_verl_values
 from verl.steer.rollout.checks import check_servers
 from verl.steer.run_lock import lock_folder
@@ -44,48 +49,9 @@ from verl.trainer.ppo.core_algos import (
     get_adv_estimator_fn,
     get_policy_loss_fn,
 )
-from verl.utils.config import omega_conf_to_dataclass
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
 import verl_steer
-
-ACTOR, ROLLOUT, MODEL = (f"actor_rollout_ref.{name}" for name in ("actor", "rollout", "model"))
-POLICY_LOSS = f"{ACTOR}.policy_loss"
-MANAGER = "actor_rollout_ref.rollout.agent.agent_loop_manager_class"
-
-#: Configuration file -> its parsed content, since most of the time of a composition is spent on parsing YAML.
-PARSED = {}
-read_file = ConfigRepository.load_config
-
-
-def read_file_once(repository, config_path):
-    key = (*(source.path for source in repository.sources), config_path)
-    if key not in PARSED:
-        PARSED[key] = read_file(repository, config_path)
-    return deepcopy(PARSED[key])
-
-
-METHODS = sorted(path.stem for path in (verl_steer.OVERLAY / "trainer/config/method").glob("*.yaml"))
-
-
-@cache
-def composed(name, *groups):
-    """A configuration, or the common one with a method of this name, as run/launch.sh takes it."""
-    name, groups = ("steer", (f"method={name}", *groups)) if name in METHODS else (name, groups)
-    with (
-        initialize_config_dir(str(verl_steer.OVERLAY / "trainer/config"), version_base=None),
-        mock.patch.object(ConfigRepository, "load_config", read_file_once),
-    ):
-        return compose(name, list(groups))
-
-
-def resolved(name, *overrides):
-    """A new configuration: composed once for each choice of groups, then Hydra's own step that overrides values."""
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    groups = [override for override in parsed if override.key_or_group in ("hardware", "task", "model_engine")]
-    config = deepcopy(composed(name, *(override.input_line for override in groups)))
-    ConfigLoaderImpl._apply_overrides_to_config([override for override in parsed if override not in groups], config)
-    return config
 
 
 def test_overrides_applied_to_a_composition_give_what_hydra_composes():
@@ -99,21 +65,6 @@ def test_overrides_applied_to_a_composition_give_what_hydra_composes():
     with initialize_config_dir(str(verl_steer.OVERLAY / "trainer/config"), version_base=None):
         expected = compose("steer", ["method=steer_exp", *overrides])
     assert resolved("steer_exp", *overrides) == expected
-
-
-def validated(name, *overrides):
-    """A configuration on the CPU after this fork's checks, and its policy loss."""
-    config = resolved(name, "hardware=cpu", *overrides)
-    check_and_complete(config)
-    return config, omega_conf_to_dataclass(config.actor_rollout_ref.actor.policy_loss)
-
-
-LAUNCHERS = {path.stem: path for path in (Path(__file__).parents[1] / "run").glob("run_*.sh")}
-
-
-def configuration_of(launcher):
-    """The configuration that a launcher names."""
-    return re.search(r'launch.sh" (\w+) "\$@"', LAUNCHERS[launcher].read_text())[1]
 
 
 def test_launchers_differ_in_their_configuration_only():
@@ -240,10 +191,6 @@ def test_every_hardware_goes_with_every_task(any_machine, hardware, device, numb
     assert (config.trainer.device, config.trainer.n_gpus_per_node) == (device, number)
     # On the CPU the rank takes the one device that Ray is told of.
     assert config.ray_kwargs.ray_init.get("num_gpus") == (1 if hardware == "cpu" else None)
-
-
-INFLUENCE = {"loss_mode": "entropy_control", "entropy_change_estimator": "influence"}
-TARGET = INFLUENCE | {"token_weight_map": "target"}
 
 
 @pytest.mark.parametrize(
@@ -1358,314 +1305,3 @@ def test_a_logger_that_is_not_installed_ends_a_run_in_one_line(laptop_files, mon
     monkeypatch.setattr(loggers, "joins_running_ray", lambda config: False)
     with pytest.raises(SystemExit, match="^steer-verl: trainer.logger=tensorboard: expected the module tensorboard, "):
         run_main(resolved("steer_exp", "hardware=cpu", "task=arithmetic", "trainer.logger=[file,tensorboard]"))
-
-
-ROW = {
-    "prompt": [{"role": "user", "content": "1+1="}], "data_source": "arithmetic", "reward_model": {"ground_truth": "2"},
-}  # fmt: skip
-
-
-@pytest.fixture
-def laptop_files(tmp_path, monkeypatch):
-    """A task's folder with 40 rows for training and a model's configuration."""
-    for name, rows in (("train", 40), ("test", 8)):
-        pq.write_table(
-            pa.table({column: [value] * rows for column, value in ROW.items()}), tmp_path / f"{name}.parquet"
-        )
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text('{"max_position_embeddings": 96}')
-    monkeypatch.setenv("TASK_DIR", str(tmp_path))
-    return tmp_path
-
-
-def check_data_and_model(config):
-    """In `main`'s order."""
-    for key in ("train_files", "val_files"):
-        check_data(config, key)
-    check_model(config)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["data.train_files=/no/train.parquet"], "data.train_files: no file /no/train.parquet: expected one of da"),
-        (["data.val_files=[/no/a.parquet,/no/b.parquet]"], "data.val_files: no file /no/a.parquet, /no/b.parquet: exp"),
-        (["data.train_batch_size=41"], "data.train_batch_size=41: expected at most 40, the rows of data.train_files"),
-        (["data.train_max_samples=8"], "data.train_batch_size=16: expected at most 8, the rows of data.train_files"),
-        (["data.gen_batch_size=5"], "data.gen_batch_size=5: expected a divisor of data.train_batch_size=16"),
-        (["data.gen_batch_size=64"], "data.gen_batch_size=64: expected at most 40, the rows of data.train_files"),
-        (
-            ["data.train_batch_size=41", "data.gen_batch_size=1"],
-            "data.train_batch_size=41: expected at most 40, the r",
-        ),
-        (["data.val_files=null"], "data.val_files=None: expected a file at least"),
-        (
-            ["data.train_files={tmp}/model"],
-            "data.train_files: {tmp}/model: expected a file whose name ends with .parquet",
-        ),
-        (
-            ["actor_rollout_ref.model.path=null"],
-            "actor_rollout_ref.model.path=null: expected the folder of a model, or",
-        ),
-        (["data.train_files=[]"], "data.train_files=[]: expected a file at least"),
-        (["actor_rollout_ref.model.path=/no/model"], "actor_rollout_ref.model.path=/no/model: expected the folder of"),
-        (["actor_rollout_ref.model.path=runs/x/hf"], "actor_rollout_ref.model.path=runs/x/hf: expected the folder of"),
-    ],
-)
-def test_missing_files_are_named(laptop_files, overrides, message):
-    overrides = [override.replace("{tmp}", str(laptop_files)) for override in overrides]
-    with pytest.raises(ValueError, match="^" + re.escape(message.replace("{tmp}", str(laptop_files)))):
-        check_data_and_model(resolved("grpo", "hardware=cpu", "task=arithmetic", *overrides))
-
-
-LENGTHS = "data.max_prompt_length + data.max_response_length"
-NO_LIMIT = "actor_rollout_ref.rollout.max_model_len=null"
-POSITIONS = "actor_rollout_ref.model.override_config.max_position_embeddings"
-
-
-@pytest.mark.parametrize(
-    ("model", "overrides", "message"),
-    [
-        ('{"max_position_embeddings": 80}', [NO_LIMIT], None),
-        ('{"max_position_embeddings": 79}', [NO_LIMIT], f"{LENGTHS}=80: expected at most 79, the model's max_position"),
-        ('{"text_config": {"max_position_embeddings": 79}}', [NO_LIMIT], f"{LENGTHS}=80: expected at most 79, the"),
-        ('{"max_position_embeddings": 95}', [], "rollout.max_model_len=96: expected at most 95, the model's max_pos"),
-        ('{"max_position_embeddings": 79}', [NO_LIMIT, f"+{POSITIONS}=80"], None),
-        ('{"max_position_embeddings": 80}', [NO_LIMIT, f"+{POSITIONS}=79"], f"{LENGTHS}=80: expected at most 79, "),
-        ("{}", [NO_LIMIT], None),
-        ("", [], "{folder}/model/config.json: expected JSON, the configuration of a model: "),
-    ],
-)
-def test_a_response_fits_the_models_positions(laptop_files, model, overrides, message):
-    (laptop_files / "model/config.json").write_text(model)
-    config = resolved("grpo", "hardware=cpu", "task=arithmetic", *overrides)
-    if message is None:
-        check_data_and_model(config)
-        return
-    with pytest.raises(ValueError, match="^" + re.escape(message.replace("{folder}", str(laptop_files)))):
-        check_data_and_model(config)
-
-
-def test_fused_kernels_need_a_last_layer_that_fsdp2_does_not_shard(laptop_files):
-    fused = ["actor_rollout_ref.model.use_fused_kernels=true"]
-    for tied, strategy, passes in ((True, "fsdp2", True), (False, "fsdp", True), (False, "fsdp2", False)):
-        (laptop_files / "model/config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
-        config = resolved("grpo", "hardware=cpu", "task=arithmetic", *fused, f"{ACTOR}.strategy={strategy}")
-        if passes:
-            check_model(config)
-            continue
-        with pytest.raises(ValueError, match="^model.use_fused_kernels=true: expected false, or actor.strategy=fsdp, "):
-            check_model(config)
-
-
-@pytest.mark.parametrize("key", ["train_files", "val_files"])
-@pytest.mark.parametrize("content", [None, b"", b"version https://git-lfs.github.com/spec/v1", b"PAR1" + bytes(20)])
-def test_a_broken_file_is_named(laptop_files, tmp_path, content, key):
-    file = tmp_path / "broken.parquet"
-    file.mkdir() if content is None else file.write_bytes(content)
-    config = resolved("grpo", "hardware=cpu", "task=arithmetic", f"data.{key}={tmp_path}/broken.parquet")
-    message = f"data.{key}: {tmp_path}/broken.parquet: expected a whole parquet file: "
-    with pytest.raises(ValueError, match="^" + re.escape(message)):
-        check_data_and_model(config)
-
-
-@pytest.mark.parametrize("key", ["train_files", "val_files"])
-@pytest.mark.parametrize(
-    ("column", "value", "message"),
-    [
-        ("prompt", None, "no column prompt: add it as the README describes"),
-        ("reward_model", None, "no column reward_model: add it as the README describes"),
-        ("prompt", "1+1=", "column prompt of type string: expected a list of chat messages"),
-        ("reward_model", "2", "column reward_model of type string: expected a struct with ground_truth"),
-        ("reward_model", {"answer": "2"}, "column reward_model of type struct<answer: string>: expected a struct with"),
-    ],
-)
-def test_columns_that_verl_cannot_read_are_named(laptop_files, key, column, value, message):
-    file = laptop_files / "mine.parquet"
-    row = {name: one for name, one in (ROW | {column: value}).items() if one is not None}
-    pq.write_table(pa.table({name: [one] * 40 for name, one in row.items()}), file)
-    named = f"data.{key}={file}"
-    with pytest.raises(ValueError, match="^" + re.escape(f"data.{key}: {file}: {message}")):
-        check_data_and_model(resolved("grpo", "hardware=cpu", "task=arithmetic", named))
-    own = "data.custom_cls.path=mine.py"
-    check_data_and_model(resolved("grpo", "hardware=cpu", "task=arithmetic", named, own))
-
-
-REWARD = "reward.custom_reward_function"
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("def compute_score(data_source, solution_str, ground_truth, extra_info): ...", None),
-        ("def compute_score(data_source, solution_str, ground_truth, extra_info=None, *, mine=1): ...", None),
-        ("async def compute_score(solution_str, **others): ...", None),
-        ("@decorated\ndef compute_score(): ...", None),
-        ("def score(): ...\nclass A:\n    def compute_score(self): ...\ncompute_score = score", None),
-        (
-            "def compute_score(solution_str, ground_truth): ...",
-            f"{REWARD}.name=compute_score: expected the parameters data_source, solution_str, ground_truth and extra_i",
-        ),
-        (
-            "def compute_score(data_source, solution_str, ground_truth, extra_info, weight): ...",
-            f"{REWARD}.name=compute_score: expected the parameters data_source, solution_str, ground_truth and extra_i",
-        ),
-        (
-            "def compute_score(data_source, /, solution_str, ground_truth, extra_info): ...",
-            f"{REWARD}.name=compute_score: expected the parameters data_source, solution_str, ground_truth and extra_i",
-        ),
-        (
-            "def compute_score(*, mine, **others): ...",
-            f"{REWARD}.name=compute_score: expected the parameters data_source, solution_str, ground_truth and extra_i",
-        ),
-        ("compute_score = print", None),
-        ("from math import sqrt as compute_score", None),
-        ("try:\n    from math import no as compute_score\nexcept ImportError:\n    compute_score = None", None),
-        ("raise SystemExit\nclass compute_score: ...", None),  # it is not run
-        ("from math import *", None),
-        ("def __getattr__(name): ...", None),
-        ("def score(): compute_score()", f"{REWARD}.name=compute_score: expected a function of {{file}}"),
-        ("def compute_score(:", f"{REWARD}.path={{file}}: expected Python: invalid syntax ("),
-    ],
-)
-def test_the_file_of_a_reward_function_defines_it(tmp_path, source, message):
-    file = tmp_path / "mine.py"
-    file.write_text(source)
-    config = resolved("grpo", "hardware=cpu", "task=arithmetic", f"{REWARD}.path={file}")
-    if message is None:
-        check_and_complete(config)
-        return
-    with pytest.raises(ValueError, match="^" + re.escape(message.replace("{file}", str(file)))):
-        check_and_complete(config)
-
-
-@pytest.mark.parametrize(
-    ("source", "path", "message"),
-    [
-        ("mine", "pkg://verl.steer.grading.score", "Reward function is not implemented for data_source='mine'"),
-        ("mine", "null", "Reward function is not implemented for data_source='mine'"),
-        ("arithmetic", "null", "Reward function is not implemented for data_source='arithmetic'"),
-        ("arithmetic", "pkg://verl.steer.grading.score", None),
-        ("math500", "pkg://verl.steer.grading.score", None),
-        ("math_dapo", "pkg://verl.steer.grading.score", None),
-        ("lighteval/MATH", "pkg://verl.steer.grading.score", None),
-        ("openai/gsm8k", "null", None),
-        ("searchR1_nq", "null", None),  # its grader fails on an answer that is no mapping
-        ("apps", "null", None),
-        ("humaneval", "null", "Reward function is not implemented for data_source='humaneval'"),
-        ("humaneval", "pkg://verl.steer.grading.score", None),
-        ("mine", "/of/the/user.py", None),
-    ],
-)
-def test_a_source_without_a_grader_is_named(laptop_files, capfd, source, path, message):
-    file = laptop_files / "mine.parquet"
-    pq.write_table(pa.table({name: [one] for name, one in (ROW | {"data_source": source}).items()}), file)
-    named = [f"data.train_files={file}", f"data.val_files={file}", f"{REWARD}.path={path}"]
-    config = resolved("grpo", "hardware=cpu", "task=arithmetic", *named)
-    if message is None:
-        check_data_sources(config)
-        assert "Traceback" not in capfd.readouterr().err
-        return
-    with pytest.raises(ValueError, match=f"^data_source={source} in the data: {re.escape(message)}: expected a source"):
-        check_and_complete(config)
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "data.custom_cls.path=mine.py",
-        "reward.reward_manager.source=importlib",
-        f"{REWARD}.path=null reward.reward_model.enable=true",
-    ],
-)
-def test_a_source_needs_no_grader_where_another_gives_the_rewards(laptop_files, override):
-    file = laptop_files / "mine.parquet"
-    pq.write_table(pa.table({name: [one] for name, one in (ROW | {"data_source": "mine"}).items()}), file)
-    check_data_sources(
-        resolved("grpo", "hardware=cpu", f"data.train_files={file}", f"data.val_files={file}", *override.split())
-    )
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (None, "data_source=None in the data: expected the name of a source, a text"),
-        (7, "data_source=7 in the data: expected the name of a source, a text"),
-        (["math500"], "column data_source of type list<element: string>: expected texts"),
-    ],
-)
-def test_a_source_is_a_text(laptop_files, value, message):
-    file = laptop_files / "mine.parquet"
-    pq.write_table(pa.table({name: [one] for name, one in (ROW | {"data_source": value}).items()}), file)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        check_and_complete(resolved("grpo", "hardware=cpu", f"data.train_files={file}", f"data.val_files={file}"))
-
-
-def test_a_reward_function_may_be_compiled_and_a_package_that_fails_is_named(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "compiled_rewards").mkdir()
-    (tmp_path / "compiled_rewards/mine.so").write_bytes(b"\0")
-    (tmp_path / "compiled_rewards/__init__.py").write_text("")
-    config = resolved("grpo", "hardware=cpu", "task=arithmetic", f"{REWARD}.path={tmp_path}/compiled_rewards/mine.so")
-    check_and_complete(config)
-    (tmp_path / "failing_rewards").mkdir()
-    (tmp_path / "failing_rewards/__init__.py").write_text("raise RuntimeError('no licence')")
-    config = resolved("grpo", "hardware=cpu", "task=arithmetic", f"{REWARD}.path=pkg://failing_rewards.mine")
-    with pytest.raises(ValueError, match=f"^{REWARD}.path=pkg://failing_rewards.mine: RuntimeError: no licence"):
-        check_and_complete(config)
-
-
-def test_a_grader_that_fails_on_an_empty_answer_is_a_grader(laptop_files, monkeypatch):
-    def fails(*arguments):
-        raise ValueError("empty")
-
-    monkeypatch.setattr(rewards, "default_compute_score", fails)
-    file = laptop_files / "mine.parquet"
-    pq.write_table(pa.table({name: [one] for name, one in (ROW | {"data_source": "geo"}).items()}), file)
-    check_data_sources(resolved("grpo", "hardware=cpu", "task=arithmetic", f"data.val_files={file}"))
-
-
-def test_a_grader_that_lacks_its_package_is_named(laptop_files, monkeypatch):
-    def lacks_package(*arguments):
-        raise ModuleNotFoundError("No module named 'grader'")
-
-    monkeypatch.setattr(rewards, "default_compute_score", lacks_package)
-    file = laptop_files / "mine.parquet"
-    pq.write_table(pa.table({name: [one] for name, one in (ROW | {"data_source": "geo"}).items()}), file)
-    config = resolved("grpo", "hardware=cpu", "task=arithmetic", f"data.val_files={file}")
-    with pytest.raises(ValueError, match="^data_source=geo in the data: No module named 'grader': expected a source"):
-        check_data_sources(config)
-
-
-def test_a_folder_whose_path_looks_like_a_name_on_the_hub_is_a_folder(laptop_files, monkeypatch):
-    monkeypatch.chdir(laptop_files.parent)
-    path = f"{laptop_files.name}/model"
-    config = resolved("grpo", "hardware=cpu", "task=arithmetic", f"actor_rollout_ref.model.path={path}")
-    check_data_and_model(config)
-    (laptop_files / "model/config.json").unlink()
-    with pytest.raises(ValueError, match=f"^actor_rollout_ref.model.path={path}: expected the folder of a model"):
-        check_data_and_model(config)
-
-
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        [],
-        ["data.train_files=${oc.env:TASK_DIR}/tr*.parquet"],
-        ["data.train_files=hdfs://cluster/train.parquet"],
-        ["actor_rollout_ref.model.path=hdfs://cluster/models/qwen"],
-        ["data.train_batch_size=40", "data.gen_batch_size=1"],
-        ["data.gen_batch_size=5", "trainer.v1.trainer_mode=separate_async"],
-        ["data.gen_batch_size=48", "algorithm.filter_groups.enable=true"],
-        ["data.train_batch_size=41", "trainer.val_only=true"],
-    ],
-)
-def test_files_that_verl_finds_are_accepted(laptop_files, overrides):
-    check_data_and_model(resolved("grpo", "hardware=cpu", "task=arithmetic", *overrides))
-
-
-def test_a_missing_file_ends_a_launcher_in_one_line(command, root, tmp_path):
-    folders = {"TASK_DIR": str(tmp_path), "OUTPUT_DIR": str(tmp_path / "outputs")}
-    result = command("bash", root / "run/run_grpo.sh", "hardware=cpu", "task=arithmetic", **folders)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert result.stderr.strip().splitlines()[-1].startswith(f"steer-verl: data.train_files: no file {tmp_path}/")

@@ -10,7 +10,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import yaml
-from test_configuration import LAUNCHERS, configuration_of, resolved
+from configurations import LAUNCHERS, configuration_of, resolved
 from verl.steer import requirements
 from verl.steer.config import PolicyLossConfig
 from verl.steer.methods.registry import POLICY_LOSSES

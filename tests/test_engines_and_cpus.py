@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_configuration import ACTOR, METHODS, POLICY_LOSS, resolved
+from configurations import ACTOR, METHODS, POLICY_LOSS, resolved
 from transfer_queue.controller import TransferQueueController
 from transfer_queue.storage.simple_storage import SimpleStorageUnit
 from verl.experimental.reward_loop.reward_manager.remote import RewardComputeWorker

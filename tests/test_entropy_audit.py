@@ -10,13 +10,12 @@ import pandas as pd
 import pytest
 import torch
 import torch.distributed
+from losses import CLIP, actor_config, loss_inputs
 from omegaconf import OmegaConf
 from scipy.stats import pearsonr, spearmanr
 from small_engine import LENGTHS, MINI_BATCHES, ON_CPU, make_engine, mini_batches
 from tensordict import TensorDict
 from test_entropy_truth import STEP, entropy, gradient, policies
-from test_policy_loss import actor_config
-from test_token_weights import CLIP, loss_inputs
 from transfer_queue import KVBatchMeta
 from verl.steer import trainer as trainer_steer
 from verl.steer.audit import step as step_entropy_audit

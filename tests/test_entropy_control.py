@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 
 import pytest
-from test_configuration import ACTOR, POLICY_LOSS, validated
+from configurations import ACTOR, POLICY_LOSS, validated
 from verl.steer.options import at_step, option, resolve_options
 
 AUDIT = "trainer.entropy_audit"

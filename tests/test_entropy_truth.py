@@ -4,8 +4,8 @@
 import numpy as np
 import pytest
 import torch
+from losses import CLIP, loss_inputs
 from scipy.stats import pearsonr, spearmanr
-from test_token_weights import CLIP, loss_inputs
 from verl.trainer.ppo.core_algos import (
     ENTROPY_CHANGE_ESTIMATORS,
     estimate_entropy_change,

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_configuration import METHODS
+from configurations import METHODS
 
 import verl_steer
 
@@ -31,12 +31,12 @@ for module in verl_steer.overlay_modules():
 RESOLVES = """
 import sys
 sys.path.insert(0, "tests")
-from test_configuration import METHODS, resolved
+from configurations import METHODS, resolved
 from verl.steer.requirements import check_and_complete
 from verl.utils.config import validate_config
 for hardware in ("gpu1", "gpu8"):
     for method in METHODS:
-        config = resolved(method, f"hardware={hardware}", "ray_kwargs.ray_init.num_cpus=30")
+        config = resolved(method, f"hardware={hardware}", "ray_kwargs.ray_init.num_cpus=30", "+ray_kwargs.ray_init.num_gpus=8")
         check_and_complete(config)
         validate_config(config, use_reference_policy=False, use_critic=False)
         print("resolved", hardware, method)

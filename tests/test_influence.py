@@ -11,9 +11,9 @@ import torch
 import torch.distributed
 from hypothesis import given
 from hypothesis import strategies as st
+from losses import actor_config
 from scipy.stats import pearsonr
 from small_engine import MINI_BATCHES, ON_CPU, make_engine, mini_batches
-from test_policy_loss import actor_config
 from verl.steer.audit.one_token import one_token_effects
 from verl.steer.audit.scores import AuditRequest
 from verl.steer.engine import head_influence, influence

@@ -11,10 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_properties import check_loss, loss_of, row, token_gradients
+from losses import actor_config, random_batch
 from omegaconf import OmegaConf
 from tensordict import TensorDict
-from test_policy_loss import actor_config
-from test_token_weights import random_batch
 from verl.steer import trainer as trainer_steer
 from verl.steer.audit.scores import AuditOptions
 from verl.steer.config import ADVANTAGE_OPTIONS, PolicyLossConfig

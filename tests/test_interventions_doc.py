@@ -5,8 +5,8 @@ import re
 
 import pytest
 import yaml
+from configurations import METHODS, POLICY_LOSS, validated
 from omegaconf import OmegaConf
-from test_configuration import METHODS, POLICY_LOSS, validated
 from verl.steer.config import ADVANTAGE_OPTIONS
 from verl.steer.options import from_config
 from verl.steer.token_metrics import QUADRANTS

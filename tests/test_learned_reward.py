@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from test_configuration import resolved
+from configurations import resolved
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from verl.steer.grading import learned
 from verl.steer.requirements import check_and_complete

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import wandb
-from test_configuration import resolved
+from configurations import resolved
 from verl.steer.requirements import loggers
 from verl.steer.requirements.loggers import MODULES, check_loggers
 from verl.utils.tracking import Tracking

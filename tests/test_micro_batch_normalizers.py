@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from losses import actor_config
 from scipy.stats import rankdata
-from test_policy_loss import actor_config
 from verl.trainer.ppo.core_algos import (
     LossInputs,
     entropy_change_range,

@@ -5,7 +5,7 @@ import json
 import re
 
 import pytest
-from test_configuration import resolved
+from configurations import resolved
 from verl.steer.requirements import model as module
 from verl.steer.requirements.model import check_model
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from loss_properties import check_loss, loss_of, random_fields, row, token_gradients
-from test_policy_loss import actor_config
+from losses import actor_config
 from verl.steer.methods.opefo import balancing_lambda, sign_weights
 from verl.steer.methods.registry import POLICY_LOSSES
 from verl.trainer.ppo.core_algos import LossInputs

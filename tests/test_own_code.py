@@ -4,7 +4,7 @@
 import re
 
 import pytest
-from conftest import resolved
+from configurations import resolved
 from verl.steer.requirements.model import check_model
 from verl.steer.requirements.own_code import check_own_code
 from verl.steer.requirements.rewards import check_reward_manager

@@ -11,9 +11,9 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+from configurations import resolved
 from omegaconf import OmegaConf
 from small_engine import make_engine, mini_batches
-from test_configuration import resolved
 from transformers import AutoModelForCausalLM, Qwen2Config
 from verl.steer.loss import ppo_loss
 from verl.steer.preflight import dataset, disk, machine, main, memory, processes, ranks

@@ -5,8 +5,7 @@ import math
 
 import pytest
 import torch
-from test_policy_loss import actor_config
-from test_token_weights import CLIP, exact_inputs, loss_inputs, random_batch
+from losses import CLIP, actor_config, exact_inputs, loss_inputs, random_batch
 from verl.trainer.ppo.core_algos import (
     ClipRatios,
     LossInputs,

@@ -6,10 +6,9 @@ import math
 import pytest
 import torch
 from loss_properties import check_loss, loss_of, row, token_gradients
+from losses import actor_config, micro_batch, random_batch
 from test_opefo import STATES, change_of
 from test_opefo import inputs_of as opefo_inputs
-from test_policy_loss import actor_config, micro_batch
-from test_token_weights import random_batch
 from verl.steer import loss as loss_module
 from verl.steer.config import PolicyLossConfig
 from verl.steer.loss import ppo_loss

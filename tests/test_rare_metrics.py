@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 import torch
 from loss_properties import loss_of, row
+from losses import loss_inputs
 from test_entropy_audit import Queue
 from test_interventions import advantages_of, registered_estimators  # noqa: F401 - a fixture
 from test_siren import MASK, penalty
-from test_token_weights import loss_inputs
 from transfer_queue import KVBatchMeta
 from verl.steer.audit import step as step_entropy_audit
 from verl.steer.audit.scores import covariance_estimate

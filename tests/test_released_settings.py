@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import yaml
+from configurations import configuration_of, resolved
 from omegaconf import OmegaConf
-from test_configuration import configuration_of, resolved
 from verl.utils.config import omega_conf_to_dataclass
 
 ROOT = Path(__file__).parents[1]

@@ -5,8 +5,8 @@ from inspect import signature
 
 import pytest
 import torch
+from configurations import resolved
 from omegaconf import OmegaConf
-from test_configuration import resolved
 from verl.steer.checkpoint_ledger import LEDGER, TRACKER, UNFINISHED
 from verl.steer.requirements import check_and_complete, checkpoints
 from verl.steer.requirements.checkpoints import check_checkpoints

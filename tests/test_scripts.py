@@ -20,11 +20,11 @@ import huggingface_hub
 import numpy as np
 import pandas as pd
 import pytest
+from configurations import validated
 from huggingface_hub import errors
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from scipy.stats import binom, norm
 from tabular_audit import tabular_audit
-from test_configuration import validated
 from test_report import updates, write_metrics
 from verl.steer.report.run_metrics import read_run, run_figures
 from verl.steer.run_lock import lock_folder

@@ -8,12 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from configurations import validated
 from loss_properties import check_loss, loss_of, random_fields
+from losses import actor_config, random_batch
 from small_engine import make_engine, mini_batches
-from test_configuration import validated
 from test_interventions import trainer  # noqa: F401 - a fixture
-from test_policy_loss import actor_config
-from test_token_weights import random_batch
 from verl.steer import trainer as trainer_steer
 from verl.steer.config import PolicyLossConfig
 from verl.steer.loss import ppo_loss

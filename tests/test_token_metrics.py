@@ -7,8 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_policy_loss import NoHostSynchronisation, actor_config, micro_batch, steer_loss
-from test_token_weights import CLIP, loss_inputs, random_batch
+from losses import CLIP, NoHostSynchronisation, actor_config, loss_inputs, micro_batch, random_batch, steer_loss
 from verl.steer import loss as loss_module
 from verl.steer.loss import ppo_loss
 from verl.steer.methods.quadrant import in_quadrant

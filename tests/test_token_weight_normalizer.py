@@ -13,9 +13,8 @@ import pytest
 import torch
 import torch.distributed
 import torch.multiprocessing
+from losses import actor_config, loss_inputs
 from tensordict import TensorDict
-from test_policy_loss import actor_config
-from test_token_weights import loss_inputs
 from verl.steer.engine.normalizer import (
     NOTHING_VALID,
     RANGE_FILE,

@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from losses import CLIP, exact_inputs, loss_inputs, random_batch, squares
 from verl.trainer.ppo.core_algos import (
     ENTROPY_CHANGE_ESTIMATORS,
     ENTROPY_CONTROL_MODES,
     TOKEN_WEIGHT_MAPS,
     ClipRatios,
     EntropyChangeRange,
-    LossInputs,
     compute_token_weights,
     entropy_change_range,
     estimate_entropy_change,
@@ -22,8 +22,6 @@ from verl.trainer.ppo.core_algos import (
     ppo_clipped,
     weighted_change,
 )
-
-CLIP = ClipRatios(0.2, 0.28, 10.0)
 
 
 def reference_change(advantage, entropy, old_log_prob, log_prob, squares, squares_log, estimator):
@@ -71,29 +69,6 @@ def reference_weights(changes, mask, low, high, linear):
         else:
             weights.append(high - (high - low) * (change - smallest) / (largest - smallest))
     return weights
-
-
-def random_batch(shape=(6, 33), seed=0, spread=0.3):
-    generator = torch.Generator().manual_seed(seed)
-    old_log_prob = -torch.rand(shape, generator=generator).mul(6).pow(1.5)
-    log_prob = (old_log_prob + spread * torch.randn(shape, generator=generator)).clamp(max=0.0)
-    advantages = torch.randn(shape, generator=generator)
-    entropys = torch.rand(shape, generator=generator) * 3
-    mask = torch.rand(shape, generator=generator) < 0.7
-    return advantages, entropys, old_log_prob, log_prob, mask
-
-
-def loss_inputs(advantages, entropys, old_log_prob, log_prob, mask=None, **fields):
-    """A micro-batch; without a mask all tokens are valid."""
-    mask = torch.ones_like(advantages) if mask is None else mask
-    return LossInputs(old_log_prob, log_prob, advantages, mask, entropys, **fields)
-
-
-def squares(like):
-    """Sums over a vocabulary that some policy could have: of pi^2, and of pi^2 ln pi."""
-    generator = torch.Generator().manual_seed(like.numel())
-    total = torch.rand(like.shape, generator=generator)
-    return {"sum_pi_squared": total, "sum_pi_squared_log_pi": -total * torch.rand(like.shape, generator=generator)}
 
 
 def against_reference(
@@ -227,13 +202,6 @@ def test_the_exact_estimates_ratio_is_that_of_upstreams_loss():
     found = exact_entropy_change(inputs, ClipRatios(1.0, math.inf, math.inf))
     expected = bracket * torch.tensor([[-math.exp(-20), math.exp(20), -math.exp(20), math.exp(20)]])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0.0)
-
-
-def exact_inputs(advantages, entropys, old_log_prob, log_prob, sum_pi_squared, sum_pi_squared_log_pi):
-    return loss_inputs(
-        advantages, None, old_log_prob, log_prob,
-        current_entropys=entropys, sum_pi_squared=sum_pi_squared, sum_pi_squared_log_pi=sum_pi_squared_log_pi,
-    )  # fmt: skip
 
 
 def test_exact_estimate_by_hand():

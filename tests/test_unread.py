@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_configuration import resolved
+from configurations import resolved
 from verl.steer import config as steer_config
 from verl.steer.requirements import check_and_complete, unread
 

@@ -10,8 +10,8 @@ import numpy as np
 import plain_step
 import pytest
 import torch
-from test_configuration import ACTOR, resolved
-from test_policy_loss import micro_batch
+from configurations import ACTOR, resolved
+from losses import micro_batch
 from verl import DataProto
 from verl.steer import worker
 from verl.steer.requirements.verl_values import KL_ESTIMATES
