@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from verl.steer import main  # noqa: F401 - puts verl's configurations on Hydra's path
 from verl.steer.requirements import check_and_complete
 from verl.utils.config import omega_conf_to_dataclass
 

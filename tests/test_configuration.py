@@ -29,7 +29,7 @@ from configurations import (
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from ray.exceptions import RayTaskError
-from verl.steer import main as entry_point  # puts verl's configurations on Hydra's path
+from verl.steer import main as entry_point
 from verl.steer import requirements, run_ending
 from verl.steer.audit.scores import AuditOptions
 from verl.steer.checkpoint_ledger import UnknownMetric

@@ -102,6 +102,10 @@ def test_steer_weights_and_entropy_are_logged(quickstart):
     for step in (1, 2):
         data = steer[step]
         assert 0.8 - 1e-6 <= data["actor/token_weights_min"] <= data["actor/token_weights_mean"] <= 1.0
+        # With advantages the token with a micro-batch's greatest estimate has the least weight.
+        learns = data["critic/advantages/max"] > 0
+        assert data["actor/token_weights_min"] == pytest.approx(0.8 if learns else 1.0)
+        assert (data["actor/grad_norm"] > 0) == learns
         assert data["actor/token_weights_max"] <= 1.0 and data["actor/entropy_change_max"] >= 0
         assert 0 < data["actor/entropy"] < math.log(300)
         # vLLM samples from the very weights that FSDP trains

@@ -36,7 +36,8 @@ from verl.steer.requirements import check_and_complete
 from verl.utils.config import validate_config
 for hardware in ("gpu1", "gpu8"):
     for method in METHODS:
-        config = resolved(method, f"hardware={hardware}", "ray_kwargs.ray_init.num_cpus=30", "+ray_kwargs.ray_init.num_gpus=8")
+        ray = ("ray_kwargs.ray_init.num_cpus=30", "+ray_kwargs.ray_init.num_gpus=8")
+        config = resolved(method, f"hardware={hardware}", *ray)
         check_and_complete(config)
         validate_config(config, use_reference_policy=False, use_critic=False)
         print("resolved", hardware, method)
