@@ -25,6 +25,7 @@ from verl.steer.methods.adaptive_entropy import AdaptiveEntropyCoefficient
 from verl.steer.methods.entropic import EntroPICCoefficient
 from verl.steer.methods.siren import EntropyAnchor
 from verl.steer.methods.step_state import STATE_FILE
+from verl.steer.requirements import unread
 from verl.steer.step_record import STEP_RECORD, StepRecord
 from verl.steer.trainer import SteerTrainer
 from verl.steer.validation import metrics_of_files
@@ -476,3 +477,10 @@ def test_an_evaluation_takes_val_max_samples_of_each_file(tmp_path, monkeypatch)
     trainer.config.data.val_batch_size = 3
     trainer._validate()
     assert batches == [1, 1, 3, 3]
+
+
+def test_steps_after_the_last_one_are_told_of_once_the_data_are_loaded(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(unread.logger, "warning", lambda text, *values: lines.append(text % values))
+    trainer_of(tmp_path, steps=4, entropy_audit={"freq": 5})
+    assert lines == ["trainer.entropy_audit.freq=5: the run has 4 steps"]

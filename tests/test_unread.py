@@ -129,3 +129,18 @@ def test_the_sampling_of_training_is_named_in_an_evaluation(told):
     ]
     assert told("eval", *overrides, f"{rollout}.val_kwargs.top_p=0.7") == expected
     assert told("eval", f"{rollout}.val_kwargs.top_p=0.7") == told("grpo", *overrides) == []
+
+
+def test_steps_after_the_last_one_are_named(monkeypatch):
+    lines = []
+    monkeypatch.setattr(unread.logger, "warning", lambda text, *values: lines.append(text % values))
+    warmup = "actor_rollout_ref.actor.optim.lr_warmup_steps"
+    config = resolved("grpo", "hardware=cpu", "trainer.entropy_audit.freq=9", f"{warmup}=10")
+    unread.warn_of_late_steps(config, 9)
+    assert lines == [f"{warmup}=10: the run has 9 steps"]
+    unread.warn_of_late_steps(config, 8)
+    assert lines[1:] == ["trainer.entropy_audit.freq=9: the run has 8 steps", f"{warmup}=10: the run has 8 steps"]
+    config.trainer.val_only = True
+    unread.warn_of_late_steps(config, 1)
+    unread.warn_of_late_steps(resolved("grpo", "hardware=cpu"), 1)
+    assert len(lines) == 3

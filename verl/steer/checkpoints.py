@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 from verl.steer.checkpoint_ledger import CheckpointLedger, metric_name, step_of
 from verl.steer.methods.step_state import StepState
+from verl.steer.requirements.unread import warn_of_late_steps
 from verl.steer.rollout.lost_rollouts import lost_share
 from verl.steer.run_settings import save_settings
 from verl.steer.step_record import RecordsSteps
@@ -67,6 +68,7 @@ class SavesCheckpoints(RecordsSteps):
                 "trainer.total_epochs=%d: the run ends after %d of trainer.total_training_steps=%d",
                 options.total_epochs, self.total_training_steps, asked,
             )  # fmt: skip
+        warn_of_late_steps(self.config, self.total_training_steps)
         self.save_after = min(options.save_after, self.total_training_steps)
         saves = options.save_freq > 0 or options.save_best_only or options.best_metric_key is not None
         if saves and not options.val_only and self.save_after < options.save_after:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from verl.steer.audit.scores import AuditOptions
 from verl.steer.config import ADVANTAGE_OPTIONS, PolicyLossConfig, SteerOptions
 from verl.steer.entropy_control import EntropyControlOptions
@@ -78,6 +78,20 @@ def warn_of_unread(config: DictConfig, policy_loss: Any) -> None:
         ]
     for one in unread:
         logger.warning("without effect: %s", one)
+
+
+def warn_of_late_steps(config: DictConfig, total_steps: int) -> None:
+    """Log each option that names a step after the run's last one.
+
+    Args:
+        config: the resolved configuration.
+        total_steps: the number of the run's steps, known once the data are loaded.
+    """
+    keys = ("trainer.entropy_audit.freq", "actor_rollout_ref.actor.optim.lr_warmup_steps")
+    for key in keys if not config.trainer.val_only else ():
+        step = OmegaConf.select(config, key) or 0
+        if step > total_steps:
+            logger.warning("%s=%d: the run has %d steps", key, step, total_steps)
 
 
 def _set_in(section: DictConfig, options: type) -> list[str]:
