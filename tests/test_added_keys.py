@@ -78,6 +78,21 @@ def checked(monkeypatch, tmp_path):
             "+algorithm.rollout_is=token",
             "algorithm.rollout_is: expected algorithm.rollout_correction.rollout_is in its",
         ),
+        # Of another place.
+        ("+rollout.n=16", "rollout.n: unknown; expected actor_rollout_ref.rollout.n"),
+        ("+actor.use_kl_loss=true", "actor.use_kl_loss: unknown; expected actor_rollout_ref.actor.use_kl_loss"),
+        (
+            "+policy_loss.token_weight_min=0.7",
+            f"policy_loss.token_weight_min: unknown; expected {LOSS}.token_weight_min",
+        ),
+        ("+lr=1e-5", "lr: unknown; expected critic.optim.lr or actor_rollout_ref.actor.optim.lr"),
+        (
+            "+algorithm.loss_agg_mode=token-mean",
+            "algorithm.loss_agg_mode: unknown; expected critic.loss_agg_mode or act",
+        ),
+        ("+trainer.train_batch_size=128", "trainer.train_batch_size: unknown; expected data.train_batch_size"),
+        ("+val_kwargs.n=8", "val_kwargs.n: unknown; expected actor_rollout_ref.rollout.val_kwargs.n"),
+        ("+rollout.nn=16", "rollout.nn: unknown; expected actor_rollout_ref.rollout or "),
         # Declared nowhere, and read.
         ("+sed=3", "sed: unknown; expected one of seed"),
         # Like none of the names, and refused by a worker.
@@ -108,6 +123,9 @@ def test_an_unknown_key_is_named(checked, override, message):
         "+algorithm.mine=1",
         "++actor_rollout_ref.rollout.val_kwargs={n: 2}",
         "+ray_kwargs.ray_init.num_gpus=1",
+        "+mine.rollout.n=1",
+        "+actor_rollout_ref.rollout.engine_kwargs.vllm.max_num_seqs=12",
+        "+actor_rollout_ref.actor.optim.override_optimizer_config.lr=1",
         "+reward.custom_reward_function.reward_kwargs.strict=true",
         "+reward.custom_reward_function.reward_kwargs={strict: true}",
         "+actor_rollout_ref.rollout.engine_kwargs.vllm.swap_space=1",

@@ -30,7 +30,7 @@ LIMITS = {"timeout": 1, "wall": 10}
 #: Where a program finds what only this process should: environment, file, TCP port, Unix sockets.
 SECRET = secrets.token_hex(16)
 
-SYSCALL = "import ctypes; syscall = ctypes.CDLL(None, use_errno=True).syscall\n"
+SYSCALL = "import ctypes, errno; syscall = ctypes.CDLL(None, use_errno=True).syscall\n"
 
 # Each prints 42, which is right, once it has done what it is there for.
 PRINTS = {
@@ -118,6 +118,13 @@ PRINTS = {
     "a packet": "import socket\nsocket.socket(type=socket.SOCK_DGRAM).sendto(b'x', ('8.8.8.8', 53))\nprint(42)",
     "the hypervisor": "import socket\nsocket.socket(socket.AF_VSOCK)\nprint(42)",
     "the kernel's routes": "import socket\nsocket.socket(socket.AF_NETLINK, socket.SOCK_RAW)\nprint(42)",
+    # System calls that the filter refuses, whatever their arguments
+    **{
+        f"the call {name}": SYSCALL
+        + f"if syscall({number}, -1, -1, -1, -1, -1) >= 0 or ctypes.get_errno() != errno.EPERM: print(42)"
+        for name, number in sandbox._DENIED.items()
+        if name != "vfork"  # which would leave two processes on one stack; "a fork" is above
+    },
 }
 # Each prints what this process keeps secret.
 STEALS = {

@@ -15,6 +15,7 @@ import logging
 from pathlib import Path
 from types import SimpleNamespace
 
+from omegaconf import OmegaConf, open_dict
 from verl.steer.checkpoint_ledger import CheckpointLedger, metric_name, step_of
 from verl.steer.methods.step_state import StepState
 from verl.steer.requirements.unread import warn_of_late_steps
@@ -41,6 +42,7 @@ class SavesCheckpoints(RecordsSteps):
     folder: Path
     step_state: StepState | None
     total_training_steps: int
+    parameter_sync_step: int
     checkpoint_callback: CheckpointCallback
 
     def _init_dataloader(self) -> None:
@@ -63,6 +65,11 @@ class SavesCheckpoints(RecordsSteps):
             self.total_training_steps,
             min(self.total_training_steps, self.steps_per_epoch * options.total_epochs),
         )
+        # verl has given the learning rates' schedules the steps that were asked for.
+        for section in ("actor_rollout_ref.actor.optim", "critic.optim"):
+            if optimizer := OmegaConf.select(self.config, section):
+                with open_dict(optimizer):
+                    optimizer.total_training_steps = self.total_training_steps * self.parameter_sync_step
         if self.total_training_steps < asked and not options.val_only:
             logger.warning(
                 "trainer.total_epochs=%d: the run ends after %d of trainer.total_training_steps=%d",

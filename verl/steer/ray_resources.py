@@ -7,7 +7,7 @@ import logging
 
 import ray
 import torch
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from ray._private import services
 from ray._private.utils import get_num_cpus
 from verl.single_controller.ray.base import ResourcePoolManager
@@ -59,6 +59,20 @@ def reserved_cpus(config: DictConfig) -> dict[str, int]:
         # Each of the workers starts as many again to compute rewards.
         reserved[f"reward.num_workers={reward.num_workers}, squared"] = reward.num_workers**2
     return reserved | {"tasks": 1}
+
+
+def quote_variables(config: DictConfig) -> None:
+    """Turn numbers among the workers' environment variables into texts, which alone Ray takes.
+
+    Raises:
+        ValueError: if a variable is neither a text nor a number.
+    """
+    key = "ray_kwargs.ray_init.runtime_env.env_vars"
+    variables = OmegaConf.select(config, key) or {}
+    for name, value in variables.items():
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise ValueError(f"{key}.{name}={value}: expected a text, such as '{key}.{name}=\"1\"'")
+        variables[name] = str(value)
 
 
 def joins_running_ray(config: DictConfig) -> bool:

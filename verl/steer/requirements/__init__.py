@@ -7,7 +7,7 @@ import verl.steer.methods  # noqa: F401 - registers the losses and estimators
 from omegaconf import DictConfig
 from verl.steer.config import ADVANTAGE_OPTIONS
 from verl.steer.options import from_config
-from verl.steer.ray_resources import check_cpus, check_gpus
+from verl.steer.ray_resources import check_cpus, check_gpus, quote_variables
 from verl.steer.requirements.checkpoints import check_checkpoints, check_evaluation
 from verl.steer.requirements.entropy_control import check_entropy_audit, check_entropy_control
 from verl.steer.requirements.hardware import (
@@ -37,7 +37,8 @@ def check_and_complete(config: DictConfig) -> None:
 
     Args:
         config: the resolved configuration. `actor.calculate_entropy`, `actor.calculate_sum_pi_squared`,
-            `actor.fsdp_config.one_pass_reductions` and, without flash-attn, the attention are set.
+            `actor.fsdp_config.one_pass_reductions` and, without flash-attn, the attention are set, and numbers among
+            the workers' environment variables become texts.
 
     Raises:
         ValueError: if a value is out of range, or the loss or the advantage estimator needs something that this run
@@ -49,6 +50,7 @@ def check_and_complete(config: DictConfig) -> None:
     check_own_code(config)
     check_gpus(config)
     check_cpus(config)
+    quote_variables(config)
     check_model_engine(config)
     check_attention(config)
     check_micro_batches(config)

@@ -19,7 +19,7 @@ from verl.steer.options import leaves
 ALIKE = 0.8
 
 #: Sections whose names are the user's or another library's.
-FREE = {"override_config", "ray_init", "teacher_models"}
+FREE = {"engine_kwargs", "override_config", "override_optimizer_config", "ray_init", "reward_kwargs", "teacher_models"}
 
 #: Sections from which verl makes the dataclasses that they name, which refuse unknown keys in a worker.
 MADE = ("actor_rollout_ref", "critic", "distillation")
@@ -40,7 +40,7 @@ def check_added_keys() -> None:
     """Check the keys that this program's overrides add, such as `+trainer.savefreq=5`, which would have no effect.
 
     Where verl makes a dataclass of a section, any new key is refused; elsewhere only one whose name is nearly that of
-    a known one, since a user's own code may read others.
+    a known one or that of a key at another place, since a user's own code may read others.
 
     Raises:
         ValueError: if a key is unknown, or has moved.
@@ -83,9 +83,26 @@ def _check_key(declared: DictConfig, key: str) -> None:
         section, place = below, f"{place}{name}."
     else:
         return
+    if name in FREE:
+        return
     dataclass = [field.name for field in fields(get_class(section._target_))] if "_target_" in section else []
     known = [other for other in dict.fromkeys([*map(str, section), *dataclass]) if other != "_target_"]
     known += [] if place else ["seed"]  # which other keys read
+    if name in section or name in known:
+        return
+    if elsewhere := _places(declared, name, key.removeprefix(f"{place}{name}")):
+        raise ValueError(f"{key}: unknown; expected {' or '.join(elsewhere)}")
     close = get_close_matches(name, known, cutoff=ALIKE)
-    if name not in section and name not in known and (close or dataclass and place.startswith(MADE)):
+    if close or dataclass and place.startswith(MADE):
         raise ValueError(f"{place}{name}: unknown; expected one of {', '.join(close or known)}")
+
+
+def _places(declared: DictConfig, name: str, rest: str) -> list[str]:
+    """The keys that end with a name and the rest of a key, such as `.n` after `rollout`, or the sections of this name.
+
+    At most four, the shortest ones.
+    """
+    every = [f".{key}." for key, _ in leaves(OmegaConf.to_container(declared))]
+    found = {key for key in every if key.endswith(f".{name}{rest}.")}
+    found = found or {key.partition(f".{name}.")[0] + f".{name}." for key in every if f".{name}." in key}
+    return sorted((key.strip(".") for key in found), key=lambda key: (key.count("."), key))[:4]

@@ -7,16 +7,18 @@ import logging
 import math
 import os
 from importlib.util import find_spec
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.plugin.platform import get_platform
+from verl.steer.requirements.allowed import refuse_others
 from verl.steer.requirements.loss import FSDP_STRATEGIES
 from verl.trainer.ppo.utils import need_critic
 
 logger = logging.getLogger(__name__)
 
-#: verl's default attention.
-FLASH_ATTENTION = "flash_attention_2"
+#: verl's default attention, and torch's for rollouts without padding.
+FLASH_ATTENTION, PACKED_ATTENTION = "flash_attention_2", "packed_sdpa"
 
 #: verl's engines, values of `model_engine` -> keys below `actor` of the ranks that share a rollout.
 MODEL_ENGINES = {
@@ -39,9 +41,23 @@ def check_platform(config: DictConfig) -> None:
         raise ValueError(
             f"trainer.device={config.trainer.device}: verl's platform here is {platform}; expected {remedy}"
         )
+    if platform == "cpu":
+        _check_cpu(config)
     threads = os.environ.get("ROLLOUT_OMP_NUM_THREADS")
     if threads and not (threads.isdecimal() and int(threads)):
         raise ValueError(f"ROLLOUT_OMP_NUM_THREADS={threads}: expected a number of threads, at least 1")
+
+
+def _check_cpu(config: DictConfig) -> None:
+    """What a machine without an accelerator cannot do; verl would find out in a worker."""
+    root = config.actor_rollout_ref
+    needs: list[tuple[str, Any, tuple[Any, ...]]] = [
+        (f"rollout.{key}", root.rollout[key], (False,)) for key in ("free_cache_engine", "enable_sleep_mode")
+    ]
+    needs.append(("rollout.tensor_model_parallel_size", root.rollout.tensor_model_parallel_size, (1,)))
+    if config.model_engine == "dp" and not config.trainer.val_only:
+        needs.append(("actor.strategy", root.actor.strategy, ("fsdp2",)))
+    refuse_others(needs, "trainer.device=cpu")
 
 
 def check_model_engine(config: DictConfig) -> None:
@@ -97,13 +113,22 @@ def check_attention(config: DictConfig) -> None:
         )
     if actor.strategy not in FSDP_STRATEGIES:
         return
+    if named == PACKED_ATTENTION:
+        refuse_others(
+            [("model.use_remove_padding", model.use_remove_padding, (True,))],
+            f"model.override_config.attn_implementation={PACKED_ATTENTION}",
+        )
     if named == FLASH_ATTENTION or ranks > 1:
-        key, value, expected = "model.override_config.attn_implementation", named, "packed_sdpa, torch's attention,"
+        key, value, expected = (
+            "model.override_config.attn_implementation",
+            named,
+            f"{PACKED_ATTENTION}, torch's attention,",
+        )
         if ranks > 1:
             key, value, expected = "actor.ulysses_sequence_parallel_size", ranks, "1"
         raise ValueError(f"{key}={value}: expected {expected} where flash-attn is not installed")
     if named is None:
-        chosen = "packed_sdpa" if model.use_remove_padding else "sdpa"
+        chosen = PACKED_ATTENTION if model.use_remove_padding else "sdpa"
         logger.warning(
             "flash-attn is not installed: attn_implementation=%s, torch's attention, takes its place", chosen
         )

@@ -5,16 +5,40 @@ from __future__ import annotations
 
 from omegaconf import DictConfig, OmegaConf
 from verl.steer.options import leaves
+from verl.steer.requirements.allowed import refuse_others
 from verl.trainer.ppo.utils import need_critic
 
 #: Sections of older versions of verl, which now reads `reward` only.
 OLD_SECTIONS = ("custom_reward_function", "reward_model", "sandbox_fusion")
+
+#: The section of the penalty for long responses.
+PENALTY = "reward.reward_kwargs.overlong_buffer_cfg"
 
 #: The places today of some of their keys.
 NEW_PLACES = {
     "reward_model.reward_manager": "reward.reward_manager.name",
     "custom_reward_function.path": "reward.custom_reward_function.path",
     "custom_reward_function.name": "reward.custom_reward_function.name",
+}
+
+#: Keys that neither verl's trainers of `trainer.use_v1` nor the FSDP engine read -> their default, and what to set in
+#: their place.
+UNREAD = {
+    "algorithm.use_pf_ppo": (False, "null or false: verl's older trainers alone read it"),
+    "algorithm.filter_groups.max_num_gen_batches": (0, "0, and max_inflight_gen_batches in its place"),
+    "actor_rollout_ref.actor.use_prefix_grouper": (False, "false"),
+    "actor_rollout_ref.actor.optim.total_training_steps": (-1, "trainer.total_training_steps in its place"),
+    "actor_rollout_ref.model.tiled_mlp.enabled": (False, "false"),
+    "actor_rollout_ref.rollout.do_sample": (True, "true: rollouts for training are sampled"),
+    "data.reward_fn_key": ("data_source", "data_source"),
+    "data.tokenizer": (None, "null, and actor_rollout_ref.model.tokenizer_path in its place"),
+}
+
+#: Keys below `actor` -> those that the FSDP engine reads in their place.
+READ_ELSEWHERE = {
+    "use_remove_padding": "model.use_remove_padding",
+    "use_fused_kernels": "model.use_fused_kernels",
+    "use_torch_compile": "actor.fsdp_config.use_torch_compile",
 }
 
 #: YAML's former booleans. Hydra reads them as text, which Python takes for true.
@@ -63,7 +87,27 @@ def check_ignored(config: DictConfig) -> None:
             f"trainer.critic_warmup={trainer.critic_warmup}: expected 0 without a critic: the actor would not train in "
             "these steps"
         )
+    if config.model_engine == "dp" and trainer.use_v1:
+        _check_unread(config)
     _check_rollout_correction(config)
+
+
+def _check_unread(config: DictConfig) -> None:
+    for key, (default, expected) in UNREAD.items():
+        value = OmegaConf.select(config, key, default=default)
+        if value != default and value is not None:
+            raise ValueError(f"{key.removeprefix('actor_rollout_ref.')}={value}: expected {expected}")
+    root, actor = config.actor_rollout_ref, config.actor_rollout_ref.actor
+    for key, place in READ_ELSEWHERE.items():
+        read = OmegaConf.select(root, place)
+        if actor.get(key) not in (None, read):
+            raise ValueError(f"actor.{key}={actor[key]}: expected {read}, that of {place}, which is read in its place")
+    if OmegaConf.select(actor, "fsdp_config.offload_policy") and actor.strategy != "fsdp2":
+        raise ValueError(
+            f"actor.fsdp_config.offload_policy=True: expected actor.strategy=fsdp2 with it, which is {actor.strategy}"
+        )
+    if OmegaConf.select(config, "data.custom_cls.name") and not config.data.custom_cls.path:
+        raise ValueError(f"data.custom_cls.name={config.data.custom_cls.name}: expected data.custom_cls.path with it")
 
 
 def _check_leaves(config: DictConfig) -> None:
@@ -72,13 +116,30 @@ def _check_leaves(config: DictConfig) -> None:
         if section in OLD_SECTIONS and value is not None:
             place = NEW_PLACES.get(key, "a key below `reward`")
             raise ValueError(f"{key}={value}: expected null, and {place} in its place")
+        if "overlong_buffer" in key and not key.startswith(f"{PENALTY}.") and value is True:
+            raise ValueError(f"{key}=True: expected false, and {PENALTY}.enable=true in its place")
         if section != "ray_kwargs" and str(value).lower() in TEXTS and not key.endswith("_name"):
             raise ValueError(f"{key}={value}: expected true or false: {value!r} is a text, which counts as true")
 
 
 def _check_rollout_correction(config: DictConfig) -> None:
-    """verl corrects only rollouts whose log-probs vLLM returns, and skips the others without a word."""
+    """verl corrects only rollouts whose log-probs vLLM returns, and skips the others without a word.
+
+    With `bypass_mode` its trainers of `trainer.use_v1` correct nothing, and leave the loss to `policy_loss`.
+    """
     section = config.algorithm.get("rollout_correction") or {}
+    mode = config.actor_rollout_ref.actor.policy_loss.loss_mode
+    if config.trainer.use_v1 and mode == "bypass_mode":
+        raise ValueError("policy_loss.loss_mode=bypass_mode: expected another with trainer.use_v1=true")
+    if config.trainer.use_v1 and section.get("bypass_mode"):
+        refuse_others(
+            [
+                ("algorithm.rollout_correction.rollout_is", section.get("rollout_is"), (None,)),
+                ("algorithm.rollout_correction.rollout_rs", section.get("rollout_rs"), (None,)),
+                ("algorithm.rollout_correction.loss_type", section.get("loss_type"), (None, "ppo_clip")),
+            ],
+            "algorithm.rollout_correction.bypass_mode=true and trainer.use_v1=true",
+        )
     asked = [key for key in ("rollout_is", "rollout_rs", "bypass_mode") if section.get(key)]
     if asked and not config.actor_rollout_ref.rollout.calculate_log_probs:
         raise ValueError(

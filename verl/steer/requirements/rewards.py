@@ -16,9 +16,13 @@ from verl.steer.options import Option, from_config
 from verl.steer.requirements.own_code import module_with
 from verl.utils.reward_score import default_compute_score
 
-#: The reward function of this fork.
+#: The reward functions of this fork.
 GRADING = "pkg://verl.steer.grading.score"
 LEARNED = "pkg://verl.steer.grading.learned"
+
+#: Options of `GRADING`, and of verl's graders, to which it passes them on.
+GRADING_OPTIONS = {"rule": Option("auto", choices=("auto", "train", "eval")), "timeout": Option(2.0, above=0.0)}
+PASSED_ON = ("code", "concurrent_semaphore", "max_concurrent", "memory_limit_mb", "sandbox_fusion_url")
 
 #: Values of `algorithm.filter_groups.metric`: a response's reward, and numbers that this fork's graders return.
 FILTER_METRICS = ("reward", "score", "acc")
@@ -54,14 +58,29 @@ def check_reward_manager(config: DictConfig) -> None:
                 f"reward.reward_manager.name={manager.name}: expected dapo with reward.reward_kwargs.{PENALTY}."
                 "enable=true, which it alone reads"
             )
-        for key in ("max_resp_len", f"{PENALTY}.len", f"{PENALTY}.penalty_factor"):
-            Option(1, above=0.0).check(f"reward.reward_kwargs.{key}", OmegaConf.select(reward.reward_kwargs, key))
+        _check_penalty(reward.reward_kwargs, config.data.max_response_length)
     by_this_fork = reward.custom_reward_function.path in (GRADING, LEARNED)
     if groups and groups.enable and by_this_fork and groups.metric not in FILTER_METRICS:
         raise ValueError(
             f"algorithm.filter_groups.metric={groups.metric}: expected one of {', '.join(FILTER_METRICS)} with "
             f"reward.custom_reward_function.path={reward.custom_reward_function.path}"
         )
+
+
+def _check_penalty(reward_kwargs: DictConfig, longest: int) -> None:
+    for key in ("max_resp_len", f"{PENALTY}.len", f"{PENALTY}.penalty_factor"):
+        Option(1, above=0.0).check(f"reward.reward_kwargs.{key}", OmegaConf.select(reward_kwargs, key))
+    penalty = reward_kwargs[PENALTY]
+    if reward_kwargs.max_resp_len != longest:
+        raise ValueError(
+            f"reward.reward_kwargs.max_resp_len={reward_kwargs.max_resp_len}: expected "
+            f"data.max_response_length={longest}"
+        )
+    if penalty.len > longest:
+        raise ValueError(f"reward.reward_kwargs.{PENALTY}.len={penalty.len}: expected at most max_resp_len={longest}")
+    if "log" not in penalty:  # which verl's manager reads without a default
+        with open_dict(penalty):
+            penalty.log = False
 
 
 def check_reward_function(config: DictConfig) -> None:
@@ -134,7 +153,7 @@ def _obstacle_to_verls_grader(source: str) -> str | None:
 
 
 def check_code_rewards(config: DictConfig) -> None:
-    """Check the options of code rewards and, if rows of this run need it, their sandbox.
+    """Check the options of this fork's reward function and, if rows of this run need it, the sandbox of code rewards.
 
     With verl's `reward.sandbox_fusion.url` that service runs the programs: the reward function gets the section.
 
@@ -144,11 +163,18 @@ def check_code_rewards(config: DictConfig) -> None:
     function, service = config.reward.custom_reward_function, config.reward.sandbox_fusion
     if function.path != GRADING:
         return
-    options = from_config(CodeOptions, (function.get("reward_kwargs") or {}).get("code"), sandbox.SECTION)
+    given = function.get("reward_kwargs") or {}
+    for name, value in given.items():
+        if name in GRADING_OPTIONS:
+            GRADING_OPTIONS[name].check(f"{FUNCTION}.reward_kwargs.{name}", value)
+        elif name not in PASSED_ON:
+            known = ", ".join([*GRADING_OPTIONS, *PASSED_ON])
+            raise ValueError(f"{FUNCTION}.reward_kwargs.{name}: unknown; expected one of {known}")
+    options = from_config(CodeOptions, given.get("code"), sandbox.SECTION)
     if service.url:
         with open_dict(config):
             function.reward_kwargs = {
-                **(function.get("reward_kwargs") or {}),
+                **given,
                 "sandbox_fusion_url": service.url,
                 "memory_limit_mb": service.memory_limit_mb,
                 "max_concurrent": max(1, service.max_concurrent // config.reward.num_workers),
@@ -160,12 +186,22 @@ def check_code_rewards(config: DictConfig) -> None:
 
 
 def check_reward_model(config: DictConfig) -> None:
-    """Check that the reward model of `verl.steer.grading.learned` is there.
+    """Check that a reward model, verl's or that of `verl.steer.grading.learned`, is there and read.
 
     Raises:
-        ValueError: if its folder is not named or holds no model.
+        ValueError: if its folder is not named or holds no model, or the reward function does not read it.
     """
-    function = config.reward.custom_reward_function
+    function, of_verl = config.reward.custom_reward_function, config.reward.reward_model
+    if of_verl.enable and function.path in (GRADING, LEARNED):
+        raise ValueError(
+            f"reward.reward_model.enable=true: expected {FUNCTION}.path=null or a function of the user's own with it: "
+            f"{function.path} does not read the model's scores"
+        )
+    if of_verl.enable and not of_verl.model_path:
+        raise ValueError(
+            f"reward.reward_model.model_path={of_verl.model_path}: expected the folder of a model, or a name on the "
+            "Hugging Face Hub, with reward.reward_model.enable=true"
+        )
     if function.path == LEARNED:
         folder = (function.get("reward_kwargs") or {}).get("model_path")
         if not folder or not Path(folder, "config.json").is_file():

@@ -25,6 +25,8 @@ from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 from verl.utils.torch_dtypes import BFLOAT_LIST, FLOAT_LIST, HALF_LIST
 from verl.utils.tracking import Tracking
+from verl.workers.config.optimizer import build_optimizer
+from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 #: Numbers that verl does not check; those with a default may not be null.
 NUMBERS = {
@@ -34,6 +36,7 @@ NUMBERS = {
     "actor_rollout_ref.actor.loss_scale_factor": Option(above=0.0),
     "actor_rollout_ref.actor.optim.clip_grad": Option(1.0, above=0.0),  # a bound below 0 would reverse the gradient
     "actor_rollout_ref.actor.optim.lr": Option(1e-6, at_least=0.0),
+    "actor_rollout_ref.actor.optim.lr_warmup_steps": Option(-1, at_least=-1, integer=True),
     "actor_rollout_ref.actor.optim.lr_warmup_steps_ratio": Option(at_least=0.0, at_most=1.0),
     "actor_rollout_ref.actor.optim.min_lr_ratio": Option(at_least=0.0, at_most=1.0),
     "actor_rollout_ref.actor.optim.weight_decay": Option(0.01, at_least=0.0),
@@ -48,30 +51,39 @@ NUMBERS = {
     "actor_rollout_ref.rollout.gpu_memory_utilization": Option(0.5, above=0.0, at_most=1.0),
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": Option(at_least=1, integer=True),
     "actor_rollout_ref.rollout.max_model_len": Option(at_least=1, integer=True),
+    "actor_rollout_ref.rollout.max_num_batched_tokens": Option(8192, at_least=1, integer=True),
     "actor_rollout_ref.rollout.max_num_seqs": Option(1024, at_least=1, integer=True),
     "actor_rollout_ref.rollout.n": Option(1, at_least=1, integer=True),
     "actor_rollout_ref.rollout.pipeline_model_parallel_size": Option(1, at_least=1, integer=True),
-    "actor_rollout_ref.rollout.seed": Option(integer=True),
+    "actor_rollout_ref.rollout.seed": Option(42, at_least=0, at_most=2**31 - 1, integer=True),
     "actor_rollout_ref.rollout.temperature": Option(1.0, above=0.0),
     "actor_rollout_ref.rollout.tensor_model_parallel_size": Option(1, at_least=1, integer=True),
     "actor_rollout_ref.rollout.top_k": Option(-1, at_least=-1, integer=True),
     "actor_rollout_ref.rollout.top_p": Option(1.0, above=0.0, at_most=1.0),
     "actor_rollout_ref.rollout.val_kwargs.n": Option(1, at_least=1, integer=True),
     "actor_rollout_ref.rollout.val_kwargs.temperature": Option(0.0, at_least=0.0),
+    "actor_rollout_ref.rollout.val_kwargs.top_k": Option(-1, at_least=-1, integer=True),
     "actor_rollout_ref.rollout.val_kwargs.top_p": Option(1.0, above=0.0, at_most=1.0),
+    "algorithm.filter_groups.max_inflight_gen_batches": Option(at_least=1, integer=True),
+    "algorithm.kl_ctrl.horizon": Option(10000, above=0.0),
     "algorithm.kl_ctrl.kl_coef": Option(0.001, at_least=0.0),
+    "algorithm.kl_ctrl.target_kl": Option(0.1, above=0.0),
+    "data.dataloader_num_workers": Option(8, at_least=0, integer=True),
+    "data.filter_overlong_prompts_workers": Option(at_least=1, integer=True),
     "data.gen_batch_size": Option(at_least=1, integer=True),
     "data.max_prompt_length": Option(512, at_least=1, integer=True),
     "data.max_response_length": Option(512, at_least=1, integer=True),
     "data.seed": Option(integer=True),
     "data.train_batch_size": Option(1024, at_least=1, integer=True),
     "data.train_max_samples": Option(-1, integer=True),
+    "data.val_max_samples": Option(-1, integer=True),
     "reward.num_workers": Option(8, at_least=1, integer=True),
     "trainer.critic_warmup": Option(0, at_least=0, integer=True),
     "trainer.n_gpus_per_node": Option(1, at_least=1, integer=True),
     "trainer.nnodes": Option(1, at_least=1, integer=True),
     "trainer.total_epochs": Option(1, at_least=1, integer=True),
     "trainer.total_training_steps": Option(at_least=1, integer=True),
+    "trainer.v1.sampler.max_off_policy_threshold": Option(at_least=1, integer=True),
 }
 
 #: Estimators whose inputs verl's trainers of `trainer.use_v1` do not compute, and what that is.
@@ -112,10 +124,13 @@ def check_verl_values(config: DictConfig) -> None:
     for key, number in NUMBERS.items():
         number.check(key.removeprefix("actor_rollout_ref."), OmegaConf.select(config, key))
     actor, algorithm, loggers = config.actor_rollout_ref.actor, config.algorithm, config.trainer.logger
+    sampler, rollout = config.trainer.v1.sampler, config.actor_rollout_ref.rollout
     names: list[tuple[str, Any, Any]] = [
         ("algorithm.adv_estimator", algorithm.adv_estimator, ADV_ESTIMATOR_REGISTRY),
         ("actor.loss_agg_mode", actor.loss_agg_mode, LOSS_AVERAGES),
-        ("rollout.dtype", config.actor_rollout_ref.rollout.dtype, VLLM_TYPES),
+        ("rollout.dtype", rollout.dtype, VLLM_TYPES),
+        ("rollout.name", rollout.name, RolloutReplicaRegistry._registry),
+        ("trainer.v1.sampler.max_off_policy_strategy", sampler.max_off_policy_strategy, ("drop", "wait")),
     ]
     kl_estimates = (*KL_ESTIMATES, *(f"{name}+" for name in KL_ESTIMATES))
     if config.trainer.use_v1 and not os.environ.get("VERL_USE_EXTERNAL_MODULES"):  # which may register others
@@ -154,8 +169,20 @@ def check_verl_values(config: DictConfig) -> None:
             f"trainers do not compute {WITHOUT_INPUTS_IN_V1[algorithm.adv_estimator]}"
         )
     compares = compares_rollouts(algorithm.adv_estimator) and not config.trainer.val_only
-    if config.actor_rollout_ref.rollout.n == 1 and compares:
+    if rollout.n == 1 and compares:
         raise ValueError(f"rollout.n=1: expected at least 2 with algorithm.adv_estimator={algorithm.adv_estimator}")
+    if rollout.n == 1 and OmegaConf.select(algorithm, "filter_groups.enable"):
+        raise ValueError(
+            "rollout.n=1: expected at least 2 with algorithm.filter_groups.enable=true, which drops groups of equal "
+            "rewards and asks for others"
+        )
+    if not _is_installed(rollout.name):
+        raise ValueError(f"rollout.name={rollout.name}: expected one that is installed")
+    if rollout.max_num_batched_tokens < rollout.max_num_seqs:
+        raise ValueError(
+            f"rollout.max_num_batched_tokens={rollout.max_num_batched_tokens}: expected at least "
+            f"rollout.max_num_seqs={rollout.max_num_seqs}"
+        )
     if config.model_engine == "dp":
         _check_optimizer(actor.optim)
         _check_adapter(config.actor_rollout_ref.model)
@@ -205,6 +232,15 @@ def _check_optimizer(optim: DictConfig) -> None:
             raise ValueError(f"actor.optim.betas={optim.betas}: expected two numbers")
         for i, beta in enumerate(optim.betas):
             BETA.check(f"actor.optim.betas[{i}]", beta)
+    if module == torch.optim.__name__:
+        parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (3,))]
+        try:
+            build_optimizer(parameters, omega_conf_to_dataclass(optim))
+        except (TypeError, ValueError) as error:
+            given = optim.override_optimizer_config
+            raise ValueError(
+                f"actor.optim.optimizer={name}, actor.optim.override_optimizer_config={given}: {error}"
+            ) from error
 
 
 def _is_installed(module: str) -> bool:

@@ -27,6 +27,8 @@ PARALLEL_SIZES = ("tensor_model_parallel_size", "data_parallel_size", "pipeline_
 #: `rollout.seed` where each rollout's seed is made from it.
 SEED = Option(42, at_least=0, integer=True)
 
+SEPARATE = "trainer.v1.trainer_mode=separate_async"
+
 ONLY_SINGLE_TURN = (
     f"the batched manager serves text-only prompts of {AGENT_LOOP}; expected "
     "rollout.agent.agent_loop_manager_class=null, upstream's"
@@ -74,6 +76,22 @@ def devices_of_server(rollout: DictConfig) -> int:
     return math.prod(rollout[kind] for kind in PARALLEL_SIZES)
 
 
+def _check_separate(config: DictConfig) -> None:
+    """verl asserts these once Ray runs."""
+    rollout, sync = config.actor_rollout_ref.rollout, config.trainer.v1.separate_async.parameter_sync_step
+    wanted = sync * config.actor_rollout_ref.actor.ppo_mini_batch_size
+    if config.data.train_batch_size != wanted:
+        raise ValueError(
+            f"data.train_batch_size={config.data.train_batch_size}: expected {wanted}, "
+            f"trainer.v1.separate_async.parameter_sync_step={sync} times actor.ppo_mini_batch_size, with {SEPARATE}"
+        )
+    for key in ("nnodes", "n_gpus_per_node"):
+        if not rollout[key] > 0:
+            raise ValueError(f"rollout.{key}={rollout[key]}: expected at least 1 with {SEPARATE}")
+    if rollout.checkpoint_engine.backend == "naive":
+        raise ValueError(f"rollout.checkpoint_engine.backend=naive: expected another, such as nccl, with {SEPARATE}")
+
+
 def check_servers(config: DictConfig) -> None:
     """Check the devices of the servers.
 
@@ -83,6 +101,7 @@ def check_servers(config: DictConfig) -> None:
     trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
     devices = trainer.nnodes * trainer.n_gpus_per_node
     if trainer.v1.trainer_mode == "separate_async":
+        _check_separate(config)
         return
     size, of_node = devices_of_server(rollout), trainer.n_gpus_per_node
     sizes = ", ".join(f"rollout.{kind}={rollout[kind]}" for kind in PARALLEL_SIZES)
