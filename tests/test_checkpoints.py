@@ -65,7 +65,7 @@ def origin(path):
     return run, int(step)
 
 
-def trainer_of(folder, run="new", values=(), steps=4, data=None, **options):
+def trainer_of(folder, run="new", values=(), steps=4, data=None, optim=None, **options):
     """A trainer whose validation at each step gives `values`, from step 1 on; the last again and again."""
     trainer = SteerTrainer.__new__(SteerTrainer)
     defaults = {
@@ -75,9 +75,10 @@ def trainer_of(folder, run="new", values=(), steps=4, data=None, **options):
         "delete_old_best_checkpoint": False, "val_only": False, "total_epochs": 1,
     }  # fmt: skip
     trainer.config = OmegaConf.create(
-        {"trainer": {**defaults, **options}, "actor_rollout_ref": {"actor": {}}, "data": data or {}}
+        {"trainer": {**defaults, **options}, "actor_rollout_ref": {"actor": {"optim": optim}}, "data": data or {}}
     )
     trainer.folder, trainer.trainer_mode, trainer.use_critic = Path(folder), "sync", True
+    trainer.parameter_sync_step = 2
     trainer.folder.mkdir(parents=True, exist_ok=True)
     trainer.actor_rollout_wg, trainer.critic_wg = Worker(run), Worker(run)
     trainer.step_state, trainer.last_entropy = AdaptiveEntropyCoefficient(1.0, 0.1, 1.0), None
@@ -484,3 +485,11 @@ def test_steps_after_the_last_one_are_told_of_once_the_data_are_loaded(tmp_path,
     monkeypatch.setattr(unread.logger, "warning", lambda text, *values: lines.append(text % values))
     trainer_of(tmp_path, steps=4, entropy_audit={"freq": 5})
     assert lines == ["trainer.entropy_audit.freq=5: the run has 4 steps"]
+
+
+def test_the_learning_rates_schedule_ends_with_the_run(tmp_path):
+    """Though more steps were asked for than the epochs have; in updates of weights, as verl counts."""
+    optim = {"lr_scheduler_type": "cosine", "total_training_steps": 18}
+    trainer = trainer_of(tmp_path, steps=4, optim=optim, total_training_steps=9)
+    assert trainer.total_training_steps == 4
+    assert trainer.config.actor_rollout_ref.actor.optim.total_training_steps == 8

@@ -175,7 +175,9 @@ def any_machine(monkeypatch):
         monkeypatch.setattr(requirements, check, lambda config: None)
 
 
-@pytest.mark.parametrize("hardware, device, number", [("cpu", "cpu", 1), ("gpu1", "cuda", 1), ("gpu8", "cuda", 8)])
+@pytest.mark.parametrize(
+    "hardware, device, number", [("cpu", "cpu", 1), ("gpu1", "cuda", 1), ("gpu8", "cuda", 8), ("gpu8_long", "cuda", 8)]
+)
 @pytest.mark.parametrize("task", ["dapo_math", *LAPTOP_TASKS])
 def test_every_hardware_goes_with_every_task(any_machine, hardware, device, number, task):
     config = resolved("steer_exp", f"hardware={hardware}", f"task={task}")

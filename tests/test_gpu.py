@@ -55,6 +55,25 @@ def test_the_kernels_match_float64_on_a_whole_vocabulary(tokens, dtype):
     torch.testing.assert_close(leaf.grad / largest, exact.grad / largest, rtol=rtol, atol=1e-6, check_dtype=False)
 
 
+def test_the_kernels_reach_logits_beyond_32_bits():
+    """A micro-batch of 8 rollouts of 4,096 tokens has more than 2^32; its last tokens are those of a small one."""
+    tokens, last = (1 << 32) // VOCABULARY + 8, 16
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = torch.zeros(tokens, VOCABULARY, dtype=torch.bfloat16, device="cuda")
+    logits[-last:] = 3 * torch.randn(last, VOCABULARY, device="cuda", generator=generator)
+    labels = torch.randint(VOCABULARY, (tokens,), device="cuda", generator=generator)
+    outcomes = []
+    for some, chosen in ((logits, labels), (logits[-last:].clone(), labels[-last:])):
+        leaf = some.requires_grad_()
+        inner = leaf * 1
+        found = vocab_reductions(inner, chosen, None, with_squares=True, inplace_backward=True)
+        loss = sum(values[-last:].sum() for values in found)
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        outcomes.append([*(values[-last:] for values in found), gradient[-last:]])
+    # A small one is split among more programs, which round in another order.
+    torch.testing.assert_close(*outcomes, rtol=torch.finfo(torch.bfloat16).eps, atol=1e-6)
+
+
 @pytest.mark.parametrize("options", ALL_LOSSES, ids=str)
 def test_no_loss_waits_for_the_gpu_and_all_are_those_of_the_cpu(options):
     outcomes = []

@@ -255,6 +255,24 @@ def test_too_little_memory_names_the_remedy(configured, monkeypatch):
     assert run_check("memory", memory.check_memory, configured(QWEN_7B)).passed
 
 
+def test_long_responses_fit_in_micro_batches_of_tokens(configured, monkeypatch):
+    monkeypatch.setattr(memory, "device_memory", lambda config: 80 * GIB)
+    long = "data.max_response_length=20480"
+    row = run_check("memory", memory.check_memory, configured(QWEN_7B, long))
+    assert not row.passed and "set hardware=gpu8_long" in row.detail
+    assert run_check("memory", memory.check_memory, configured(QWEN_7B, long, "hardware=gpu8_long")).passed
+
+
+def test_the_entropy_of_a_nucleus_has_a_gradient_of_its_own(configured):
+    """Two more tensors of a micro-batch's logits, in bfloat16."""
+    grpo, siren = (configured(QWEN_7B, method=method) for method in ("grpo", "siren"))
+    size = memory.model_of(grpo)
+    plain, with_nucleus = (memory.phases(size, config, 80 * GIB) for config in (grpo, siren))
+    tokens = 8 * (1024 + 3072)
+    assert with_nucleus["update"] - plain["update"] == 2 * 2 * tokens * size.model.vocab_size
+    assert with_nucleus["log-probs"] == plain["log-probs"]
+
+
 @pytest.mark.parametrize(
     "overrides, steps, expected",
     [

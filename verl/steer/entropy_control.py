@@ -18,7 +18,7 @@ class EntropyControlOptions:
     """Keys below `policy_loss` of the estimator `influence` and the maps `target` and `band`.
 
     Args:
-        influence_way: `parameters`, through all layers, or `head`, through the last layer alone and cheaper.
+        influence_way: `parameters`, through all layers, or `head`, through the last layer alone.
         influence_refresh: compute the direction of the influence at the first mini-batch of a training step and every
             so many mini-batches after it.
         target_gain: fraction of the distance to the target that one update covers.

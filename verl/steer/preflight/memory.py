@@ -13,6 +13,7 @@ import torch
 from omegaconf import DictConfig
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
+from verl.steer.methods.registry import fields_needed
 from verl.steer.preflight.machine import device_memory
 from verl.steer.preflight.rows import GIB
 from verl.steer.requirements.verl_values import as_dataclass
@@ -28,9 +29,9 @@ OVERHEAD = 3 * GIB
 REMEDIES = {
     "generation": "lower rollout.gpu_memory_utilization, or set actor.fsdp_config.optimizer_offload=true",
     "weights to vLLM": "set rollout.layered_summon=true and rollout.load_format=safetensors, or actor.strategy=fsdp2",
-    "log-probs": "lower rollout.log_prob_micro_batch_size_per_gpu",
-    "update": "lower actor.ppo_micro_batch_size_per_gpu, take more GPUs, or set actor.strategy=fsdp2 and "
-    "actor.fsdp_config.offload_policy=true",
+    "log-probs": "lower rollout.log_prob_micro_batch_size_per_gpu, or set hardware=gpu8_long",
+    "update": "lower actor.ppo_micro_batch_size_per_gpu, set hardware=gpu8_long, take more GPUs, or set "
+    "actor.strategy=fsdp2 and actor.fsdp_config.offload_policy=true",
     "best checkpoint": "lower rollout.gpu_memory_utilization, or set actor.fsdp_config.param_offload=false",
     "critic's update": "lower critic.ppo_micro_batch_size_per_gpu, take more GPUs, or set critic.strategy=fsdp2 and "
     "critic.fsdp.offload_policy=true",
@@ -163,8 +164,9 @@ def phases(size: Size, config: DictConfig, memory: float) -> dict[str, float]:
     """Bytes that each phase of a step needs on a device.
 
     Logits: with one pass the gradient overwrites them, while verl's functions keep about seven times as much beside
-    them (docs/performance.md). verl always keeps a reference model in the machine's memory, which is the device on a
-    CPU, and gathers it layer by layer: its pass needs no more than that for the log-probs.
+    them (docs/performance.md); the entropy of a nucleus has a gradient of its own, which autograd adds. verl always
+    keeps a reference model in the machine's memory, which is the device on a CPU, and gathers it layer by layer: its
+    pass needs no more than that for the log-probs.
 
     Args:
         size: of the model.
@@ -179,6 +181,9 @@ def phases(size: Size, config: DictConfig, memory: float) -> dict[str, float]:
     if not fsdp.reshard_after_forward:  # all layers stay together until the backward pass
         passes = passes._replace(gathered=compute * size.parameters)
     logits = model.vocab_size * compute * (1 if fsdp.get("one_pass_reductions") else 8)
+    has_nucleus = "nucleus_entropys" in fields_needed(as_dataclass(config, "policy_loss"))
+    together = passes.gathered + passes.reduced
+    of_nucleus = 2 * model.vocab_size * compute if has_nucleus else 0
     updated, scored = _micro_batches(config)
     vllm = vllm_bytes(size.parameters, config, memory)
     reference = shard_of(size.parameters, root.ref.fsdp_config, config) if on_cpu and has_reference(config) else 0.0
@@ -191,7 +196,7 @@ def phases(size: Size, config: DictConfig, memory: float) -> dict[str, float]:
     needed = {
         "generation": OVERHEAD + reference + critic + vllm + waiting,
         "log-probs": awake + critic + present + passes.gathered + scored * (passes.saved + logits),
-        "update": awake + critic + updating + passes.gathered + passes.reduced + updated * (passes.kept + logits),
+        "update": awake + critic + updating + together + updated * (passes.kept + logits + of_nucleus),
     }
     if root.model.lora_rank > 0 and actor.strategy == "fsdp" and not rollout.layered_summon:
         whole = size.parameters * weight_bytes(fsdp)
