@@ -167,6 +167,12 @@ failure: Exception | None = None
 if __name__ == "__main__":
     main()
 else:
+    for name in SHADOWED:
+        if name in sys.modules:
+            sys.exit(
+                f"steer-verl: {name} was imported before the fork was grafted onto it: a module that "
+                "VERL_USE_EXTERNAL_MODULES names begins with `import verl_steer`"
+            )
     sys.meta_path.insert(0, Graft)  # type: ignore[arg-type]
     try:
         importlib.import_module("verl.steer.cpu.platform")

@@ -733,7 +733,7 @@ def main() -> int:
             else:
                 outcome = make(spec, path, arguments.source, revisions.get(name), arguments.allow_partial)
             print(f"{path}: {outcome}", flush=True)
-        except SourceError as error:
+        except (SourceError, OSError) as error:
             print(f"{path}: {error}", file=sys.stderr, flush=True)
             failed = True
             if isinstance(error, HubUnreachableError):

@@ -30,6 +30,10 @@ if [ -z "$model" ]; then
   echo "eval.sh: MODEL_PATH: expected a Hugging Face folder, a hub id or a checkpoint (global_step_N)" >&2
   exit 1
 fi
+if compgen -G "$model/global_step_*" >/dev/null; then
+  echo "eval.sh: MODEL_PATH=$model: a run's folder; expected one of its checkpoints:" "$model"/global_step_* >&2
+  exit 1
+fi
 source "$root/run/environment.sh"
 
 # Of a checkpoint take the Hugging Face export, or merge its shards. Merge again if the shards have changed since, or a
@@ -66,7 +70,8 @@ names=() files=()
 IFS=, read -ra names <<<"$benchmarks"
 for benchmark in "${names[@]}"; do
   file=$DATA_DIR/$benchmark.parquet
-  [ -f "$file" ] || "$PYTHON" "$root/datasets/make_datasets.py" --only "$benchmark" --out "$DATA_DIR"
+  [ -f "$file" ] || "$PYTHON" "$root/datasets/make_datasets.py" --only "$benchmark" --out "$DATA_DIR" ||
+    { echo "eval.sh: $file: expected this file, or the name of a benchmark that datasets/make_datasets.py makes" >&2; exit 1; }
   files+=("$file")
 done
 

@@ -14,9 +14,15 @@ source "$root/run/help.sh"
 [ $# -gt 0 ] || { echo "launch.sh: expected the name of a method or configuration, such as steer_exp" >&2; exit 1; }
 name=$1
 shift
+configs=$root/verl/trainer/config
+if [ ! -f "$configs/method/$name.yaml" ] && [ ! -f "$configs/$name.yaml" ] && [[ " $*" != *" --config-dir"* ]]; then
+  echo "launch.sh: $name: expected the name of a method or configuration, one of" \
+    "$(basename -s .yaml "$configs"/method/*.yaml "$configs"/*.yaml | xargs)" >&2
+  exit 1
+fi
 source "$root/run/environment.sh"
 "$PYTHON" -m verl_steer --check
-if [ -f "$root/verl/trainer/config/method/$name.yaml" ]; then
+if [ -f "$configs/method/$name.yaml" ]; then
   exec "$PYTHON" -m verl.steer.main --config-name steer method="$name" "$@"
 fi
 exec "$PYTHON" -m verl.steer.main --config-name "$name" "$@"

@@ -108,6 +108,9 @@ def main() -> None:
     for override in overrides:
         if (key := override.lstrip("+~").partition("=")[0]) in RESERVED:
             sys.exit(f"eval.sh: {override}: {key} can't be set here; expected --only, DATA_DIR or OUTPUT_DIR instead")
+    for file in args.benchmarks:
+        if not file.is_file():
+            sys.exit(f"eval.sh: {file}: no such file; expected a benchmark's parquet file")
     Plugins.instance().register(UpstreamConfigs)
     try:
         settings = settings_of(overrides)

@@ -55,6 +55,8 @@ def main() -> None:
     try:
         small = {args.out / file_of(run): records(run) for run in read_runs(args.runs)}
         for file, lines in small.items():
+            if not lines:
+                raise ValueError(f"{file}: nothing to keep; expected a run with the metrics that runs are compared by")
             keep(file, "".join(json.dumps(line) + "\n" for line in lines), args.force)
             print(file)
     except (OSError, ValueError) as error:

@@ -356,6 +356,8 @@ def test_rows_without_tests_are_refused(tests):
         ({"zlib": "eJw="}, "ground_truth.zlib='eJw=': expected base64 of compressed JSON: Error -5"),
         ({"zlib": 3}, "ground_truth.zlib=3: expected base64 of compressed JSON: argument should be"),
         ({"inputs": [1], "outputs": ["1"]}, "ground_truth with 1 as an input or output: expected text or a list of it"),
+        ({"inputs": "1\n", "outputs": "2\n"}, "ground_truth with inputs='1\\n': expected a list"),
+        ({"assert_case": "1"}, "ground_truth with assert_case='1': expected a list"),
         ({"inputs": ["1"], "outputs": [[2]]}, "ground_truth with [2] as an input or output: expected text or a list"),
         ({"fn_name": "f", "inputs": ["a"], "outputs": ["1"]}, "ground_truth with 'a': expected JSON: Expecting value"),
     ],

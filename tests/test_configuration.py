@@ -1195,8 +1195,6 @@ def test_what_verl_would_ignore_is_refused(overrides, message):
         ["trainer.logger=console"],
         [f"{ACTOR}.optim.optimizer=SGD", f"{ACTOR}.optim.betas=[2.0]"],  # given to kinds of Adam only
         [f"{ACTOR}.optim.optimizer=SGD", f"{ACTOR}.optim.optimizer_impl=torch.optim.sgd"],
-        # Servers with devices of their own.
-        [f"{ROLLOUT}.tensor_model_parallel_size=2", "trainer.v1.trainer_mode=separate_async", f"{MANAGER}=null"],
         [f"reward.custom_reward_function.path={__file__}", "reward.custom_reward_function.name=reward_of_mine"],
         ["reward.custom_reward_function.path=pkg://verl/steer/grading/score"],
         [f"reward.custom_reward_function.path={__file__}", "reward.custom_reward_function.name=reward_by_model"]

@@ -112,6 +112,13 @@ def test_a_broken_file_is_named(laptop_files, tmp_path, content, key):
         ("prompt", None, "no column prompt: add it as the README describes"),
         ("reward_model", None, "no column reward_model: add it as the README describes"),
         ("prompt", "1+1=", "column prompt of type string: expected a list of chat messages"),
+        ("prompt", ["1+1="], "column prompt of type list<element: string>: expected a list of chat messages"),
+        (
+            "prompt",
+            [{"role": "user"}],
+            "column prompt of type list<element: struct<role: string>>: expected a list of c",
+        ),
+        ("extra_info", "x", "column extra_info of type string: expected a struct or nothing"),
         ("reward_model", "2", "column reward_model of type string: expected a struct with ground_truth"),
         ("reward_model", {"answer": "2"}, "column reward_model of type struct<answer: string>: expected a struct with"),
     ],

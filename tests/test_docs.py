@@ -7,16 +7,18 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from configurations import LAUNCHERS, configuration_of, resolved
 from verl.steer import requirements
 from verl.steer.config import PolicyLossConfig
+from verl.steer.methods.advantages import ESTIMATORS
 from verl.steer.methods.registry import POLICY_LOSSES
 from verl.steer.report.run_metrics import read_run, run_figures
 from verl.steer.requirements import check_and_complete
-from verl.trainer.ppo.core_algos import LossInputs
+from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY, LossInputs
 from verl.workers.config import FSDPActorConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,20 +29,21 @@ FOLDERS = ("verl/", "run/", "scripts/", "datasets/", "benchmarks/", "docs/", "te
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
-def block(language):
-    """The page's only code block in a language."""
-    (text,) = re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "docs/adding_a_method.md").read_text(), re.M | re.S)
+def block(language, heading):
+    """The page's only code block in a language below a heading."""
+    section = (ROOT / "docs/adding_a_method.md").read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    (text,) = re.findall(rf"^```{language}\n(.*?)^```", section, re.M | re.S)
     return text
 
 
 @pytest.fixture
 def method():
     """The names that the page's Python block defines; its loss is registered during the test."""
-    names = {"__name__": "added_method"}
+    names, before = {"__name__": "added_method"}, dict(POLICY_LOSSES)
     with patch.dict(POLICY_LOSSES):
-        exec(block("python"), names)
+        exec(block("python", "The loss"), names)
         yield names
-    assert "probability_weight" not in POLICY_LOSSES
+    assert before == POLICY_LOSSES
 
 
 def compute(method, log_prob, **options):
@@ -71,6 +74,20 @@ def test_gradient_of_the_added_method_by_hand(method, options, expected):
     assert not outputs.token_weights.requires_grad and outputs.token_weights[0, 3] == 0
 
 
+def test_the_added_estimator_by_hand():
+    """Rewards 1 and -1, mean entropies 0 and 1, 0.5 a nat: 1 and -1.5, mean -0.25; the last token is not valid."""
+    with patch.dict(ESTIMATORS), patch.dict(ADV_ESTIMATOR_REGISTRY):
+        exec(block("python", "Advantage estimators"), {"__name__": "added_estimator"})
+        advantages, _ = ESTIMATORS["entropy_discount"](
+            token_level_rewards=torch.tensor([[0.0, 1.0, 0.0], [0.0, -1.0, 0.0]]),
+            response_mask=torch.tensor([[1, 1, 0], [1, 1, 0]]),
+            index=np.array(["a", "a"], dtype=object),
+            config={"norm_adv_by_std_in_grpo": False, "entropy_discount": 0.5},
+            entropy=torch.tensor([[0.0, 0.0, 9.0], [0.5, 1.5, 9.0]]),
+        )
+    torch.testing.assert_close(advantages, torch.tensor([[1.25, 1.25, 0.0], [-1.25, -1.25, 0.0]]))
+
+
 def test_range_of_the_added_option(method):
     with pytest.raises(ValueError, match="policy_loss.probability_exponent=-1.0: expected a finite number of at least"):
         compute(method, torch.zeros(1, 4), probability_exponent=-1.0)
@@ -78,7 +95,7 @@ def test_range_of_the_added_option(method):
 
 def test_configuration_of_the_added_method(method):
     """The block sets keys that exist, and has the form of the other methods' files."""
-    config, example = block("yaml"), (CONFIGS / "method/quadrant.yaml").read_text()
+    config, example = block("yaml", "The configuration"), (CONFIGS / "method/quadrant.yaml").read_text()
     assert config.splitlines()[0] == example.splitlines()[0]
     config, example = yaml.safe_load(config), yaml.safe_load(example)
     assert config.keys() == example.keys()
@@ -172,7 +189,7 @@ def test_runs_pass_the_checks(page, monkeypatch, tmp_path):
 
 
 def test_the_pages_have_runs():
-    assert [len(list(runs_of(ROOT / page))) for page in ("README.md", "docs/control.md")] == [11, 5]
+    assert [len(list(runs_of(ROOT / page))) for page in ("README.md", "docs/control.md")] == [12, 5]
 
 
 def test_readme_has_its_commands():

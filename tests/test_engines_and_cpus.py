@@ -14,6 +14,7 @@ from verl.steer import ray_resources
 from verl.steer.cpu.platform import PlatformCPU
 from verl.steer.methods.registry import fields_needed
 from verl.steer.requirements import check_and_complete, hardware
+from verl.steer.rollout.checks import check_servers
 from verl.trainer.main_ppo import TaskRunnerV1
 from verl.utils.config import omega_conf_to_dataclass, validate_config
 
@@ -222,6 +223,7 @@ def test_too_few_cpus_end_a_run_before_its_other_checks():
 
 
 SEPARATE = ["trainer.v1.trainer_mode=separate_async", "actor_rollout_ref.rollout.nnodes=1"]
+ALLOWED = ["data.train_batch_size=128", "actor_rollout_ref.rollout.checkpoint_engine.backend=nccl"]
 REWARD_POOL = ["reward.reward_model.enable_resource_pool=true", "reward.reward_model.nnodes=1"]
 
 
@@ -250,6 +252,13 @@ def test_a_run_has_the_gpus_that_it_asks_for(monkeypatch, has, overrides, named)
         ValueError, match="^" + re.escape(named) + ".*: expected at most [4-8] GPUs, those of this mach"
     ):
         ray_resources.check_gpus(config)
+
+
+def test_servers_with_devices_of_their_own_need_not_divide_the_trainers():
+    size = "actor_rollout_ref.rollout.tensor_model_parallel_size=3"
+    check_servers(resolved("grpo", *SEPARATE, *ALLOWED, size))
+    with pytest.raises(ValueError, match="expected sizes whose product divides the 8 devices"):
+        check_servers(resolved("grpo", size))
 
 
 def test_a_running_rays_cpus_are_not_this_machines(monkeypatch):

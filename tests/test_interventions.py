@@ -2,6 +2,7 @@
 """The losses and advantage estimators of other papers, each against an example worked by hand, and their properties."""
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 
@@ -19,12 +20,13 @@ from verl.steer.audit.scores import AuditOptions
 from verl.steer.config import ADVANTAGE_OPTIONS, PolicyLossConfig
 from verl.steer.methods.adaptive_entropy import AdaptiveEntropyCoefficient
 from verl.steer.methods.advantages import ESTIMATORS as REGISTERED
-from verl.steer.methods.advantages import bind_estimator, estimator_fields
+from verl.steer.methods.advantages import advantage_estimator, bind_estimator, estimator_fields
 from verl.steer.methods.dynamic_clip import dynamic_clip_bounds
 from verl.steer.methods.gtpo import entropy_weighted_rewards
 from verl.steer.methods.quadrant import in_quadrant
-from verl.steer.methods.registry import POLICY_LOSSES
-from verl.steer.options import from_config
+from verl.steer.methods.registry import POLICY_LOSSES, policy_loss
+from verl.steer.methods.unlikeliness import UnlikelinessOptions
+from verl.steer.options import from_config, option
 from verl.steer.token_metrics import QUADRANTS
 from verl.trainer.ppo import core_algos
 from verl.trainer.ppo.core_algos import LossInputs, compute_policy_loss_vanilla, get_adv_estimator_fn
@@ -555,7 +557,7 @@ def test_estimators_survive_empty_and_certain_responses(name):
 PENALISED = {"use_kl_in_reward": True, "norm_adv_by_std_in_grpo": False}
 
 
-@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name not in ("aepo", "clip_b", "unlikeliness")])
+@pytest.mark.parametrize("name", ["psr", "nsr", "w_reinforce", "gtpo", "grpo_s"])
 def test_a_kl_penalty_makes_no_answer_right_or_wrong(name):
     """Penalties of 1.5 and of -1.5, as an estimate of the KL divergence may be, turn the sign of every reward."""
     fields = {"entropy": ENTROPYS, "old_log_probs": -ENTROPYS}
@@ -611,21 +613,30 @@ def test_options_by_hand():
     for options in ADVANTAGE_OPTIONS:
         assert from_config(options, None) == from_config(options, {"positive_weight": None, "of_another": 1})
         defaults |= vars(from_config(options, None))
-    assert (
-        defaults
-        == {
-            "positive_weight": 0.1,
-            "unlikeliness_beta": 0.25,
-            "entropy_reward_share": 0.1,
-            "entropy_reward_by_class": True,
-            "clip_b_mu": 2.5,
-        }
-        | BAND
-        | AEPO
-    )
+    expected = {
+        "positive_weight": 0.1,
+        "unlikeliness_beta": 0.25,
+        "entropy_reward_share": 0.1,
+        "entropy_reward_by_class": True,
+        "clip_b_mu": 2.5,
+    }
+    assert defaults | expected | BAND | AEPO == defaults
     for bad in (-0.1, 1.5, "much", True):
         with pytest.raises(ValueError, match="algorithm.unlikeliness_beta=.*: expected a number of at least 0 and at"):
-            from_config(ADVANTAGE_OPTIONS[1], {"unlikeliness_beta": bad})
+            from_config(UnlikelinessOptions, {"unlikeliness_beta": bad})
+
+
+def test_options_without_their_base_and_fields_that_are_none_are_refused():
+    @dataclass
+    class Plain:
+        share: float = option(0.5)
+
+    with pytest.raises(TypeError, match="^Plain: expected a __post_init__ that calls resolve_options"):
+        from_config(Plain, {})
+    with pytest.raises(ValueError, match="^mine: rollout_log_probs: expected fields among old_log_probs, entropy"):
+        advantage_estimator("mine", "rollout_log_probs")
+    with pytest.raises(ValueError, match="^mine: entropies: expected fields of LossInputs, old_log_prob, "):
+        policy_loss("mine", needs=("entropies",))
 
 
 # The trainer's part.

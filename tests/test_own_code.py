@@ -2,6 +2,7 @@
 """A user's own classes, modules and files are looked up before Ray starts, and their code is not run."""
 
 import re
+import sys
 
 import pytest
 from configurations import resolved
@@ -125,3 +126,29 @@ def test_the_folder_of_a_tokenizer_is_there(laptop_files):
     check(check_model, f"{key}={laptop_files}/model", message=None)
     check(check_model, f"{key}=Qwen/Qwen3-4B", message=None)
     check(check_model, f"{key}=/no/model", message=f"{key}=/no/model: expected the folder of a tokenizer")
+
+
+@pytest.mark.parametrize(
+    "first, code, said",
+    [
+        ("import verl_steer\n", 0, "registered"),
+        ("", 1, "begins with `import verl_steer`"),
+    ],
+)
+def test_a_module_of_the_environment_registers_a_loss(tmp_path, command, root, first, code, said):
+    """verl imports such modules before its plugins."""
+    (tmp_path / "my_losses.py").write_text(
+        f"{first}from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla, register_policy_loss\n"
+        "register_policy_loss('my_loss')(compute_policy_loss_vanilla)\n"
+    )
+    script = (
+        "import verl, sys\nsys.path.insert(0, 'tests')\nfrom configurations import resolved\n"
+        "from verl.steer.requirements import check_and_complete\n"
+        "mode = 'actor_rollout_ref.actor.policy_loss.loss_mode=my_loss'\n"
+        "check_and_complete(resolved('grpo', 'hardware=cpu', mode))\n"
+        "print('registered')"
+    )
+    environment = {"PYTHONPATH": f"{tmp_path}:{root}", "VERL_USE_EXTERNAL_MODULES": "my_losses", "VERL_PLATFORM": "cpu"}
+    result = command(sys.executable, "-c", script, **environment)
+    assert result.returncode == code and said in result.stdout + result.stderr, result.stderr
+    assert code == 0 or "Traceback" not in result.stderr

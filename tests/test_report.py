@@ -268,6 +268,22 @@ def test_a_folder_without_metrics_is_named(tmp_path):
         read_run(tmp_path / "nowhere")
 
 
+def test_what_a_folder_holds_in_place_of_metrics_is_named(tmp_path):
+    def told():
+        with pytest.raises(ValueError) as error:
+            read_run(tmp_path)
+        return str(error.value).removeprefix(f"{tmp_path}: ")
+
+    (tmp_path / "evaluation_of_80_start_1.jsonl").write_text("{}")
+    assert told() == "no metrics*.jsonl; expected a run with `file` among trainer.logger"
+    (tmp_path / "grpo.jsonl").write_text("")
+    assert told().endswith(f"expected a run's folder, or a file by its name, such as {tmp_path}/grpo.jsonl")
+    write_metrics(tmp_path / "b", [(1, {"a": 1})])
+    assert told() == f"a folder of runs; expected one of them, such as {tmp_path}/b"
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert told() == "no step in metrics.jsonl yet; expected a run that has ended one"
+
+
 @pytest.mark.parametrize(
     "folder, name",
     [

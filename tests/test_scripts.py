@@ -688,6 +688,11 @@ def test_launchers_explain_themselves(command, root, launcher):
         ("quickstart.sh", "", "quickstart.sh: METHODS names clip_higer: expected names of files in verl/trainer/con"),
         ("study.sh", "--lst", "study.sh: --lst: expected --list, or Hydra overrides without flags"),
         ("launch.sh", "", "launch.sh: expected the name of a method or configuration, such as steer_exp"),
+        (
+            "launch.sh",
+            "steer_expp",
+            "launch.sh: steer_expp: expected the name of a method or configuration, one of adap",
+        ),
         ("train_once.sh", "", "train_once.sh: expected a folder for the run and the name of a configuration, such as"),
         ("eval.sh", "--only", "eval.sh: --only: expected names such as aime24,math500"),
         ("eval.sh", "", "eval.sh: MODEL_PATH: expected a Hugging Face folder, a hub id or a checkpoint"),
@@ -696,6 +701,28 @@ def test_launchers_explain_themselves(command, root, launcher):
 def test_mistakes_are_told_before_anything_is_made(command, root, launcher, word, told):
     result = command("bash", root / "run" / launcher, *word.split(), METHODS="grpo clip_higer", PYTHON="false")
     assert result.returncode == 1 and result.stderr.startswith(told) and not result.stdout
+
+
+def test_an_evaluation_of_a_runs_folder_names_its_checkpoints(command, root, tmp_path):
+    (tmp_path / "global_step_80").mkdir()
+    result = command("bash", root / "run/eval.sh", MODEL_PATH=str(tmp_path), PYTHON="false")
+    told = f"a run's folder; expected one of its checkpoints: {tmp_path}/global_step_80"
+    assert result.returncode == 1 and result.stderr == f"eval.sh: MODEL_PATH={tmp_path}: {told}\n"
+
+
+def test_a_benchmark_that_nobody_makes_is_named(command, root, tmp_path):
+    environment = {"MODEL_PATH": "a/b", "DATA_DIR": str(tmp_path), "OUTPUT_DIR": str(tmp_path)}
+    result = command("bash", root / "run/eval.sh", "--only", "mytest", **environment)
+    told = f"eval.sh: {tmp_path}/mytest.parquet: expected this file, or the name of a benchmark that datasets/make_data"
+    assert result.returncode == 1 and result.stderr.splitlines()[-1].startswith(told)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_without_anything_to_keep_is_named(program, tmp_path):
+    write_metrics(tmp_path / "run", [(1, {"a": 1})])
+    result = program("keep_metrics.py", tmp_path / "run", "--out", tmp_path / "kept")
+    assert result.returncode == 1 and "run.jsonl: nothing to keep; expected a run with the metrics" in result.stderr
+    assert not (tmp_path / "kept").exists()
 
 
 def test_study_shares_runs_and_ends_with_a_table_a_picture_and_a_page_for_each_part(launched, tmp_path):
@@ -950,6 +977,7 @@ def test_responses_that_cannot_be_read_are_named(program, tmp_path):
     for text, message in (
         (one + two[:20] + "\n", ":2: expected a response as JSON: "),
         (one + two.replace("false", '"yes"'), ":2: acc=yes: expected a number of 0 to 1"),
+        (one + two.replace("false", "-1.0"), ":2: acc=-1.0: expected a number of 0 to 1"),
         (one + two.replace('"acc": false, ', ""), ":2: acc=nan: expected a number of 0 to 1"),
     ):
         lines.write_text(text)

@@ -69,6 +69,10 @@ SEPARATE += [f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu=8"]
         ),
         # Names
         ([f"{ROLLOUT}.name=vlm"], "rollout.name=vlm: expected one of vllm, "),
+        (
+            [f"{ROLLOUT}.name=sglang", f"{ROLLOUT}.agent.agent_loop_manager_class=null"],
+            "rollout.name=sglang: expected an engine that is installed",
+        ),
         (["trainer.v1.sampler.max_off_policy_strategy=dropp"], "trainer.v1.sampler.max_off_policy_strategy=dropp: exp"),
         # The optimizer's own arguments
         (

@@ -81,16 +81,27 @@ def check_columns(config: DictConfig, key: str) -> None:
         types = {field.name: field.type for field in metadata(file, key).schema.to_arrow_schema()}
         if missing := [name for name in (prompt, "data_source", "reward_model") if name not in types]:
             raise ValueError(f"data.{key}: {file}: no column {', '.join(missing)}: add it as the README describes")
+        if "extra_info" in types and not _may_be_extra_info(types["extra_info"]):
+            raise ValueError(
+                f"data.{key}: {file}: column extra_info of type {types['extra_info']}: expected a struct or nothing"
+            )
         for name, check, expected in (
-            (prompt, _is_list, "a list of chat messages"),
+            (prompt, _has_messages, "a list of chat messages, structs with role and content"),
             ("reward_model", _has_ground_truth, "a struct with ground_truth"),
         ):
             if not check(types[name]):
                 raise ValueError(f"data.{key}: {file}: column {name} of type {types[name]}: expected {expected}")
 
 
-def _is_list(type_: pa.DataType) -> bool:
-    return pa.types.is_list(type_) or pa.types.is_large_list(type_)
+def _has_messages(type_: pa.DataType) -> bool:
+    if not (pa.types.is_list(type_) or pa.types.is_large_list(type_)):
+        return False
+    message = type_.value_type
+    return pa.types.is_struct(message) and {"role", "content"} <= {field.name for field in message}
+
+
+def _may_be_extra_info(type_: pa.DataType) -> bool:
+    return pa.types.is_struct(type_) or pa.types.is_null(type_)
 
 
 def _has_ground_truth(type_: pa.DataType) -> bool:

@@ -140,4 +140,10 @@ def from_config(cls: type[Options], config: Mapping[str, Any] | None, unknown: s
     for name in given if unknown else ():
         if name not in names:
             raise ValueError(f"{unknown}.{name}: unknown; expected one of {', '.join(names)}")
-    return cls(**{name: given.get(name) for name in names})
+    made = cls(**{name: given.get(name) for name in names})
+    for one in fields(cls):  # type: ignore[arg-type]
+        if "option" in one.metadata and getattr(made, one.name) is None and one.metadata["option"].default is not None:
+            raise TypeError(
+                f"{cls.__name__}: expected a __post_init__ that calls resolve_options, as AlgorithmOptions has"
+            )
+    return made

@@ -79,6 +79,9 @@ def tests_of(ground_truth: str | dict[str, Any]) -> dict[str, Any]:
     if not isinstance(tests, dict):
         raise ValueError(f"ground_truth={tests!r:.60}: expected a JSON object with tests")
     tests = {key: value for key, value in tests.items() if value}
+    for key in ("assert_case", "inputs", "outputs"):
+        if not isinstance(tests.get(key, []), list):  # a text would be taken for a list of its characters
+            raise ValueError(f"ground_truth with {key}={tests[key]!r:.60}: expected a list")
     if "assert_case" in tests:
         return tests
     given, expected = tests.get("inputs", ()), tests.get("outputs", ())

@@ -69,6 +69,9 @@ class AdvantageInputs:
 
 Compute = Callable[[AdvantageInputs], Tensor]
 
+#: Fields of the trainer's batch that an estimator may read beside verl's arguments.
+BATCH_FIELDS = ("old_log_probs", "entropy")
+
 
 @dataclass(frozen=True)
 class Estimator:
@@ -77,7 +80,7 @@ class Estimator:
     Args:
         name: value of `algorithm.adv_estimator`.
         compute: from inputs to the advantages, (batch, response_length), 0 on tokens that are not valid.
-        batch_fields: the fields among `old_log_probs` and `entropy` that it reads.
+        batch_fields: those of `BATCH_FIELDS` that it reads.
         grouped: whether it compares a prompt's rollouts with each other, so that it needs two of them.
     """
 
@@ -112,7 +115,14 @@ ESTIMATORS: dict[str, Estimator] = {}
 
 
 def advantage_estimator(name: str, *batch_fields: str, grouped: bool = True) -> Callable[[Compute], Compute]:
-    """Register an advantage estimator; the arguments are those of `Estimator`."""
+    """Register an advantage estimator; the arguments are those of `Estimator`.
+
+    Raises:
+        ValueError: if the batch has no such field.
+    """
+    for field_name in batch_fields:
+        if field_name not in BATCH_FIELDS:
+            raise ValueError(f"{name}: {field_name}: expected fields among {', '.join(BATCH_FIELDS)}")
 
     def register(compute: Compute) -> Compute:
         ESTIMATORS[name] = Estimator(name, compute, batch_fields, grouped)

@@ -10,7 +10,7 @@ makes `policy_loss.loss_mode=my_loss` a loss that gets its `LossInputs` from `ve
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from verl.trainer.ppo.core_algos import (
@@ -50,7 +50,15 @@ POLICY_LOSSES: dict[str, PolicyLoss] = {}
 def policy_loss(
     name: str, needs: tuple[str, ...] = (), clips_as_ppo: bool = True
 ) -> Callable[[LossFunction], LossFunction]:
-    """Register a policy loss as a value of `policy_loss.loss_mode`; the arguments are those of `PolicyLoss`."""
+    """Register a policy loss as a value of `policy_loss.loss_mode`; the arguments are those of `PolicyLoss`.
+
+    Raises:
+        ValueError: if `LossInputs` has no such field.
+    """
+    known = [field.name for field in fields(LossInputs)]
+    for field_name in needs:
+        if field_name not in known:
+            raise ValueError(f"{name}: {field_name}: expected fields of LossInputs, {', '.join(known)}")
 
     def register(compute: LossFunction) -> LossFunction:
         POLICY_LOSSES[name] = PolicyLoss(compute, needs, clips_as_ppo)

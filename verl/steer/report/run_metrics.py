@@ -158,8 +158,21 @@ def read_run(path: Path) -> Run:
         for record in records:
             run.steps.setdefault(record["step"], {}).update(record["data"])
     if not run.steps:
-        raise ValueError(f"{path}: no metrics*.jsonl; expected a run with `file` among trainer.logger")
+        raise ValueError(f"{path}: {_what_is_missing(path, files)}")
     return run
+
+
+def _what_is_missing(path: Path, files: list[Path]) -> str:
+    """Why a path has no metrics, and what is expected."""
+    if files:
+        return f"no step in {', '.join(file.name for file in files)} yet; expected a run that has ended one"
+    runs = sorted(file.parent.name for file in path.glob("*/metrics*.jsonl"))
+    if runs:
+        return f"a folder of runs; expected one of them, such as {path / runs[0]}"
+    kept = sorted(file.name for file in path.glob("*.jsonl") if not file.name.startswith("evaluation_of_"))
+    if kept:
+        return f"no metrics*.jsonl; expected a run's folder, or a file by its name, such as {path / kept[0]}"
+    return "no metrics*.jsonl; expected a run with `file` among trainer.logger"
 
 
 def _records(file: Path) -> Iterator[dict[str, Any]]:

@@ -12,6 +12,7 @@ from verl.steer.requirements.checkpoints import check_checkpoints, check_evaluat
 from verl.steer.requirements.entropy_control import check_entropy_audit, check_entropy_control
 from verl.steer.requirements.hardware import (
     check_attention,
+    check_cpu,
     check_micro_batches,
     check_model_engine,
     check_platform,
@@ -75,3 +76,4 @@ def check_and_complete(config: DictConfig) -> None:
     check_data_sources(config)
     check_code_rewards(config)
     check_reward_model(config)
+    check_cpu(config)

@@ -41,15 +41,19 @@ def check_platform(config: DictConfig) -> None:
         raise ValueError(
             f"trainer.device={config.trainer.device}: verl's platform here is {platform}; expected {remedy}"
         )
-    if platform == "cpu":
-        _check_cpu(config)
     threads = os.environ.get("ROLLOUT_OMP_NUM_THREADS")
     if threads and not (threads.isdecimal() and int(threads)):
         raise ValueError(f"ROLLOUT_OMP_NUM_THREADS={threads}: expected a number of threads, at least 1")
 
 
-def _check_cpu(config: DictConfig) -> None:
-    """What a machine without an accelerator cannot do; verl would find out in a worker."""
+def check_cpu(config: DictConfig) -> None:
+    """Check that a run without an accelerator asks for nothing that it cannot do; verl would find out in a worker.
+
+    Raises:
+        ValueError: if it does.
+    """
+    if config.trainer.device != "cpu":
+        return
     root = config.actor_rollout_ref
     needs: list[tuple[str, Any, tuple[Any, ...]]] = [
         (f"rollout.{key}", root.rollout[key], (False,)) for key in ("free_cache_engine", "enable_sleep_mode")

@@ -176,8 +176,6 @@ def check_verl_values(config: DictConfig) -> None:
             "rollout.n=1: expected at least 2 with algorithm.filter_groups.enable=true, which drops groups of equal "
             "rewards and asks for others"
         )
-    if not _is_installed(rollout.name):
-        raise ValueError(f"rollout.name={rollout.name}: expected one that is installed")
     if rollout.max_num_batched_tokens < rollout.max_num_seqs:
         raise ValueError(
             f"rollout.max_num_batched_tokens={rollout.max_num_batched_tokens}: expected at least "

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 
 from omegaconf import DictConfig
 from verl.steer.data_files import column_values
@@ -49,9 +50,11 @@ def check_rollouts(config: DictConfig) -> None:
     timeout = config.trainer.get("rollout_timeout")
     if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout > 0):
         raise ValueError(f"trainer.rollout_timeout={timeout}: expected seconds, more than 0, or null for no limit")
-    if not is_batched(config):
-        return
     rollout = config.actor_rollout_ref.rollout
+    if not is_batched(config):
+        if rollout.name in ("vllm", "sglang") and find_spec(rollout.name) is None:
+            raise ValueError(f"rollout.name={rollout.name}: expected an engine that is installed")
+        return
     if rollout.full_determinism:
         SEED.check("rollout.seed", rollout.seed)
     if rollout.name != "vllm":
