@@ -75,7 +75,10 @@ def read_responses(file: Path) -> pd.DataFrame:
     preds = ["" if pred is None or pred != pred else str(pred) for pred in preds]
     grades = pd.to_numeric(responses["acc"], errors="coerce")
     if len(bad := grades.index[~grades.between(0, 1)]):
-        raise ValueError(f"{file}:{bad[0] + 1}: acc={responses['acc'][bad[0]]}: expected a number of 0 to 1")
+        raise ValueError(
+            f"{file}:{bad[0] + 1}: acc={responses['acc'][bad[0]]}: expected a number of 0 to 1, which the reward "
+            "function returns beside its score"
+        )
     return responses.assign(pred=preds, acc=grades.astype(float), gts=responses["gts"].map(str))
 
 

@@ -1198,7 +1198,7 @@ def test_what_verl_would_ignore_is_refused(overrides, message):
         [f"reward.custom_reward_function.path={__file__}", "reward.custom_reward_function.name=reward_of_mine"],
         ["reward.custom_reward_function.path=pkg://verl/steer/grading/score"],
         [f"reward.custom_reward_function.path={__file__}", "reward.custom_reward_function.name=reward_by_model"]
-        + ["reward.reward_model.enable=true"],
+        + ["reward.reward_model.enable=true", "reward.reward_model.model_path=/m"],
     ],
 )
 def test_what_verl_reads_is_taken(overrides):

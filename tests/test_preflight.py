@@ -443,7 +443,7 @@ def completed(monkeypatch, installed, *overrides):
     """A GPU's configuration after the checks, on whatever platform this is."""
     monkeypatch.setattr(hardware, "get_platform", lambda: SimpleNamespace(device_name="cuda"))
     monkeypatch.setattr(hardware, "find_spec", lambda name: installed or None)
-    config = resolved("grpo", "ray_kwargs.ray_init.num_cpus=64", *overrides)
+    config = resolved("grpo", "ray_kwargs.ray_init.num_cpus=64", "+ray_kwargs.ray_init.num_gpus=8", *overrides)
     check_and_complete(config)
     return config.actor_rollout_ref.model.override_config.get("attn_implementation")
 

@@ -1007,15 +1007,15 @@ def test_a_response_without_an_answer_has_no_vote(program, tmp_path, answers, sh
 
 
 def test_rewards_that_are_no_grades(program, tmp_path):
-    """A reward function without answers, whose `acc` is a number: 1 is right, -1 and a part are not."""
-    write_responses(tmp_path, "toy", [("a", -1.0, None), ("a", 1.0, None), ("b", 0.5, None)])
+    """A reward function without answers, whose `acc` is a number: 1 is right, 0 and a part are not."""
+    write_responses(tmp_path, "toy", [("a", 0.0, None), ("a", 1.0, None), ("b", 0.5, None)])
     write_responses(tmp_path, "grades", [("a", True, "1")])
     lines = tmp_path / "toy/0.jsonl"
     lines.write_text(lines.read_text().replace(', "pred": null', "").replace('"gts": "1"', '"gts": 1'))
     results, _ = summarized(program, tmp_path, "toy", "grades")
     assert results["benchmarks"]["toy"]["pass"]["value"] == 0.5 and "maj" not in results["benchmarks"]["toy"]
     together = pd.read_parquet(tmp_path / "responses.parquet")
-    assert together["acc"].tolist() == [-1.0, 1.0, 0.5, 1.0] and together["gts"].tolist() == ["1"] * 4
+    assert together["acc"].tolist() == [0.0, 1.0, 0.5, 1.0] and together["gts"].tolist() == ["1"] * 4
 
 
 def test_reward_functions_may_differ_in_what_they_return_beside_the_grade(program, tmp_path):

@@ -20,6 +20,9 @@ SEPARATE = ["trainer.v1.trainer_mode=separate_async", f"{ROLLOUT}.agent.agent_lo
 SEPARATE += ["data.train_batch_size=4", f"{ACTOR}.ppo_mini_batch_size=1", f"{ACTOR}.ppo_micro_batch_size_per_gpu=8"]
 SEPARATE += [f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu=8"]
 
+TWO_RANKS = ["trainer.n_gpus_per_node=2", f"{ACTOR}.ppo_micro_batch_size_per_gpu=16"]
+TWO_RANKS += [f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu=64"]
+
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
@@ -143,7 +146,7 @@ SEPARATE += [f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu=8"]
             "rollout.enable_sleep_mode=True: expected false with trainer.device=cp",
         ),
         (
-            ["trainer.n_gpus_per_node=2", f"{ROLLOUT}.tensor_model_parallel_size=2"],
+            [*TWO_RANKS, f"{ROLLOUT}.tensor_model_parallel_size=2"],
             "rollout.tensor_model_parallel_size=2: expected 1 with trainer.device=cpu",
         ),
         # Options of this fork's reward function

@@ -59,7 +59,7 @@ def check_cpu(config: DictConfig) -> None:
         (f"rollout.{key}", root.rollout[key], (False,)) for key in ("free_cache_engine", "enable_sleep_mode")
     ]
     needs.append(("rollout.tensor_model_parallel_size", root.rollout.tensor_model_parallel_size, (1,)))
-    if config.model_engine == "dp" and not config.trainer.val_only:
+    if root.actor.strategy in FSDP_STRATEGIES and not config.trainer.val_only:
         needs.append(("actor.strategy", root.actor.strategy, ("fsdp2",)))
     refuse_others(needs, "trainer.device=cpu")
 
