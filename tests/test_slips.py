@@ -6,7 +6,8 @@ import re
 import pytest
 from configurations import ACTOR, resolved
 from verl.steer.ray_resources import quote_variables
-from verl.steer.requirements import check_and_complete
+from verl.steer.requirements import check_and_complete, hardware
+from verl.steer.requirements.hardware import check_model_engine
 from verl.steer.requirements.model import check_model
 
 ROLLOUT, MODEL = "actor_rollout_ref.rollout", "actor_rollout_ref.model"
@@ -20,6 +21,7 @@ SEPARATE = ["trainer.v1.trainer_mode=separate_async", f"{ROLLOUT}.agent.agent_lo
 SEPARATE += ["data.train_batch_size=4", f"{ACTOR}.ppo_mini_batch_size=1", f"{ACTOR}.ppo_micro_batch_size_per_gpu=8"]
 SEPARATE += [f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu=8"]
 
+BY_TOKENS = [f"{ACTOR}.use_dynamic_bsz=true", f"{ROLLOUT}.log_prob_use_dynamic_bsz=true"]
 TWO_RANKS = ["trainer.n_gpus_per_node=2", f"{ACTOR}.ppo_micro_batch_size_per_gpu=16"]
 TWO_RANKS += [f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu=64"]
 
@@ -104,6 +106,11 @@ TWO_RANKS += [f"{ROLLOUT}.log_prob_micro_batch_size_per_gpu=64"]
             ["trainer.v1.sampler.max_off_policy_threshold=0"],
             "trainer.v1.sampler.max_off_policy_threshold=0: expected an",
         ),
+        (
+            [*BY_TOKENS, f"{ACTOR}.use_kl_loss=true", "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu=79"],
+            "ref.log_prob_max_token_len_per_gpu=79: expected at least 80, for rollouts of 80 tokens",
+        ),
+        (["trainer.default_local_dir=null"], "trainer.default_local_dir=None: expected a folder"),
         # Groups
         (
             [f"{GROUPS}.enable=true", f"{ROLLOUT}.n=1", "algorithm.adv_estimator=reinforce_plus_plus"],
@@ -225,3 +232,15 @@ def test_a_chat_template_is_no_files_name(laptop_files):
     config.actor_rollout_ref.model.custom_chat_template = "/my/template.jinja"
     with pytest.raises(ValueError, match=f"^{key}=/my/template.jinja: expected a template itself"):
         check_model(config)
+
+
+def test_weights_of_16_bits_are_warned_of(monkeypatch):
+    told = []
+    monkeypatch.setattr(hardware.logger, "warning", lambda text, *values: told.append(text % values))
+    half = f"{ACTOR}.fsdp_config.model_dtype=bf16"
+    check_model_engine(resolved("grpo", half))
+    assert [one.partition(":")[0] for one in told] == ["actor.fsdp_config.model_dtype=bf16"]
+    check_model_engine(resolved("grpo"))
+    check_model_engine(resolved("grpo", half, f"{MODEL}.lora_rank=8"))
+    check_model_engine(resolved("eval", half))
+    assert len(told) == 1

@@ -67,6 +67,8 @@ def check_checkpoints(config: DictConfig) -> None:
         ValueError: if it would not.
     """
     trainer = config.trainer
+    if not trainer.default_local_dir:
+        raise ValueError(f"trainer.default_local_dir={trainer.default_local_dir}: expected a folder")
     _check_resumed(trainer)
     _check_ranks(config)
     _check_contents(config.actor_rollout_ref.actor.checkpoint, trainer)

@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.plugin.platform import get_platform
 from verl.steer.requirements.allowed import refuse_others
 from verl.steer.requirements.loss import FSDP_STRATEGIES
-from verl.trainer.ppo.utils import need_critic
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.torch_dtypes import BFLOAT_LIST, HALF_LIST
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,14 @@ def check_model_engine(config: DictConfig) -> None:
                 "actor.fsdp_config.ulysses_sequence_parallel_size, or one of the two"
             )
         actor.ulysses_sequence_parallel_size = size
+    kept = OmegaConf.select(actor, "fsdp_config.model_dtype")
+    if engine == "dp" and not config.trainer.val_only and str(kept) in HALF_LIST + BFLOAT_LIST:
+        if not config.actor_rollout_ref.model.lora_rank:
+            logger.warning(
+                "actor.fsdp_config.model_dtype=%s: the weights have 16 bits, which round most updates of a small "
+                "learning rate away; with fp32, mixed_precision.param_dtype=bf16 is for the passes alone",
+                kept,
+            )
     for section in ("actor", "ref"):
         ignored = config.actor_rollout_ref[section].get("fsdp_config")
         if engine in others and ignored:
@@ -166,10 +175,14 @@ def check_micro_batches(config: DictConfig) -> None:
     if actor.strategy in FSDP_STRATEGIES and (size is None or 0 <= size < ranks and (size == 0 or ranks % size)):
         raise ValueError(f"actor.fsdp_config.fsdp_size={size}: expected -1 or a divisor of the {ranks} ranks")
     longest = config.data.max_prompt_length + config.data.max_response_length
-    for key, dynamic, most in (
+    sizes = [
         ("actor.ppo_max_token_len", actor.use_dynamic_bsz, actor.ppo_max_token_len_per_gpu),
         ("rollout.log_prob_max_token_len", rollout.log_prob_use_dynamic_bsz, rollout.log_prob_max_token_len_per_gpu),
-    ):
+    ]
+    if need_reference_policy(config):
+        ref = config.actor_rollout_ref.ref
+        sizes.append(("ref.log_prob_max_token_len", ref.log_prob_use_dynamic_bsz, ref.log_prob_max_token_len_per_gpu))
+    for key, dynamic, most in sizes:
         if dynamic and (most or 0) * shared < longest:  # verl stops at the first rollout that is longer
             expected = math.ceil(longest / shared)
             raise ValueError(f"{key}_per_gpu={most}: expected at least {expected}, for rollouts of {longest} tokens")
