@@ -15,7 +15,9 @@ source "$root/run/help.sh"
 name=$1
 shift
 configs=$root/verl/trainer/config
-if [ ! -f "$configs/method/$name.yaml" ] && [ ! -f "$configs/$name.yaml" ] && [[ " $*" != *" --config-dir"* ]]; then
+# Others may be verl's, or lie in a folder that a flag or an override names.
+if [[ ! -f $configs/method/$name.yaml && ! -f $configs/${name%.yaml}.yaml && $name != ppo_* ]] &&
+  [[ " $*" != *" -c"* && " $*" != *" --config-"* && "$*" != *hydra.searchpath* ]]; then
   echo "launch.sh: $name: expected the name of a method or configuration, one of" \
     "$(basename -s .yaml "$configs"/method/*.yaml "$configs"/*.yaml | xargs)" >&2
   exit 1

@@ -86,6 +86,8 @@ def checked(monkeypatch, tmp_path):
             f"policy_loss.token_weight_min: unknown; expected {LOSS}.token_weight_min",
         ),
         ("+lr=1e-5", "lr: unknown; expected critic.optim.lr or actor_rollout_ref.actor.optim.lr"),
+        ("+n=16", "n: unknown; expected actor_rollout_ref.rollout.n or "),
+        ("+reward.max_concurrent=4", "reward.max_concurrent: unknown; expected reward.sandbox_fusion.max_concurrent"),
         (
             "+algorithm.loss_agg_mode=token-mean",
             "algorithm.loss_agg_mode: unknown; expected critic.loss_agg_mode or act",
@@ -93,6 +95,7 @@ def checked(monkeypatch, tmp_path):
         ("+trainer.train_batch_size=128", "trainer.train_batch_size: unknown; expected data.train_batch_size"),
         ("+val_kwargs.n=8", "val_kwargs.n: unknown; expected actor_rollout_ref.rollout.val_kwargs.n"),
         ("+rollout.nn=16", "rollout.nn: unknown; expected actor_rollout_ref.rollout or "),
+        ("+data.tokenizer_path=a", "data.tokenizer_path: unknown; expected "),
         # Declared nowhere, and read.
         ("+sed=3", "sed: unknown; expected one of seed"),
         # Like none of the names, and refused by a worker.
@@ -124,6 +127,9 @@ def test_an_unknown_key_is_named(checked, override, message):
         "++actor_rollout_ref.rollout.val_kwargs={n: 2}",
         "+ray_kwargs.ray_init.num_gpus=1",
         "+mine.rollout.n=1",
+        "+data.name=mine",
+        "+trainer.seed=3",
+        "+actor_rollout_ref.actor.override_mine.dtype=a",
         "+actor_rollout_ref.rollout.engine_kwargs.vllm.max_num_seqs=12",
         "+actor_rollout_ref.actor.optim.override_optimizer_config.lr=1",
         "+reward.custom_reward_function.reward_kwargs.strict=true",
@@ -142,6 +148,7 @@ def test_other_keys_are_taken(checked, override):
     [
         ["+seed=42", "seed=7"],
         ["+trainer.mine=1", "~trainer.mine"],
+        ["data.custom_cls.path=mine.py", "+data.tokenizer_path=a"],
         ["+critics=mine", "mine.key=2", "++trainer.savefreq=3", "+mine.other=4"],
         ["hardware=cpu", "+actor_rollout_ref.model.override_config._attn_implementation=eager"],
     ],

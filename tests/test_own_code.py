@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A user's own classes, modules and files are looked up before Ray starts, and their code is not run."""
+"""A user's own classes, modules and files are looked up before Ray starts, and the modules are not run."""
 
 import re
 import sys
@@ -103,6 +103,7 @@ def test_a_reward_manager_of_ones_own_is_there(mine, path, message):
     [
         ("mine.parts", None),
         ("[mine,mine.parts]", None),
+        ("5", f"{LIBRARY}=5: expected the name of a module that is installed"),
         ("null", None),
         ("no_such", f"{LIBRARY}=no_such: expected the name of a module that is installed"),
         ("[mine,no_such]", f"{LIBRARY}=no_such: expected the name of a module that is installed"),
@@ -125,6 +126,7 @@ def test_the_folder_of_a_tokenizer_is_there(laptop_files):
     key = "actor_rollout_ref.model.tokenizer_path"
     check(check_model, f"{key}={laptop_files}/model", message=None)
     check(check_model, f"{key}=Qwen/Qwen3-4B", message=None)
+    check(check_model, f"{key}=hdfs://node/user/model", message=None)
     check(check_model, f"{key}=/no/model", message=f"{key}=/no/model: expected the folder of a tokenizer")
 
 

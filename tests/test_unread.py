@@ -144,3 +144,12 @@ def test_steps_after_the_last_one_are_named(monkeypatch):
     unread.warn_of_late_steps(config, 1)
     unread.warn_of_late_steps(resolved("grpo", "hardware=cpu"), 1)
     assert len(lines) == 3
+
+
+def test_bounds_that_verls_trainers_do_not_read_are_named(told):
+    batches, steps = "algorithm.filter_groups.max_num_gen_batches", "actor_rollout_ref.actor.optim.total_training_steps"
+    lines = told("grpo", f"{batches}=10", f"{steps}=100")
+    assert [line.partition(" with ")[0] for line in lines] == [
+        f"without effect: {batches}=10", "without effect: actor.optim.total_training_steps=100"
+    ]  # fmt: skip
+    assert told("grpo", f"{batches}=-1", f"{steps}=0") == []

@@ -68,7 +68,11 @@ def quote_variables(config: DictConfig) -> None:
         ValueError: if a variable is neither a text nor a number.
     """
     key = "ray_kwargs.ray_init.runtime_env.env_vars"
-    variables = OmegaConf.select(config, key) or {}
+    variables = OmegaConf.select(config, key)
+    if variables is None:
+        return
+    if not isinstance(variables, DictConfig):
+        raise ValueError(f"{key}={variables}: expected a section of variables")
     for name, value in variables.items():
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise ValueError(f"{key}.{name}={value}: expected a text, such as '{key}.{name}=\"1\"'")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from difflib import get_close_matches
+from os.path import commonprefix
 
 from hydra import compose
 from hydra.conf import HydraConf
@@ -14,12 +15,19 @@ from hydra.core.override_parser.types import Override
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from verl.steer.options import leaves
+from verl.steer.requirements.ignored import OLD_SECTIONS
 
 #: How alike a new name and a known one are where the new one is taken for a slip, from 0 to 1 (difflib's ratio).
 ALIKE = 0.8
 
 #: Sections whose names are the user's or another library's.
-FREE = {"engine_kwargs", "override_config", "override_optimizer_config", "ray_init", "reward_kwargs", "teacher_models"}
+FREE = {"engine_kwargs", "ray_init", "reward_kwargs", "sampler_kwargs", "teacher_models"}
+
+#: Beginning of the names of sections with another library's keys.
+OVERRIDE = "override_"
+
+#: Names that mean something in any section: a user's own code may read them anywhere.
+COMMON = {"enable", "mode", "n", "name", "path", "seed", "temperature"}
 
 #: Sections from which verl makes the dataclasses that they name, which refuse unknown keys in a worker.
 MADE = ("actor_rollout_ref", "critic", "distillation")
@@ -53,8 +61,9 @@ def check_added_keys() -> None:
             raise ValueError(f"{key}: expected {place} in its place")
     if keys:
         declared = declared_configuration(hydra)
+        own_data = any(one.key_or_group == "data.custom_cls.path" for one in overriding(hydra))
         for key in keys:
-            _check_key(declared, key)
+            _check_key(declared, key, own_sections=("data.",) if own_data else ())
 
 
 def overriding(hydra: HydraConf) -> list[Override]:
@@ -71,38 +80,55 @@ def declared_configuration(hydra: HydraConf) -> DictConfig:
     return compose(hydra.job.config_name, places + groups)
 
 
-def _check_key(declared: DictConfig, key: str) -> None:
-    """Check the first part of a key that the configuration does not have, such as `lora_rnk` of `model.lora_rnk`."""
+def _check_key(declared: DictConfig, key: str, own_sections: tuple[str, ...]) -> None:
+    """Check the first part of a key that the configuration does not have, such as `lora_rnk` of `model.lora_rnk`.
+
+    Args:
+        declared: the configuration of the chosen files.
+        key: the whole key.
+        own_sections: those that the user's own code reads, which may have the names of others.
+    """
     section, place = declared, ""
     for name in key.split("."):
         below = OmegaConf.select(section, name)
         if not isinstance(below, DictConfig):
             break
-        if name in FREE:
+        if _is_free(name):
             return
         section, place = below, f"{place}{name}."
     else:
         return
-    if name in FREE:
+    if _is_free(name):
         return
     dataclass = [field.name for field in fields(get_class(section._target_))] if "_target_" in section else []
     known = [other for other in dict.fromkeys([*map(str, section), *dataclass]) if other != "_target_"]
     known += [] if place else ["seed"]  # which other keys read
     if name in section or name in known:
         return
-    if elsewhere := _places(declared, name, key.removeprefix(f"{place}{name}")):
+    rest = key.removeprefix(f"{place}{name}")
+    if not (place and name in COMMON or place in own_sections) and (elsewhere := _places(declared, place, name, rest)):
         raise ValueError(f"{key}: unknown; expected {' or '.join(elsewhere)}")
     close = get_close_matches(name, known, cutoff=ALIKE)
     if close or dataclass and place.startswith(MADE):
         raise ValueError(f"{place}{name}: unknown; expected one of {', '.join(close or known)}")
 
 
-def _places(declared: DictConfig, name: str, rest: str) -> list[str]:
+def _is_free(name: str) -> bool:
+    """Whether a section's keys are the user's or another library's."""
+    return name in FREE or name.startswith(OVERRIDE)
+
+
+def _places(declared: DictConfig, place: str, name: str, rest: str) -> list[str]:
     """The keys that end with a name and the rest of a key, such as `.n` after `rollout`, or the sections of this name.
 
-    At most four, the shortest ones.
+    At most four, those nearest to the place first, then the shortest.
     """
-    every = [f".{key}." for key, _ in leaves(OmegaConf.to_container(declared))]
+    every = [f".{key}." for key, _ in leaves(OmegaConf.to_container(declared)) if not key.startswith(OLD_SECTIONS)]
     found = {key for key in every if key.endswith(f".{name}{rest}.")}
     found = found or {key.partition(f".{name}.")[0] + f".{name}." for key in every if f".{name}." in key}
-    return sorted((key.strip(".") for key in found), key=lambda key: (key.count("."), key))[:4]
+    near = place.split(".")
+    ranked = []
+    for key in (key.strip(".") for key in found):
+        shared = len(commonprefix([key.split("."), near]))
+        ranked.append((-shared, key.count("."), key))
+    return [key for _, _, key in sorted(ranked)[:4]]

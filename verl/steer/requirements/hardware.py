@@ -112,6 +112,11 @@ def check_attention(config: DictConfig) -> None:
     model, actor = config.actor_rollout_ref.model, config.actor_rollout_ref.actor
     named = model.override_config.get("attn_implementation")
     ranks = actor.ulysses_sequence_parallel_size if actor.strategy in FSDP_STRATEGIES else 1
+    if named == PACKED_ATTENTION and actor.strategy in FSDP_STRATEGIES:
+        refuse_others(
+            [("model.use_remove_padding", model.use_remove_padding, (True,))],
+            f"model.override_config.attn_implementation={PACKED_ATTENTION}",
+        )
     if find_spec("flash_attn"):
         if ranks > 1 and not str(named or FLASH_ATTENTION).startswith("flash"):
             raise ValueError(
@@ -126,11 +131,6 @@ def check_attention(config: DictConfig) -> None:
         )
     if actor.strategy not in FSDP_STRATEGIES:
         return
-    if named == PACKED_ATTENTION:
-        refuse_others(
-            [("model.use_remove_padding", model.use_remove_padding, (True,))],
-            f"model.override_config.attn_implementation={PACKED_ATTENTION}",
-        )
     if named == FLASH_ATTENTION or ranks > 1:
         key, value, expected = (
             "model.override_config.attn_implementation",

@@ -25,20 +25,18 @@ NEW_PLACES = {
 #: their place.
 UNREAD = {
     "algorithm.use_pf_ppo": (False, "null or false: verl's older trainers alone read it"),
-    "algorithm.filter_groups.max_num_gen_batches": (0, "0, and max_inflight_gen_batches in its place"),
     "actor_rollout_ref.actor.use_prefix_grouper": (False, "false"),
-    "actor_rollout_ref.actor.optim.total_training_steps": (-1, "trainer.total_training_steps in its place"),
     "actor_rollout_ref.model.tiled_mlp.enabled": (False, "false"),
     "actor_rollout_ref.rollout.do_sample": (True, "true: rollouts for training are sampled"),
     "data.reward_fn_key": ("data_source", "data_source"),
     "data.tokenizer": (None, "null, and actor_rollout_ref.model.tokenizer_path in its place"),
 }
 
-#: Keys below `actor` -> those that the FSDP engine reads in their place.
+#: Keys below `actor` -> those that the FSDP engine reads in their place, and a default that says nothing.
 READ_ELSEWHERE = {
-    "use_remove_padding": "model.use_remove_padding",
-    "use_fused_kernels": "model.use_fused_kernels",
-    "use_torch_compile": "actor.fsdp_config.use_torch_compile",
+    "use_remove_padding": ("model.use_remove_padding", None),
+    "use_fused_kernels": ("model.use_fused_kernels", None),
+    "use_torch_compile": ("actor.fsdp_config.use_torch_compile", True),
 }
 
 #: YAML's former booleans. Hydra reads them as text, which Python takes for true.
@@ -87,21 +85,20 @@ def check_ignored(config: DictConfig) -> None:
             f"trainer.critic_warmup={trainer.critic_warmup}: expected 0 without a critic: the actor would not train in "
             "these steps"
         )
-    if config.model_engine == "dp" and trainer.use_v1:
+    if config.model_engine == "dp" and trainer.use_v1 and not trainer.val_only:
         _check_unread(config)
     _check_rollout_correction(config)
 
 
 def _check_unread(config: DictConfig) -> None:
-    for key, (default, expected) in UNREAD.items():
-        value = OmegaConf.select(config, key, default=default)
-        if value != default and value is not None:
+    for key, (usual, expected) in UNREAD.items():
+        value = OmegaConf.select(config, key, default=usual)
+        if value not in (usual, None):
             raise ValueError(f"{key.removeprefix('actor_rollout_ref.')}={value}: expected {expected}")
     root, actor = config.actor_rollout_ref, config.actor_rollout_ref.actor
-    for key, place in READ_ELSEWHERE.items():
-        read = OmegaConf.select(root, place)
-        if actor.get(key) not in (None, read):
-            raise ValueError(f"actor.{key}={actor[key]}: expected {read}, that of {place}, which is read in its place")
+    for key, (place, default) in READ_ELSEWHERE.items():
+        if actor.get(key) not in (None, default, OmegaConf.select(root, place)):
+            raise ValueError(f"actor.{key}={actor[key]}: expected {place}={actor[key]} in its place, which is read")
     if OmegaConf.select(actor, "fsdp_config.offload_policy") and actor.strategy != "fsdp2":
         raise ValueError(
             f"actor.fsdp_config.offload_policy=True: expected actor.strategy=fsdp2 with it, which is {actor.strategy}"

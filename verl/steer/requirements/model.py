@@ -113,14 +113,15 @@ def _check_chat_template(config: DictConfig) -> None:
     Only folders are read, and no tokenizer whose code is the model's own.
     """
     model = config.actor_rollout_ref.model
-    template = model.custom_chat_template
+    template = str(model.custom_chat_template or "")
     if template and "{{" not in template and "{%" not in template:
         raise ValueError(
             f"actor_rollout_ref.model.custom_chat_template={template}: expected a template itself, not the name of "
             "its file"
         )
-    folder = Path(model.tokenizer_path or model.path)
-    if "://" not in str(folder) and _is_folder(str(folder)) and not folder.is_dir():
+    named = str(model.tokenizer_path or model.path)
+    folder = Path(named)
+    if "://" not in named and _is_folder(named) and not folder.is_dir():
         raise ValueError(f"actor_rollout_ref.model.tokenizer_path={folder}: expected the folder of a tokenizer")
     own_data = OmegaConf.select(config, "data.custom_cls.path")
     if not folder.is_dir() or model.custom_chat_template or model.trust_remote_code or own_data:

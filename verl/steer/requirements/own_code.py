@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checks of a user's own classes and functions, which verl looks up after Ray's start. Their code is not run."""
+"""The checks of a user's own classes and functions, which verl looks up after Ray's start.
+
+Their modules are read, not run; the packages that hold them are imported.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from verl.utils.import_utils import resolve_config_path
 
 #: Keys with the full name of a class.
@@ -37,12 +40,12 @@ def check_own_code(config: DictConfig) -> None:
         module_with(config, f"{section}.path", f"{section}.name", "a class")
     for key in MODULES:
         names = OmegaConf.select(config, key) or []
-        for name in [names] if isinstance(names, str) else names:
+        for name in map(str, names if isinstance(names, ListConfig) else [names] if names else []):
             if _module_file(f"{key}={name}", name) is None:
                 raise ValueError(f"{key}={name}: expected the name of a module that is installed")
     for key in FILES:
         if path := OmegaConf.select(config, key):
-            _check_file(key, path)
+            _check_file(key, str(path))
 
 
 def module_with(config: DictConfig, path_key: str, name_key: str, kind: str) -> ast.Module | None:

@@ -71,13 +71,13 @@ def _check_penalty(reward_kwargs: DictConfig, longest: int) -> None:
     for key in ("max_resp_len", f"{PENALTY}.len", f"{PENALTY}.penalty_factor"):
         Option(1, above=0.0).check(f"reward.reward_kwargs.{key}", OmegaConf.select(reward_kwargs, key))
     penalty = reward_kwargs[PENALTY]
-    if reward_kwargs.max_resp_len != longest:
+    most = reward_kwargs.max_resp_len
+    if most > longest:  # no response would have the whole penalty
         raise ValueError(
-            f"reward.reward_kwargs.max_resp_len={reward_kwargs.max_resp_len}: expected "
-            f"data.max_response_length={longest}"
+            f"reward.reward_kwargs.max_resp_len={most}: expected at most data.max_response_length={longest}"
         )
-    if penalty.len > longest:
-        raise ValueError(f"reward.reward_kwargs.{PENALTY}.len={penalty.len}: expected at most max_resp_len={longest}")
+    if penalty.len > most:
+        raise ValueError(f"reward.reward_kwargs.{PENALTY}.len={penalty.len}: expected at most max_resp_len={most}")
     if "log" not in penalty:  # which verl's manager reads without a default
         with open_dict(penalty):
             penalty.log = False

@@ -69,6 +69,13 @@ def warn_of_unread(config: DictConfig, policy_loss: Any) -> None:
         ),
     )  # fmt: skip
     unread += [f"{key}={value} with {why}" for key, value, read, why in coefficients if not read and value != KL]
+    if (batches := OmegaConf.select(algorithm, "filter_groups.max_num_gen_batches", default=0) or 0) > 0:
+        unread.append(
+            f"algorithm.filter_groups.max_num_gen_batches={batches} with trainer.use_v1=true, whose trainers generate "
+            "until a batch is full; max_inflight_gen_batches bounds how many batches they ask for at once"
+        )
+    if (steps := OmegaConf.select(actor, "optim.total_training_steps") or 0) > 0:
+        unread.append(f"actor.optim.total_training_steps={steps} with trainer.total_training_steps, which replaces it")
     if config.trainer.val_only:
         rollout = config.actor_rollout_ref.rollout
         unread += [

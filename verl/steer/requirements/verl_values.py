@@ -36,7 +36,7 @@ NUMBERS = {
     "actor_rollout_ref.actor.loss_scale_factor": Option(above=0.0),
     "actor_rollout_ref.actor.optim.clip_grad": Option(1.0, above=0.0),  # a bound below 0 would reverse the gradient
     "actor_rollout_ref.actor.optim.lr": Option(1e-6, at_least=0.0),
-    "actor_rollout_ref.actor.optim.lr_warmup_steps": Option(-1, at_least=-1, integer=True),
+    "actor_rollout_ref.actor.optim.lr_warmup_steps": Option(at_least=-1, integer=True),
     "actor_rollout_ref.actor.optim.lr_warmup_steps_ratio": Option(at_least=0.0, at_most=1.0),
     "actor_rollout_ref.actor.optim.min_lr_ratio": Option(at_least=0.0, at_most=1.0),
     "actor_rollout_ref.actor.optim.weight_decay": Option(0.01, at_least=0.0),
@@ -51,7 +51,7 @@ NUMBERS = {
     "actor_rollout_ref.rollout.gpu_memory_utilization": Option(0.5, above=0.0, at_most=1.0),
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": Option(at_least=1, integer=True),
     "actor_rollout_ref.rollout.max_model_len": Option(at_least=1, integer=True),
-    "actor_rollout_ref.rollout.max_num_batched_tokens": Option(8192, at_least=1, integer=True),
+    "actor_rollout_ref.rollout.max_num_batched_tokens": Option(at_least=1, integer=True),
     "actor_rollout_ref.rollout.max_num_seqs": Option(1024, at_least=1, integer=True),
     "actor_rollout_ref.rollout.n": Option(1, at_least=1, integer=True),
     "actor_rollout_ref.rollout.pipeline_model_parallel_size": Option(1, at_least=1, integer=True),
@@ -142,6 +142,7 @@ def check_verl_values(config: DictConfig) -> None:
         names.append(("algorithm.kl_ctrl.type", algorithm.kl_ctrl.type, ("fixed", "adaptive")))
     if config.model_engine == "dp":
         names.append(("actor.optim.lr_scheduler_type", actor.optim.lr_scheduler_type, ("constant", "cosine")))
+        names.append(("actor.optim.warmup_style", actor.optim.warmup_style, (None, "constant", "cosine")))
         names += [
             (f"{section}.fsdp_config.{key}", str(name), TYPES)
             for section in ("actor", "ref")
@@ -171,15 +172,15 @@ def check_verl_values(config: DictConfig) -> None:
     compares = compares_rollouts(algorithm.adv_estimator) and not config.trainer.val_only
     if rollout.n == 1 and compares:
         raise ValueError(f"rollout.n=1: expected at least 2 with algorithm.adv_estimator={algorithm.adv_estimator}")
-    if rollout.n == 1 and OmegaConf.select(algorithm, "filter_groups.enable"):
+    if rollout.n == 1 and OmegaConf.select(algorithm, "filter_groups.enable") and not config.trainer.val_only:
         raise ValueError(
             "rollout.n=1: expected at least 2 with algorithm.filter_groups.enable=true, which drops groups of equal "
             "rewards and asks for others"
         )
-    if rollout.max_num_batched_tokens < rollout.max_num_seqs:
+    tokens = rollout.max_num_batched_tokens  # without chunks verl raises them
+    if rollout.name == "vllm" and rollout.enable_chunked_prefill and tokens and tokens < rollout.max_num_seqs:
         raise ValueError(
-            f"rollout.max_num_batched_tokens={rollout.max_num_batched_tokens}: expected at least "
-            f"rollout.max_num_seqs={rollout.max_num_seqs}"
+            f"rollout.max_num_batched_tokens={tokens}: expected at least rollout.max_num_seqs={rollout.max_num_seqs}"
         )
     if config.model_engine == "dp":
         _check_optimizer(actor.optim)
@@ -217,7 +218,9 @@ def _check_adapter(model: DictConfig) -> None:
 
 
 def _check_optimizer(optim: DictConfig) -> None:
-    """verl looks its class up in a worker, and gives betas to the kinds of Adam."""
+    """verl looks its class up in a worker, and gives betas to the kinds of Adam; its scheduler takes no null."""
+    if optim.lr_warmup_steps is None:
+        raise ValueError("actor.optim.lr_warmup_steps=None: expected an integer of at least -1; -1 is for the ratio")
     name, module = str(optim.optimizer), str(optim.optimizer_impl)
     if not _is_installed(module):
         raise ValueError(f"actor.optim.optimizer_impl={module}: expected a module that is installed")
@@ -234,7 +237,9 @@ def _check_optimizer(optim: DictConfig) -> None:
         parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((3, 4), (3,))]
         try:
             build_optimizer(parameters, omega_conf_to_dataclass(optim))
-        except (TypeError, ValueError) as error:
+        except InstantiationException as error:
+            raise ValueError(f"actor.optim: {_message(error)}") from error
+        except (RuntimeError, TypeError, ValueError) as error:
             given = optim.override_optimizer_config
             raise ValueError(
                 f"actor.optim.optimizer={name}, actor.optim.override_optimizer_config={given}: {error}"

@@ -103,7 +103,7 @@ def check_servers(config: DictConfig) -> None:
     """
     trainer, rollout = config.trainer, config.actor_rollout_ref.rollout
     devices = trainer.nnodes * trainer.n_gpus_per_node
-    if trainer.v1.trainer_mode == "separate_async":
+    if trainer.use_v1 and trainer.v1.trainer_mode == "separate_async":
         _check_separate(config)
         return
     size, of_node = devices_of_server(rollout), trainer.n_gpus_per_node
