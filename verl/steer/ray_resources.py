@@ -72,10 +72,11 @@ def quote_variables(config: DictConfig) -> None:
     if variables is None:
         return
     if not isinstance(variables, DictConfig):
-        raise ValueError(f"{key}={variables!s}: expected a section of variables")
-    for name, value in variables.items():
+        raise ValueError(f"{key}={variables}: expected a section of variables")
+    for name in map(str, variables):
+        value = variables[name]
         if isinstance(value, bool) or not isinstance(value, str | int | float):
-            raise ValueError(f"{key}.{name!s}={value}: expected a text, such as '{key}.{name}=\"1\"'")
+            raise ValueError(f"{key}.{name}={value}: expected a text, such as '{key}.{name}=\"1\"'")
         variables[name] = str(value)
 
 
