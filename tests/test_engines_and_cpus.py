@@ -254,6 +254,13 @@ def test_a_run_has_the_gpus_that_it_asks_for(monkeypatch, has, overrides, named)
         ray_resources.check_gpus(config)
 
 
+def test_fsdps_own_offloading_is_that_of_fsdp2():
+    offload = "actor_rollout_ref.actor.fsdp_config.offload_policy=true"
+    with pytest.raises(ValueError, match="^actor.fsdp_config.offload_policy=True: expected actor.strategy=fsdp2 with"):
+        checked("grpo", offload)
+    checked("grpo", offload, "actor_rollout_ref.actor.strategy=fsdp2")
+
+
 def test_servers_with_devices_of_their_own_need_not_divide_the_trainers():
     size = "actor_rollout_ref.rollout.tensor_model_parallel_size=3"
     check_servers(resolved("grpo", *SEPARATE, *ALLOWED, size))

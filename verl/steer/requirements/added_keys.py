@@ -98,8 +98,6 @@ def _check_key(declared: DictConfig, key: str, own_sections: tuple[str, ...]) ->
         section, place = below, f"{place}{name}."
     else:
         return
-    if _is_free(name):
-        return
     dataclass = [field.name for field in fields(get_class(section._target_))] if "_target_" in section else []
     known = [other for other in dict.fromkeys([*map(str, section), *dataclass]) if other != "_target_"]
     known += [] if place else ["seed"]  # which other keys read
