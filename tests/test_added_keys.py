@@ -129,7 +129,7 @@ def test_an_unknown_key_is_named(checked, override, message):
         "+mine.rollout.n=1",
         "+data.name=mine",
         "+trainer.seed=3",
-        "+actor_rollout_ref.actor.override_mine.dtype=a",
+        "+actor_rollout_ref.model.override_config.dtype=a",
         "+actor_rollout_ref.rollout.engine_kwargs.vllm.max_num_seqs=12",
         "+actor_rollout_ref.actor.optim.override_optimizer_config.lr=1",
         "+reward.custom_reward_function.reward_kwargs.strict=true",

@@ -10,7 +10,7 @@ import pytest
 from configurations import ACTOR, ROW, resolved
 from verl.steer.requirements import check_and_complete, rewards
 from verl.steer.requirements.files import check_data
-from verl.steer.requirements.model import check_model
+from verl.steer.requirements.model import check_critic_model, check_model
 from verl.steer.requirements.rewards import check_data_sources
 
 
@@ -312,3 +312,16 @@ def test_a_missing_file_ends_a_launcher_in_one_line(command, root, tmp_path):
     result = command("bash", root / "run/run_grpo.sh", "hardware=cpu", "task=arithmetic", **folders)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.strip().splitlines()[-1].startswith(f"steer-verl: data.train_files: no file {tmp_path}/")
+
+
+def test_the_model_of_a_critic_is_there(laptop_files):
+    def check(*overrides):
+        check_critic_model(resolved("grpo", "algorithm.adv_estimator=gae", *overrides))
+
+    for path in ("~/models/critic", "/no/critic"):
+        with pytest.raises(ValueError, match=f"^critic.model.path={path}: expected the folder of a model, with its"):
+            check(f"critic.model.path='{path}'")
+    check(f"critic.model.path={laptop_files}/model")
+    check("critic.model.path=hdfs://node/critic")
+    check("critic.model.path=/no/critic", "algorithm.adv_estimator=grpo")
+    check("critic.model.path=/no/critic", "trainer.val_only=true")

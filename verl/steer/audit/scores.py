@@ -122,8 +122,9 @@ def score_estimates(estimates: Mapping[str, Tensor], true_change: Tensor) -> dic
     frame = pd.DataFrame({"": true_change.double().numpy()} | {k: v.double().numpy() for k, v in estimates.items()})
     scores = {"tokens": float(len(frame)), "entropy_change": frame[""].mean() if len(frame) else 0.0}
     for suffix, values in (("", frame), ("_magnitude", frame.abs())):
+        ranks = values[""].rank()
         for name in estimates:
-            for kind, score in agreement(values[name], values[""]).items():
+            for kind, score in agreement(values[name], values[""], ranks).items():
                 if not math.isnan(score):
                     scores[f"{name}/{kind}{suffix}"] = score
     return {name: float(value) for name, value in scores.items()}

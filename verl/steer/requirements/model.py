@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from omegaconf import DictConfig, OmegaConf
+from verl.trainer.ppo.utils import need_critic
 
 MODEL = "actor_rollout_ref.model.path"
 
@@ -25,11 +26,22 @@ def check_model(config: DictConfig) -> None:
         raise ValueError(f"{MODEL}=null: expected the folder of a model, or a name on the Hugging Face Hub")
     if "://" in path or os.environ.get("VERL_USE_MODELSCOPE", "").lower() == "true":
         return  # verl fetches it
-    found = _dimensions(_configuration_file(path))
+    found = _dimensions(_configuration_file(path, MODEL))
     _check_positions(config, found)
     _check_heads(config, found)
     _check_fused_kernels(config, found)
     _check_chat_template(config)
+
+
+def check_critic_model(config: DictConfig) -> None:
+    """Check that the model of a run's critic is there.
+
+    Raises:
+        ValueError: if not.
+    """
+    path = str(config.critic.model.path)
+    if need_critic(config) and not config.trainer.val_only and "://" not in path:
+        _configuration_file(path, "critic.model.path")
 
 
 def _is_folder(path: str) -> bool:
@@ -37,20 +49,19 @@ def _is_folder(path: str) -> bool:
     return path.startswith(("/", ".", "~")) or path.count("/") > 1 or Path(path).is_dir()
 
 
-def _configuration_file(path: str) -> Path:
+def _configuration_file(path: str, key: str) -> Path:
     """The model's `config.json`; of a name on the Hugging Face Hub from its cache or from there."""
     if _is_folder(path):
         if not Path(path, "config.json").is_file():
             raise ValueError(
-                f"{MODEL}={path}: expected the folder of a model, with its config.json, or a name on the Hugging Face "
-                "Hub"
+                f"{key}={path}: expected the folder of a model, with its config.json, or a name on the Hugging Face Hub"
             )
         return Path(path, "config.json")
     try:
         return Path(hf_hub_download(path, "config.json"))
     except OSError as error:  # of a missing name, a missing right, or no connection
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"{MODEL}={path}: expected a folder, or a name on the Hugging Face Hub: {reason}") from error
+        raise ValueError(f"{key}={path}: expected a folder, or a name on the Hugging Face Hub: {reason}") from error
 
 
 def _dimensions(file: Path) -> dict[str, Any]:
