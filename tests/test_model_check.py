@@ -86,7 +86,7 @@ def test_a_name_that_the_hub_does_not_have_is_named(monkeypatch):
         ({"tokenizer_config.json": '{"chat_template": "{{ messages }}"}'}, []),
         ({"tokenizer_config.json": "{}", "chat_template.jinja": "{{ messages }}"}, []),
         ({"tokenizer_config.json": "{}", "additional_chat_templates/tools.jinja": "{{ messages }}"}, []),
-        ({"tokenizer_config.json": "{}"}, [f"{MODEL}.custom_chat_template='a template {{ messages }}'"]),
+        ({"tokenizer_config.json": "{}"}, [f"{MODEL}.custom_chat_template='a template {{{{ messages }}}}'"]),
         ({"tokenizer_config.json": "{}"}, [f"{MODEL}.trust_remote_code=true"]),
         ({"tokenizer_config.json": "{}"}, ["data.custom_cls.path=mine.py"]),
         ({"tokenizer_config.json": "{}"}, [f"{MODEL}.tokenizer_path=Qwen/Qwen2.5-0.5B"]),
