@@ -86,6 +86,10 @@ def checked(monkeypatch, tmp_path):
             f"policy_loss.token_weight_min: unknown; expected {LOSS}.token_weight_min",
         ),
         ("+lr=1e-5", "lr: unknown; expected critic.optim.lr or actor_rollout_ref.actor.optim.lr"),
+        (
+            "+actor_rollout_ref.lr=1e-5",
+            "actor_rollout_ref.lr: unknown; expected actor_rollout_ref.actor.optim.lr or cri",
+        ),
         ("+n=16", "n: unknown; expected actor_rollout_ref.rollout.n or "),
         ("+reward.max_concurrent=4", "reward.max_concurrent: unknown; expected reward.sandbox_fusion.max_concurrent"),
         (

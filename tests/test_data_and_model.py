@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from configurations import ACTOR, ROW, resolved
 from verl.steer.requirements import check_and_complete, rewards
+from verl.steer.requirements import run as run_checks
 from verl.steer.requirements.files import check_data
 from verl.steer.requirements.model import check_critic_model, check_model
 from verl.steer.requirements.rewards import check_data_sources
@@ -325,3 +326,10 @@ def test_the_model_of_a_critic_is_there(laptop_files):
     check("critic.model.path=hdfs://node/critic")
     check("critic.model.path=/no/critic", "algorithm.adv_estimator=grpo")
     check("critic.model.path=/no/critic", "trainer.val_only=true")
+
+
+def test_the_model_of_a_critic_is_looked_for_before_verls_own_check(monkeypatch):
+    for check in ("check_added_keys", "check_kinds", "check_and_complete", "check_loggers"):
+        monkeypatch.setattr(run_checks, check, lambda *arguments: None)
+    with pytest.raises(ValueError, match="^critic.model.path=~/models/deepseek-llm-7b-chat: expected the folder of"):
+        run_checks.check_run(resolved("grpo", "algorithm.adv_estimator=gae"))
